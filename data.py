@@ -1,0 +1,552 @@
+"""From a CSV row to what the model reads: pairs, frames, the prompt, token ids.
+
+    CSV row -> PreferencePair -> Video (decord, 2 fps) -> prompt ids + pixel patches (the Hugging Face processor)
+
+    python data.py --show 3 --data pairs.csv --model Qwen/Qwen3-VL-8B-Instruct
+        prints three examples with prompt, CoT and query in colour and draws their sampled frames to a PNG.
+
+Shapes: T frames, H x W pixels, P prompt tokens (video tokens included), C CoT tokens, N patches.
+Labels everywhere: +1 video A is better, -1 video B is better, 0 the same.
+"""
+
+import argparse
+import ast
+import csv
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import sys
+
+import numpy as np
+import torch
+
+os.environ.setdefault("DECORD_EOF_RETRY_MAX", "2048")
+
+
+class InputError(ValueError):
+    """Bad input. The message is one sentence for the user: which file, row or flag, and the fix. Exit code 2."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 1. Preference pairs: five CSV formats, recognised by their columns
+# ---------------------------------------------------------------------------------------------------------------
+DIMENSIONS = ("subject", "dynamics", "camera", "environment", "style")  # what a CoT gives a verdict on
+LABELS = {
+    "a": 1, "video 1 is better": 1, "leftvote": 1, "left": 1,
+    "b": -1, "video 2 is better": -1, "rightvote": -1, "right": -1,
+    "same": 0, "tie": 0, "tievote": 0, "bothbad_vote": 0, "bothbad": 0,
+    "invalid": None,  # annotators could not judge: the row is dropped. NOT the same as "same" (PAPER.md, defect 8)
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferencePair:
+    """One human comparison: two videos made from the same prompt.
+
+    Attributes:
+        video_a, video_b: paths, absolute or relative to the working directory.
+        prompt: the text both videos were generated from. Untrusted: it is always tokenised as plain text.
+        label: +1 A is better, -1 B is better, 0 the same.
+        cot_a, cot_b: a chain of thought collected beforehand (stage 1), or None.
+        annotation_a, annotation_b: {dimension: "0" | "1" | "2" | "N/A"}, the truth for R_qual (stage 2), or None.
+        row: line number in the CSV, for messages (the header is line 1).
+        extra: the other columns of the row, e.g. the names of the models that made the videos.
+    """
+
+    video_a: str
+    video_b: str
+    prompt: str
+    label: int
+    cot_a: str | None = None
+    cot_b: str | None = None
+    annotation_a: dict | None = None
+    annotation_b: dict | None = None
+    row: int = 0
+    extra: dict = dataclasses.field(default_factory=dict)
+
+    @property
+    def videos(self) -> tuple[str, str]:
+        return self.video_a, self.video_b
+
+    @property
+    def cots(self) -> tuple[str | None, str | None]:
+        return self.cot_a, self.cot_b
+
+
+def parse_literal(text: str):
+    """Text that holds JSON or a Python literal -> the object. Never evaluated; raises ValueError on anything else."""
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError):
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+            raise ValueError(f"neither JSON nor a Python literal: {text[:60]!r}") from error
+
+
+def extract_answer(text: str) -> dict | None:
+    """The JSON object inside the last `<answer>...</answer>` of a text, or None when there is none."""
+    match = re.search(r".*<answer>(.*?)</answer>", text, flags=re.DOTALL)
+    if match is None:
+        return None
+    try:
+        value = parse_literal(match.group(1).strip())
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def read_pairs(csv_path: str, dimension: str = "TA", video_root: str | None = None) -> list[PreferencePair]:
+    """Reads preference pairs from a CSV in any of the published formats, recognised by the columns.
+
+    | format                          | columns                                                          |
+    |---------------------------------|------------------------------------------------------------------|
+    | DeScore cold start              | videos, prompt, GSB [, CoT_A, CoT_B, problem, durations]         |
+    | DeScore RL                      | videos, problem [or prompt], answer                              |
+    | DeScore in-domain               | video_A, video_B, prompt, answer                                 |
+    | VideoAlign, VideoGen-RewardBench| path_A, path_B, prompt and the label column named by `dimension` |
+    | GenAI-Bench                     | left_video(_path), right_video(_path), prompt, vote_type         |
+
+    Args:
+        csv_path: the file; UTF-8, with or without a byte order mark.
+        dimension: which label column to use where there are several: TA (text alignment), VQ, MQ or Overall.
+        video_root: folder that relative video paths start from; default: the folder of the CSV.
+    Returns:
+        the pairs in file order. Rows labelled `invalid` are left out, and a line on stderr counts them.
+    Raises:
+        InputError: no such file, no known format, missing column, unknown label, empty prompt (file and row named).
+    """
+    if not os.path.isfile(csv_path):
+        raise InputError(f"{csv_path}: no such file; give --data a CSV of preference pairs.")
+    root = video_root if video_root is not None else os.path.dirname(csv_path)
+    csv.field_size_limit(2**31 - 1)  # a CoT can be longer than csv's default of 131,072 characters
+    pairs, invalid = [], 0
+    try:
+        with open(csv_path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            read_row = _format_of(csv_path, reader.fieldnames or [], dimension)
+            for row in reader:
+                pair = _read_row(csv_path, reader.line_num, row, read_row, root)
+                invalid += pair is None
+                pairs += [pair] if pair else []
+    except UnicodeDecodeError as error:
+        raise InputError(f"{csv_path}: is not UTF-8 text ({error.reason}); save it as UTF-8.") from error
+    except csv.Error as error:
+        raise InputError(f"{csv_path}: line {reader.line_num} is not CSV ({error}).") from error
+    if invalid:
+        print(f"{csv_path}: left out {invalid} rows labelled invalid", file=sys.stderr)
+    if not pairs:
+        raise InputError(f"{csv_path}: holds no usable pair.")
+    return pairs
+
+
+def _format_of(csv_path, columns, dimension):
+    """Columns -> a function row -> (path_a, path_b, prompt, label text, more fields of PreferencePair)."""
+    have = set(columns)
+
+    def cold_start(row):
+        return *_two(row["videos"]), row["prompt"], row["GSB"], {"cot_a": row.get("CoT_A"), "cot_b": row.get("CoT_B")}
+
+    def reinforcement(row):
+        label, more = _read_answer(row["answer"])
+        return *_two(row["videos"]), row.get("prompt") or row["problem"], label, more
+
+    def in_domain(row):
+        label, more = _read_answer(row["answer"])
+        return row["video_A"], row["video_B"], row["prompt"], label, more
+
+    def video_align(row):
+        return row["path_A"], row["path_B"], row["prompt"], row[dimension], {}
+
+    def genai_bench(row):
+        left, right = (row.get(f"{side}_video") or row.get(f"{side}_video_path") for side in ("left", "right"))
+        return left, right, row["prompt"], row["vote_type"], {}
+
+    if {"path_A", "path_B", "prompt"} <= have:
+        if dimension not in have:
+            options = ", ".join(c for c in ("TA", "VQ", "MQ", "Overall") if c in have) or "none"
+            raise InputError(f"{csv_path}: has no label column {dimension}; --dimension can be one of: {options}.")
+        return video_align
+    for need, reader in (
+        ({"videos", "prompt", "GSB"}, cold_start),
+        ({"videos", "problem", "answer"}, reinforcement),
+        ({"videos", "prompt", "answer"}, reinforcement),
+        ({"video_A", "video_B", "prompt", "answer"}, in_domain),
+        ({"left_video", "right_video", "prompt", "vote_type"}, genai_bench),
+        ({"left_video_path", "right_video_path", "prompt", "vote_type"}, genai_bench),
+    ):
+        if need <= have:
+            return reader
+    raise InputError(
+        f"{csv_path}: columns {sorted(have)} fit none of the known formats; the nearest lack e.g. path_A, path_B, prompt "
+        "and a label column (README, 'Data formats')."
+    )
+
+
+def _two(text):
+    value = parse_literal(text)
+    if not (isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, str) for v in value)):
+        raise ValueError("`videos` is not a list of two paths")
+    return value
+
+
+def _read_answer(text):
+    """RL `answer` cell: a label alone, or `<answer>` JSON with gsb_result and the two videos' true verdicts."""
+    answer = extract_answer(text)
+    if answer is None:
+        return re.sub(r"</?answer>", "", text), {}
+    truth = {f"annotation_{side}": answer.get(f"video_{n}_scores") for side, n in (("a", 1), ("b", 2))}
+    for scores in truth.values():
+        if scores is not None and not isinstance(scores, dict):
+            raise ValueError("video_1_scores / video_2_scores are not objects")
+    truth = {k: {d: str(v).strip().upper() for d, v in s.items()} if s else None for k, s in truth.items()}
+    return str(answer.get("gsb_result", "")), truth
+
+
+def _read_row(csv_path, line, row, read_row, root):
+    where = f"{csv_path}, line {line}"
+    try:
+        path_a, path_b, prompt, label, more = read_row(row)
+        prompt, label, path_a, path_b = prompt.strip(), label.strip(), path_a.strip(), path_b.strip()
+    except (ValueError, AttributeError) as error:  # AttributeError: the row is shorter than the header (None)
+        raise InputError(f"{where}: cannot be read ({error}).") from error
+    if label.lower() not in LABELS:
+        raise InputError(f"{where}: unknown label {label[:40]!r}; known: {', '.join(LABELS)}.")
+    if LABELS[label.lower()] is None:
+        return None
+    if not prompt:
+        raise InputError(f"{where}: the prompt is empty; a reward needs the prompt the video was made from.")
+    if not path_a or not path_b:
+        raise InputError(f"{where}: a video path is empty.")
+    more = {key: value or None for key, value in more.items()}
+    extra = {k: v for k, v in row.items() if k and k.endswith("_model")}
+    path_a, path_b = (os.path.normpath(os.path.join(root, path)) for path in (path_a, path_b))
+    return PreferencePair(path_a, path_b, prompt, LABELS[label.lower()], row=line, extra=extra, **more)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 2. Frames: decord, at the target size, with the metadata that the model's timestamps need
+# ---------------------------------------------------------------------------------------------------------------
+SIDE = 32  # frame sides are multiples of patch (16) x merge (2): one video token covers 32 x 32 pixels x 2 frames
+MAX_FRAMES = 512  # 4 minutes at 2 fps; a longer clip is refused, not silently cut
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """Sampled frames and where they came from.
+
+    Attributes:
+        frames: (T, H, W, 3) uint8, RGB; T is even and >= 2; H and W are multiples of 32.
+        source_fps: frames per second of the FILE. The processor turns frame_indices / source_fps into the timestamps
+            that the model reads, so a wrong value here silently shifts all of them.
+        total_num_frames: frames in the file.
+        frame_indices: which T of them were taken.
+    """
+
+    frames: np.ndarray
+    source_fps: float
+    total_num_frames: int
+    frame_indices: tuple[int, ...]
+
+    def metadata(self) -> dict:
+        """What the Hugging Face processor and vLLM want to know, as a fresh dict (they edit the list in place)."""
+        return {
+            "fps": self.source_fps,
+            "total_num_frames": self.total_num_frames,
+            "frames_indices": list(self.frame_indices),
+            "duration": self.total_num_frames / self.source_fps,
+        }
+
+
+def target_size(height: int, width: int, max_pixels: int) -> tuple[int, int]:
+    """Frame size for the model: multiples of 32, about the same shape, at most `max_pixels`; small clips stay small.
+
+    Example: target_size(752, 1360, 448 * 448) == (320, 608): 194,560 of at most 200,704 pixels, 190 video tokens.
+    """
+    scale = min(1.0, (max_pixels / (height * width)) ** 0.5)
+    sides = [max(SIDE, round(side * scale / SIDE) * SIDE) for side in (height, width)]
+    while sides[0] * sides[1] > max_pixels and max(sides) > SIDE:  # rounding up may have crossed the budget
+        sides[sides.index(max(sides))] -= SIDE
+    return sides[0], sides[1]
+
+
+def sample_indices(total_num_frames: int, source_fps: float, fps: float) -> list[int]:
+    """Indices of the frames at t = 0, 1/fps, 2/fps, ... seconds; the last is repeated to make an even number >= 2.
+
+    Two frames form one temporal patch, hence even. Example: sample_indices(12, 8.0, 2.0) == [0, 4, 8, 8].
+    """
+    count = max(1, int(np.ceil(total_num_frames / source_fps * fps - 1e-6)))
+    indices = [min(int(k * source_fps / fps + 1e-6), total_num_frames - 1) for k in range(count)]  # the frame on screen
+    return indices + indices[-1:] * (count % 2)
+
+
+def sample_frames(path: str, fps: float = 2.0, max_pixels: int = 448 * 448) -> Video:
+    """Decodes a clip with decord at `fps` frames a second, straight to the size the model gets.
+
+    Decoding at the target size avoids holding full-size frames. Paper: 2 fps, at most 448 x 448 pixels in stage 1.
+    Raises InputError for a file that is missing, empty, truncated or not a video.
+    """
+    from decord import DECORDError, VideoReader, cpu  # here, so that reading a CSV needs no decord
+
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such video; paths in a CSV are relative to the CSV (or to --video-root).")
+    if os.path.getsize(path) == 0:
+        raise InputError(f"{path}: the video file is empty.")
+    try:
+        probe = VideoReader(path, ctx=cpu(0), num_threads=1)
+        total, source_fps = len(probe), float(probe.get_avg_fps())
+        if total < 1 or not np.isfinite(source_fps) or source_fps <= 0:
+            raise InputError(f"{path}: has no video frames.")
+        indices = sample_indices(total, source_fps, fps)
+        if len(indices) > MAX_FRAMES:
+            seconds = total / source_fps
+            raise InputError(f"{path}: {seconds:.0f} s at {fps} fps is over {MAX_FRAMES} frames; cut it or lower --fps.")
+        height, width = target_size(*probe[0].shape[:2], max_pixels)
+        reader = VideoReader(path, ctx=cpu(0), width=width, height=height, num_threads=1)
+        frames = reader.get_batch(indices).asnumpy()  # (T, H, W, 3) uint8
+    except (DECORDError, RuntimeError, IndexError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(f"{path}: is broken or not a video ({reason.strip()[-120:]}).") from error
+    return Video(frames, source_fps, total, tuple(indices))
+
+
+def to_video(video, fps: float, max_pixels: int, source_fps: float | None = None) -> Video:
+    """A path, a Video, or frames in memory -> Video.
+
+    Frames: array or tensor (T, H, W, 3), uint8 or float in [0, 1], all frames of the clip at `source_fps`; they are sampled
+    and resized as a file would be.
+    """
+    if isinstance(video, Video):
+        return video
+    if isinstance(video, (str, os.PathLike)):
+        return sample_frames(os.fspath(video), fps, max_pixels)
+    frames = torch.as_tensor(video)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) == 0:
+        raise InputError(f"frames of shape {tuple(frames.shape)}: (T, H, W, 3) is needed, T >= 1.")
+    if not source_fps or source_fps <= 0:
+        raise InputError("frames in memory need source_fps, the frames per second they were made at.")
+    if frames.is_floating_point():
+        frames = (frames.clamp(0, 1) * 255).round()
+    indices = sample_indices(len(frames), source_fps, fps)
+    size = target_size(*frames.shape[1:3], max_pixels)
+    sampled = torch.nn.functional.interpolate(
+        frames[indices].permute(0, 3, 1, 2).float(), size=size, mode="bilinear", antialias=True
+    )
+    sampled = sampled.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return Video(sampled.cpu().numpy(), float(source_fps), len(frames), tuple(indices))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 3. The conversation: ONE layout for stage 1, stage 2 and inference (PAPER.md, defect 7)
+#       user turn = video + prompt + instruction;  assistant turn = CoT;  then the query token
+# ---------------------------------------------------------------------------------------------------------------
+INSTRUCTION_BEFORE = "The video above was generated from this text prompt:\n"
+INSTRUCTION_AFTER = """
+Judge how well the video follows the prompt, in five dimensions:
+- subject: the people, animals and things, their number, looks and parts
+- dynamics: what moves or changes, how and in which order
+- camera: shot size, angle and camera movement
+- environment: place, background, time of day, weather and light
+- style: medium, look and mood
+A verdict is 2 (as asked), 1 (partly), 0 (missing or wrong) or N/A (the prompt does not ask for it).
+Think first, carefully and in detail: for each dimension what the prompt asks for, what the video shows, and the verdict.
+Then answer with the verdicts and an overall score from 1.00 (ignores the prompt) to 5.00 (does all it asks). Layout:
+<think>
+subject: asked ...; shown ...; verdict 2
+...
+</think>
+<answer>{"dimensional_scores": {"subject": "2", "dynamics": "1", "camera": "N/A", "environment": "2", "style": "0"}, \
+"overall_score": 3.50}</answer>"""
+_PLACE = "[[the user's prompt goes here]]"
+
+
+def build_conversation(prompt: str, cot: str | None = None) -> list[dict]:
+    """The chat messages, in Hugging Face form. `cot` adds the assistant's turn.
+
+    >>> [turn["role"] for turn in build_conversation("a red circle moves left", cot="<think>...")]
+    ['user', 'assistant']
+    """
+    text = INSTRUCTION_BEFORE + prompt + INSTRUCTION_AFTER
+    turns = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": text}]}]
+    if cot is not None:
+        turns.append({"role": "assistant", "content": [{"type": "text", "text": cot}]})
+    return turns
+
+
+def encode_text(tokenizer, text: str, keep: tuple[str, ...] = ()) -> list[int]:
+    """Text -> ids in which no control token can appear, whatever the text says.
+
+    A user may type `<|im_end|>` or `<|video_pad|>`. The tokenizer would turn that into the control token and so let the
+    prompt end the turn or pretend to be video. We cut the text inside each such spelling ('<' | '|im_end|>'), encode the
+    pieces, and join the ids: they decode to exactly the same text, and none is a control token. `keep` names added
+    tokens that may stay (`<think>` in a CoT).
+    """
+    added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.content not in keep}
+    spellings = "|".join(re.escape(t) for t in sorted(added, key=len, reverse=True))
+    cuts = [match.start() + 1 for match in re.finditer(f"(?=({spellings}))", text)] if added else []
+    pieces = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)])]
+    ids = [i for piece in pieces if piece for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
+    if set(ids) & set(added.values()):
+        raise InputError(f"the text {text[:60]!r} spells a control token that cannot be kept apart; remove it.")
+    return ids
+
+
+def encode_prompt(processor, video: Video, prompt: str) -> dict[str, torch.Tensor]:
+    """Everything before the CoT: the user's turn with the video in it, and the opening of the assistant's turn.
+
+    Returns:
+        input_ids (P,) int64; mm_token_type_ids (P,), 2 at video positions, else 0;
+        pixel_values_videos (N, 1536) float32 patches; video_grid_thw (1, 3) patches along time, height, width;
+        and for an engine that encodes videos itself: video, and short_ids, the ids with ONE <|video_pad|>.
+    """
+    if not prompt.strip():
+        raise InputError("the prompt is empty; a reward needs the prompt the video was made from (--prompt).")
+    template = processor.apply_chat_template(build_conversation(_PLACE), add_generation_prompt=True, tokenize=False)
+    head, tail = template.split(_PLACE)
+    # The processor replaces the one <|video_pad|> in `head` by "<0.3 seconds>" and a block of pads per two frames. We
+    # sampled and resized already, so it must do neither: with its own defaults it assumes 24 fps and upsizes small clips.
+    inputs = processor(
+        text=[head], videos=[torch.from_numpy(video.frames).permute(0, 3, 1, 2)], video_metadata=[video.metadata()],
+        do_sample_frames=False, do_resize=False, return_tensors="pt",
+    )  # fmt: skip
+    plain = {part: processor.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (head, tail)}
+    after_ids = encode_text(processor.tokenizer, prompt) + plain[tail]
+    before = inputs["input_ids"][0]
+    after = torch.tensor(after_ids, dtype=before.dtype)
+    return {
+        "input_ids": torch.cat([before, after]),
+        "mm_token_type_ids": torch.cat([inputs["mm_token_type_ids"][0], torch.zeros_like(after)]),
+        "pixel_values_videos": inputs["pixel_values_videos"],
+        "video_grid_thw": inputs["video_grid_thw"],
+        "video": video,
+        "short_ids": plain[head] + after_ids,
+    }
+
+
+def encode_cot(tokenizer, cot: str | None) -> list[int]:
+    """A CoT's ids, ended by EOS as a sampled one is. None or "" (masked, or no thinking): no ids at all, no EOS."""
+    if not cot:
+        return []
+    cot = cot.removesuffix(tokenizer.eos_token)
+    return encode_text(tokenizer, cot, keep=("<think>", "</think>")) + [tokenizer.eos_token_id]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 4. A stream of encoded pairs
+# ---------------------------------------------------------------------------------------------------------------
+class EncodedPairs(torch.utils.data.Dataset):
+    """Index -> (pair, [prompt inputs of video A, of video B]); decoded and encoded on demand, in loader workers.
+
+    An InputError is returned, not raised: a DataLoader wraps what a worker raises in its own traceback text, and the
+    user should read one sentence. `take` below raises it.
+    """
+
+    def __init__(self, pairs, processor, fps=2.0, max_pixels=448 * 448):
+        self.pairs, self.processor, self.fps, self.max_pixels = pairs, processor, fps, max_pixels
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        pair = self.pairs[index]
+        try:
+            videos = [sample_frames(path, self.fps, self.max_pixels) for path in pair.videos]
+            return pair, [encode_prompt(self.processor, video, pair.prompt) for video in videos]
+        except InputError as error:
+            return InputError(f"row {pair.row}: {error}")
+
+
+def take(dataset: torch.utils.data.Dataset, order: list[int], workers: int = 0):
+    """Yields dataset[i] for i in `order`, read ahead by `workers` processes (0: in this one). Raises InputError."""
+    loader = torch.utils.data.DataLoader(dataset, sampler=order, batch_size=None, num_workers=workers)
+    for item in loader:
+        if isinstance(item, InputError):
+            raise item
+        yield item
+
+
+def epoch_order(size: int, seed: int, epoch: int) -> list[int]:
+    """A shuffle that depends on (seed, epoch) alone, so that every rank, and a resumed run, sees the same order."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(size, generator=generator).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 5. Look at it: `python data.py --show 3 --data FILE`
+# ---------------------------------------------------------------------------------------------------------------
+def show(pair: PreferencePair, processor, fps: float, max_pixels: int) -> list[Video]:
+    """Prints what the model reads for both videos of a pair: grey = prompt side, green = CoT, red = query."""
+    grey, green, red, end = ("\033[90m", "\033[32m", "\033[1;31m", "\033[0m") if sys.stdout.isatty() else [""] * 4
+    verdict = {1: "A is better", -1: "B is better", 0: "the same"}[pair.label]
+    print(f"\n=== line {pair.row}: {verdict}")
+    videos = []
+    for path, cot in zip(pair.videos, pair.cots):
+        video = sample_frames(path, fps, max_pixels)
+        inputs = encode_prompt(processor, video, pair.prompt)
+        num_video = int((inputs["mm_token_type_ids"] == 2).sum())
+        text = processor.tokenizer.decode(inputs["input_ids"])
+        text = re.sub(r"(<\|video_pad\|>)+", lambda m: f"<|video_pad|> x {m.group().count('pad')}", text)
+        cot_ids = encode_cot(processor.tokenizer, cot)
+        print(f"--- {path}: {video.total_num_frames} frames at {video.source_fps:.2f} fps -> {len(video.frames)} frames of "
+              f"{video.frames.shape[1]} x {video.frames.shape[2]} at {fps} fps = {num_video} video tokens of "
+              f"{len(inputs['input_ids'])} prompt tokens; CoT {len(cot_ids)} tokens")  # fmt: skip
+        shown = processor.tokenizer.decode(cot_ids) if cot_ids else "(no CoT: the query sees video and prompt only)"
+        print(f"{grey}{text}{end}{green}{shown}{end}{red}<Reward>{end}")
+        videos.append(video)
+    return videos
+
+
+def draw_frames(rows: list[tuple[str, Video]], path: str) -> None:
+    """Draws sampled frames, one clip a row, each frame with its time in seconds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = min(8, max(len(video.frames) for _, video in rows))
+    figure, axes = plt.subplots(len(rows), columns, figsize=(1.6 * columns, 1.5 * len(rows)), squeeze=False)
+    for row, (title, video) in zip(axes, rows):
+        picks = np.linspace(0, len(video.frames) - 1, columns).round().astype(int)
+        for axis, k in zip(row, picks):
+            axis.imshow(video.frames[k])
+            axis.set_title(f"{video.frame_indices[k] / video.source_fps:.1f} s", fontsize=7)
+            axis.set_xticks([]), axis.set_yticks([])
+        row[0].set_ylabel(title, fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="CSV of preference pairs, any of the known formats")
+    parser.add_argument("--show", type=int, default=3, metavar="N", help="how many examples (default 3)")
+    parser.add_argument("--model", default="Qwen/Qwen3-VL-8B-Instruct", help="folder or hub name with the processor")
+    parser.add_argument("--dimension", default="TA", help="label column: TA, VQ, MQ or Overall (default TA)")
+    parser.add_argument("--video-root", help="folder that relative video paths start from (default: the CSV's)")
+    parser.add_argument("--fps", type=float, default=2.0, help="sampled frames per second (paper: 2)")
+    parser.add_argument("--max-pixels", type=int, default=448 * 448, help="pixels per frame at most (paper: 448 * 448)")
+    parser.add_argument("--out", default="frames.png", help="where to draw the sampled frames (default frames.png)")
+    args = parser.parse_args(argv)
+    pairs = read_pairs(args.data, args.dimension, args.video_root)
+    print(f"{args.data}: {len(pairs)} pairs, {sum(p.label == 0 for p in pairs)} ties, "
+          f"{sum(p.cot_a is not None for p in pairs)} with CoTs, "
+          f"{sum(p.annotation_a is not None for p in pairs)} with annotations")  # fmt: skip
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(args.model)
+    rows = []
+    for pair in pairs[: args.show]:
+        videos = show(pair, processor, args.fps, args.max_pixels)
+        rows += [(f"{pathlib.Path(path).name}", video) for path, video in zip(pair.videos, videos)]
+    draw_frames(rows, args.out)
+    print(f"\nframes drawn to {args.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

@@ -1,0 +1,408 @@
+"""Stage 2, dual-objective RL: GRPO on the chain of thought (Eq. 7), Bradley-Terry on the score (Eq. 10).
+
+    CSV with true verdicts + OUT of stage 1   ->   OUT/model, a DeScore folder; metrics.jsonl, samples.jsonl, curves.png
+
+    laptop   python grpo.py --model runs/stage1/model --data runs/data/train_rl.csv --out runs/stage2 --lr 1e-4 ...
+    8 GPUs   torchrun --nproc_per_node 8 grpo.py --model runs/stage1/model --data train_rl.csv --train full --engine vllm
+
+The defaults are the paper's (PAPER.md section 4). The loop in `train` is the paper's algorithm, step by step:
+
+    1 draw pairs      2 generate: G CoTs for each of the two videos      3 rollout rewards, by rules only
+    4 group advantages      5 old and reference log-probs      6 update: one forward gives GRPO + KL + BT
+    7 hand the new weights to the rollout engine      8 log
+
+What to expect: `rollout_reward` and `quality` rise slowly; `pair_accuracy` must not fall. `grpo_loss` stays near 0 and
+`ratio_max` at 1 while there is one update per rollout batch: that is right, see losses.grpo_loss.
+
+The two objectives are independent (PAPER.md section 4): the rules never see the head's score, and no gradient of the GRPO
+loss reaches the head, because log-probs do not pass through it.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import time
+
+import torch
+
+import data
+import parallel
+from data import DIMENSIONS, InputError
+from losses import bt_loss, clip_share, group_advantages, grpo_loss, kl_to_reference, policy_ratio
+from model import DeScore, decode_cot, lay_out, to_device
+from parallel import arg
+from rollout import make_engine, task_seed
+
+
+@dataclasses.dataclass
+class Settings:
+    """Stage 2. Defaults: the paper's values, from its page and the released code."""
+
+    # data
+    data: str = arg(None, "training pairs with true verdicts: a CSV in DeScore's RL format")
+    video_root: str | None = arg(None, "folder that relative video paths start from; default the CSV's")
+    skip_bad_videos: bool = arg(False, "leave out pairs with an unreadable video; OUT/skipped.jsonl lists them")
+    fps: float = arg(2.0, "sampled frames per second (paper: 2)")
+    max_pixels: int = arg(307_200, "pixels per frame at most (paper, stage 2: 307,200)")
+    workers: int = arg(2, "processes that decode ahead; 0: decode in this one")
+    # model
+    model: str = arg(None, "a DeScore folder: OUT/model of stage 1")
+    train: str = arg("full", "what of the LLM is trained (paper: full)", choices=["lora", "full"])
+    lora_r: int = arg(64, "LoRA rank, with --train lora")
+    lora_alpha: int = arg(128, "LoRA alpha, with --train lora")
+    gradient_checkpointing: bool = arg(True, "recompute activations in backward: less memory, a third more time")
+    # rollouts
+    rollouts: int = arg(8, "G, CoTs sampled per video (paper: 8)")
+    max_new_tokens: int = arg(4096, "tokens per CoT at most (paper: 4096)")
+    temperature: float = arg(1.0, "sampling temperature (paper: 1)")
+    engine: str = arg("transformers", "who samples; vllm for real models", choices=["transformers", "vllm"])
+    rows_per_batch: int = arg(64, "CoTs the transformers engine samples at a time")
+    # rollout reward
+    weight_quality: float = arg(0.7, "weight of R_qual (paper: .7)")
+    weight_format: float = arg(0.1, "weight of R_fmt (paper: .1)")
+    weight_length: float = arg(0.2, "weight of R_len (paper: .2)")
+    length_low: int = arg(500, "CoT tokens up to which R_len is 0 (paper: 500)")
+    length_high: int = arg(2000, "CoT tokens from which R_len is 1 (paper: 2000)")
+    # objectives
+    clip_low: float = arg(0.2, "ratio clip below (EasyR1's default: .2)")
+    clip_high: float = arg(0.3, "ratio clip above (EasyR1's default: .3)")
+    clip_dual: float = arg(3.0, "dual clip for negative advantages (EasyR1's default: 3)")
+    kl_coef: float = arg(1e-5, "weight of the KL to the start of this stage (paper's launch script: 1e-5); 0: no reference")
+    bt_coef: float = arg(5e-3, "weight of the BT loss over rollouts, Eq. 10 (paper: 5e-3); 0: the head drifts")
+    # optimisation
+    epochs: int = arg(1, "passes over the data (not given in the paper)")
+    max_steps: int | None = arg(None, "stop after this many rollout batches")
+    batch_pairs: int = arg(128, "pairs per rollout batch over all ranks (paper: 128)")
+    mini_pairs: int = arg(8, "pairs per update (paper: 8); equal to --batch-pairs: on-policy, no pass for old log-probs")
+    packing: bool = arg(True, "one forward per group: the prefix once for its G CoTs; --no-packing: one row per CoT")
+    rollouts_per_forward: int = arg(0, "CoTs of each video in one forward, to save memory; must divide G; 0: all")
+    lr: float = arg(1e-6, "learning rate of the LLM (paper: 1e-6)")
+    lr_head: float | None = arg(None, "learning rate of query and head; default --lr (paper: the same)")
+    warmup: float = arg(0.0, "share of all rollout batches with a rising learning rate (not given in the paper)")
+    weight_decay: float = arg(1e-2, "AdamW weight decay (paper: 1e-2)")
+    max_grad_norm: float = arg(1.0, "gradients are scaled down to this L2 norm (paper: 1.0)")
+    seed: int = arg(0, "decides order and samples")
+    # output
+    out: str = arg("runs/stage2", "output folder")
+    save_every: int = arg(10, "rollout batches between checkpoints; 0: only at the end")
+    keep: int = arg(2, "checkpoints kept on disk")
+    resume: bool = arg(False, "go on from the newest checkpoint in --out")
+    log_with: str | None = arg(None, "also log through accelerate's trackers", choices=["tensorboard", "wandb"])
+
+    @property
+    def micro_pairs(self) -> int:
+        """Pairs per forward: one, that is two groups of G CoTs."""
+        return 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rollout reward: rules only. Not numbered here; R = 0.7 R_qual + 0.1 R_fmt + 0.2 R_len
+# ---------------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class RolloutReward:
+    """What the rules give one CoT; each part in [0, 1], total is their weighted sum."""
+
+    total: float
+    quality: float
+    format: float
+    length: float
+
+
+def format_reward(text: str) -> float:
+    """R_fmt: 1 if the text is `<think>...</think>` and then an `<answer>` with JSON verdicts on all dimensions, else 0."""
+    shape = re.fullmatch(r"\s*<think>(?:(?!</?think>).)+</think>\s*<answer>(?:(?!</?answer>).)+</answer>\s*", text, re.DOTALL)
+    verdicts = read_verdicts(text)
+    return float(shape is not None and all(verdicts.get(d) in ("0", "1", "2", "N/A") for d in DIMENSIONS))
+
+
+def read_verdicts(text: str) -> dict[str, str]:
+    """{dimension: verdict} from the answer's `dimensional_scores`; {} if there is none. 2 and "2" are the same verdict."""
+    scores = (data.extract_answer(text) or {}).get("dimensional_scores")
+    return {d: str(v).strip().upper() for d, v in scores.items()} if isinstance(scores, dict) else {}
+
+
+def quality_reward(text: str, annotation: dict[str, str]) -> float:
+    """R_qual: right verdicts / annotated dimensions. A dimension that the answer leaves out is wrong."""
+    verdicts = read_verdicts(text)
+    return sum(verdicts.get(d) == truth for d, truth in annotation.items()) / len(annotation)
+
+
+def length_reward(num_tokens: int, low: int = 500, high: int = 2000) -> float:
+    """R_len: 0 up to `low` TOKENS, then linear, 1 from `high`. (The released code counts characters, in steps.)"""
+    return min(1.0, max(0.0, (num_tokens - low) / (high - low)))
+
+
+def rollout_reward(
+    text: str, num_tokens: int, annotation: dict[str, str], weights=(0.7, 0.1, 0.2), length_range=(500, 2000)
+) -> RolloutReward:
+    """R = w_q R_qual + w_f R_fmt + w_l R_len for one CoT. Rules only: the head's score never enters.
+
+    Worked: 4 of 5 verdicts right, good format, 1,250 tokens: .7 * .8 + .1 * 1 + .2 * .5 = .76.
+    """
+    parts = quality_reward(text, annotation), format_reward(text), length_reward(num_tokens, *length_range)
+    return RolloutReward(sum(w * part for w, part in zip(weights, parts, strict=True)), *parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One pair's rollouts, kept together so that nothing can land on the wrong rollout (PAPER.md, defect 1)
+# ---------------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Rollouts:
+    """All that belongs to one pair. The first index is the video (0 = A, 1 = B), the second the rollout i = 0..G-1."""
+
+    pair: data.PreferencePair
+    prefixes: list[dict]  # [2]
+    cots: list[list[list[int]]]  # [2][G] token ids
+    rewards: list[list[RolloutReward]] = None  # [2][G]
+    advantages: torch.Tensor = None  # (2, G)
+    old: list = None  # per forward: log-probs (2g, T) when sampled, if they differ from the current ones
+    reference: list = None  # per forward: log-probs (2g, T) under the reference
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(cot) for row in self.cots for cot in row)
+
+
+def generate(items, engine, settings, step) -> list[Rollouts]:
+    """2: G CoTs for each of the two videos of each pair."""
+    prefixes = [prefix for _, both in items for prefix in both]
+    seeds = [
+        [task_seed(settings.seed, step, pair.row, video, i) for i in range(settings.rollouts)]
+        for pair, _ in items
+        for video in (0, 1)
+    ]
+    cots = engine.generate(prefixes, seeds, settings.max_new_tokens, settings.temperature)
+    return [Rollouts(pair, both, cots[2 * n : 2 * n + 2]) for n, (pair, both) in enumerate(items)]
+
+
+def judge(rollouts: Rollouts, tokenizer, settings) -> None:
+    """3 and 4: rollout rewards by the rules, advantages within each video's group of G."""
+    weights = settings.weight_quality, settings.weight_format, settings.weight_length
+    span = settings.length_low, settings.length_high
+    annotations = rollouts.pair.annotation_a, rollouts.pair.annotation_b
+    rollouts.rewards = [
+        [rollout_reward(decode_cot(tokenizer, cot), len(cot), truth, weights, span) for cot in row]
+        for row, truth in zip(rollouts.cots, annotations, strict=True)
+    ]
+    rollouts.advantages = group_advantages(torch.tensor([[r.total for r in row] for row in rollouts.rewards]))
+
+
+def forwards(model, rollouts: Rollouts, settings):
+    """Yields (rollout numbers i, batch) for each forward of a pair: both videos with the CoTs i, in the order A_i.., B_i..
+
+    Packed: two rows, each with a prefix and its CoTs. Plain: a row per CoT. The same number of forwards on every rank.
+    """
+    at_once = settings.rollouts_per_forward or settings.rollouts
+    for i in range(0, settings.rollouts, at_once):
+        numbers = list(range(i, i + at_once))
+        cots = [[row[k] for k in numbers] for row in rollouts.cots]  # [2][g]
+        if settings.packing:
+            batch = lay_out(model.backbone, rollouts.prefixes, cots)
+        else:
+            prefixes = [prefix for prefix in rollouts.prefixes for _ in numbers]
+            batch = lay_out(model.backbone, prefixes, [[cot] for row in cots for cot in row])
+        yield numbers, to_device(batch, model.query.device)
+
+
+@torch.no_grad()
+def log_probs_now(model, rollouts: Rollouts, settings, ranks) -> list[torch.Tensor]:
+    """COLLECTIVE under FSDP. 5: the log-probs of all rollouts under the model as it is, one (2g, T) per forward."""
+    with ranks.autocast():
+        return [model(batch).log_probs for _, batch in forwards(model, rollouts, settings)]
+
+
+def losses_of(output, numbers, batch, k, rollouts: Rollouts, settings, counts) -> tuple[torch.Tensor, dict[str, float]]:
+    """6: the loss of one forward, and sums for the log. `counts`: denominators of the whole update, over all ranks.
+
+        L = GRPO (Eq. 7)  +  kl_coef * KL  +  bt_coef * BT (Eq. 10)
+    """
+    log_probs, mask, device = output.log_probs, batch["response_mask"], output.rewards.device
+    old = rollouts.old[k] if rollouts.old else log_probs.detach()  # on-policy: the old log-probs ARE the current ones
+    advantages = rollouts.advantages[:, numbers].flatten().to(device)  # (2g,) in the batch's order A_i.., B_i..
+    clip = settings.clip_low, settings.clip_high
+    policy = grpo_loss(log_probs, old, advantages, mask, *clip, settings.clip_dual, denominator=counts["tokens"])
+    kl = torch.zeros((), device=device)
+    if rollouts.reference:
+        kl = (kl_to_reference(log_probs, rollouts.reference[k]) * mask).sum() / counts["tokens"]
+    rewards = output.rewards.view(2, len(numbers))  # (2, g): the head's rewards of videos A and B
+    label = rollouts.pair.label
+    bt = torch.zeros((), device=device) if label else 0.0 * rewards.sum()  # a human tie has no winner: no BT term
+    if label:  # Eq. 10: rollout i of the winner against rollout i of the loser
+        chosen, rejected = (rewards[0], rewards[1]) if label > 0 else (rewards[1], rewards[0])
+        bt = bt_loss(chosen, rejected, denominator=counts["bt"])
+    with torch.no_grad():
+        margins = (rewards[0] - rewards[1]) * label
+        sums = {
+            "grpo_loss": policy.item(), "kl": kl.item(), "bt_loss": bt.item(),
+            "clipped": clip_share(log_probs, old, advantages, mask, *clip).item(),
+            "right": (margins > 0).sum().item(), "margin": margins.sum().item(),
+            "head_reward": rewards.sum().item(), "log_prob": (log_probs * mask).sum().item(),
+        }  # fmt: skip
+        sums["ratio_max"] = policy_ratio(log_probs, old, mask).max().item()
+    return policy + settings.kl_coef * kl + settings.bt_coef * bt, sums
+
+
+def update(model, optimizer, mini: list[Rollouts], settings, ranks) -> dict[str, float]:
+    """COLLECTIVE. 6: one update from this rank's pairs of a mini-batch. Returns sums over ranks, and gradient norms."""
+    decided = sum(r.pair.label != 0 for r in mini)
+    counts = ranks.sum({"tokens": sum(r.num_tokens for r in mini), "bt": decided * settings.rollouts})
+    counts = {name: max(1.0, value) for name, value in counts.items()}  # denominators, before the first backward
+    sums, ratio_max = {}, 1.0
+    for rollouts in mini:
+        for k, (numbers, batch) in enumerate(forwards(model, rollouts, settings)):
+            with ranks.autocast():
+                output = model(batch)  # ONE forward for log-probs and rewards
+            loss, more = losses_of(output, numbers, batch, k, rollouts, settings, counts)
+            if not torch.isfinite(loss):
+                raise InputError(f"{settings.data}: the loss is {loss.item()} at line {rollouts.pair.row}; lower --lr.")
+            parallel.backward(loss, ranks)
+            ratio_max = max(ratio_max, more.pop("ratio_max"))
+            for name, value in more.items():
+                sums[name] = sums.get(name, 0.0) + value
+    parallel.sync_gradients(model, ranks)
+    norms = parallel.clip_gradients(model, settings.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    sums = ranks.sum(sums)
+    for name, count in (("clipped", "tokens"), ("log_prob", "tokens"), ("right", "bt"), ("margin", "bt")):
+        sums[name] /= counts[count]
+    return {**sums, "ratio_max": ratio_max, **{f"grad_norm_{part}": norm for part, norm in norms.items()}}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------------
+def train(model, reference, engine, pairs, settings: Settings, ranks) -> None:
+    """The loop of stage 2; the steps are those of the docstring at the top."""
+    optimizer = parallel.make_optimizer(model, settings)
+    steps_per_epoch, local_pairs = parallel.divide(len(pairs), settings, ranks)
+    total = min(settings.max_steps or 10**9, settings.epochs * steps_per_epoch)
+    first = parallel.load_checkpoint(settings.out, model, optimizer, ranks)["step"] if settings.resume else 0
+    if first:
+        engine.sync(parallel.trained_weights(model))
+    log = parallel.Log(settings.out, settings, ranks, "grpo", first)
+    stop = parallel.StopSignal()
+    schedule = []
+    for step in range(first, total):
+        epoch, place = divmod(step, steps_per_epoch)
+        order = data.epoch_order(len(pairs), settings.seed, epoch)
+        schedule += ranks.share(order[place * settings.batch_pairs : (place + 1) * settings.batch_pairs])
+    dataset = data.EncodedPairs(pairs, model.processor, settings.fps, settings.max_pixels)
+    stream = data.take(dataset, schedule, settings.workers)
+    updates = settings.batch_pairs // settings.mini_pairs
+    model.train()
+    for step in ranks.progress(range(first + 1, total + 1), desc="stage 2", initial=first, total=total):
+        began = time.time()
+        items = [next(stream) for _ in range(local_pairs)]  # 1 draw pairs
+        drawn = time.time()
+        batch = generate(items, engine, settings, step)  # 2 generate
+        for rollouts in batch:
+            judge(rollouts, model.processor.tokenizer, settings)  # 3 rollout rewards, 4 group advantages
+        generated = time.time()
+        for rollouts in batch:  # 5 log-probs that the update compares with, from before it
+            if updates > 1:
+                rollouts.old = log_probs_now(model, rollouts, settings, ranks)
+            if settings.kl_coef > 0 and reference is not None:
+                rollouts.reference = log_probs_now(reference, rollouts, settings, ranks)
+            elif settings.kl_coef > 0:
+                with model.reference_policy():
+                    rollouts.reference = log_probs_now(model, rollouts, settings, ranks)
+        parallel.set_learning_rate(optimizer, step, max(1, round(settings.warmup * total)))
+        size = local_pairs // updates
+        done = [update(model, optimizer, batch[i : i + size], settings, ranks) for i in range(0, local_pairs, size)]  # 6
+        engine.sync(parallel.trained_weights(model))  # 7 the engine samples the next batch from the new weights
+        metrics = step_metrics(batch, done, settings, ranks)  # 8 log
+        metrics |= {"wait_share": (drawn - began) / (time.time() - began), "generate_seconds": generated - drawn,
+                    "update_seconds": time.time() - generated, "step_seconds": time.time() - began}  # fmt: skip
+        stopping = ranks.any(stop.requested)
+        if step == total or stopping or (settings.save_every and step % settings.save_every == 0):
+            parallel.save_checkpoint(settings.out, step, model, optimizer, ranks, settings.keep)
+        if ranks.is_main:
+            write_samples(os.path.join(settings.out, "samples.jsonl"), step, batch[0], model.processor.tokenizer)
+        log.step(step, metrics, f"step {step:4d}/{total}  R {metrics['rollout_reward']:.3f} (quality {metrics['quality']:.3f} "
+                 f"format {metrics['format']:.2f} length {metrics['length']:.2f})  flat groups {metrics['flat_groups']:.2f}  "
+                 f"BT {metrics['bt_loss']:.3f}  pair accuracy {metrics['pair_accuracy']:.3f}  KL {metrics['kl']:.1e}  "
+                 f"|g| {metrics['grad_norm_total']:.2f}  {metrics['cot_tokens']:.0f} tokens  {metrics['step_seconds']:.1f} s")  # fmt: skip
+        if stopping:
+            ranks.print(f"stopped after step {step}; the same command with --resume goes on")
+            raise KeyboardInterrupt
+
+
+def step_metrics(batch: list[Rollouts], updates: list[dict], settings, ranks) -> dict[str, float]:
+    """COLLECTIVE. 8: what moves, averaged over all rollouts of all ranks. README's glossary explains each name."""
+    rewards = [r for rollouts in batch for row in rollouts.rewards for r in row]
+    cots = [cot for rollouts in batch for row in rollouts.cots for cot in row]
+    groups = [[r.total for r in row] for rollouts in batch for row in rollouts.rewards]
+    sums = ranks.sum({
+        "rollout_reward": sum(r.total for r in rewards), "quality": sum(r.quality for r in rewards),
+        "format": sum(r.format for r in rewards), "length": sum(r.length for r in rewards),
+        "cot_tokens": sum(map(len, cots)), "truncated": sum(len(cot) >= settings.max_new_tokens for cot in cots),
+        "flat": sum(max(g) - min(g) < 1e-9 for g in groups), "rollouts": len(rewards), "groups": len(groups),
+    })  # fmt: skip
+    count, num_groups, flat = sums.pop("rollouts"), sums.pop("groups"), sums.pop("flat")
+    metrics = {name: value / count for name, value in sums.items()} | {"flat_groups": flat / num_groups}
+    mean = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+    metrics |= {"pair_accuracy": mean.pop("right"), "clip_share": mean.pop("clipped"), "mean_log_prob": mean.pop("log_prob")}
+    metrics["head_reward"] = mean.pop("head_reward") * len(updates) / count
+    return metrics | mean | {"ratio_max": max(u["ratio_max"] for u in updates)}
+
+
+def write_samples(path: str, step: int, rollouts: Rollouts, tokenizer) -> None:
+    """Appends the best and the worst CoT of the first pair's first video, with their rewards: read them while it trains."""
+    order = sorted(range(len(rollouts.cots[0])), key=lambda i: rollouts.rewards[0][i].total)
+    with open(path, "a", encoding="utf-8") as file:
+        for i in (order[0], order[-1]):
+            line = {"step": step, "video": rollouts.pair.video_a, "prompt": rollouts.pair.prompt, "truth": rollouts.pair.annotation_a,
+                    "advantage": round(float(rollouts.advantages[0, i]), 3), **dataclasses.asdict(rollouts.rewards[0][i]),
+                    "cot": decode_cot(tokenizer, rollouts.cots[0][i])}  # fmt: skip
+            file.write(json.dumps(line) + "\n")
+
+
+def check(settings: Settings, ranks) -> None:
+    """Flags that contradict each other, before anything is loaded."""
+    for name in ("data", "model"):
+        if getattr(settings, name) is None:
+            raise InputError(f"--{name} is missing; see --help.")
+    if settings.batch_pairs % settings.mini_pairs or settings.mini_pairs % ranks.world:
+        raise InputError(f"--mini-pairs {settings.mini_pairs} must divide --batch-pairs {settings.batch_pairs} and be a multiple "
+                         f"of the {ranks.world} ranks.")  # fmt: skip
+    if settings.rollouts % (settings.rollouts_per_forward or settings.rollouts):
+        raise InputError(f"--rollouts-per-forward {settings.rollouts_per_forward} must divide --rollouts {settings.rollouts}.")
+
+
+def main() -> None:
+    settings = parallel.parse(Settings, __doc__)
+    ranks = parallel.start(settings.seed, settings.log_with, settings.out)
+    check(settings, ranks)
+    os.makedirs(settings.out, exist_ok=True)
+    pairs = parallel.readable_pairs(data.read_pairs(settings.data, video_root=settings.video_root), settings, ranks)
+    for pair in pairs:
+        if not pair.annotation_a or not pair.annotation_b:
+            raise InputError(f"{settings.data}, line {pair.row}: has no video_1_scores / video_2_scores in `answer`; stage 2 "
+                             "rewards CoTs by them (README, 'Data formats').")  # fmt: skip
+    model = DeScore.from_pretrained(settings.model, dtype=parallel.load_dtype(settings.train, ranks))
+    model.settings.update(fps=settings.fps, max_pixels=settings.max_pixels)
+    model.make_trainable(settings.train, vision=False, lora_r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=0.0)
+    if settings.gradient_checkpointing:
+        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    reference = None
+    if settings.kl_coef > 0 and settings.train == "full":  # with LoRA the reference is the model without its adapter
+        reference = DeScore.from_pretrained(settings.model, dtype=parallel.load_dtype("lora", ranks)).eval().requires_grad_(False)
+        parallel.shard(reference, ranks)
+    engine = make_engine(settings.engine, settings.model, model.processor, ranks, model, settings.seed,
+                         rows_per_batch=settings.rows_per_batch)  # fmt: skip
+    parallel.shard(model, ranks)
+    train(model, reference, engine, pairs, settings, ranks)
+    parallel.save_model(model, os.path.join(settings.out, "model"), ranks)
+    if ranks.is_main:
+        panels = {"rollout reward R": ["rollout_reward", "quality", "format", "length"], "pair accuracy": ["pair_accuracy"],
+                  "BT loss (Eq. 10)": ["bt_loss"], "groups with no spread, clipped tokens": ["flat_groups", "clip_share"],
+                  "KL to the reference": ["kl"], "gradient norms": ["grad_norm_llm", "grad_norm_head"]}  # fmt: skip
+        parallel.draw_curves(settings.out, panels, os.path.join(settings.out, "curves.png"), "Stage 2: GRPO + BT")
+    ranks.print(f"wrote {settings.out}/model, metrics.jsonl, samples.jsonl and curves.png")
+    ranks.finish()
+
+
+if __name__ == "__main__":
+    parallel.cli(main)

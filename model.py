@@ -1,0 +1,526 @@
+"""DeScore: a Qwen3-VL that thinks in words and scores through one extra token.
+
+    [ video + prompt ][ CoT ... EOS ][ <Reward> ] -> last hidden state at <Reward> -> linear head -> reward
+                        ^ generated     ^ learnable vector, not a word of the vocabulary
+
+ONE forward gives both things that stage 2 trains: the reward, and the log-probability of every CoT token. That works
+because attention is causal: the query stands last, so it changes nothing before it.
+
+Shapes: B rows, L positions (padded), P prompt tokens, D hidden size, V vocabulary, N CoTs, T CoT tokens (padded).
+The model knows nothing of ranks or sharding; parallel.py applies those from outside. What must not be taken out of
+`forward`: everything that touches the embedding, `lm_head` or the head, since under FSDP they are whole only in there.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    Qwen3VLForConditionalGeneration,
+)
+
+import data
+from data import InputError
+from losses import token_log_probs
+
+# LoRA on the LLM's linear layers; not on lm_head, the embeddings or the vision tower (whose layers have other names).
+LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+SETTINGS_FILE, HEAD_FILE, TRAINED_FILE = "descore.json", "descore.safetensors", "trained.safetensors"
+
+
+@dataclasses.dataclass
+class Output:
+    """rewards (N,) fp32; log_probs (N, T) fp32, 0 at padding, or None if not asked for."""
+
+    rewards: torch.Tensor
+    log_probs: torch.Tensor | None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 1. Laying tokens out
+# ---------------------------------------------------------------------------------------------------------------
+def lay_out(backbone, prefixes: list[dict], responses: list[list[list[int]]]) -> dict[str, torch.Tensor]:
+    """Prompts and CoTs -> the tensors of one forward. Row b holds prefix b ONCE and all of its CoTs behind it.
+
+        [ prefix (video + prompt) | cot_1 q_1 | cot_2 q_2 | ... | padding ]
+
+    The G CoTs of a video share thousands of prefix tokens, so packing them encodes and back-propagates those once, not G
+    times. That equals G separate rows because each CoT sees what it would see alone:
+      * a block mask: position i may look at j <= i in the prefix or in its own CoT. For two CoTs of two tokens,
+
+                    p p p  a a q  b b q          rows look, columns are looked at, x = allowed
+                p   x . .  . . .  . . .
+                p   x x .  . . .  . . .
+                p   x x x  . . .  . . .
+                a   x x x  x . .  . . .
+                a   x x x  x x .  . . .
+                q   x x x  x x x  . . .
+                b   x x x  . . .  x . .          b does not see a
+                b   x x x  . . .  x x .
+                q   x x x  . . .  x x x
+
+      * positions restart right after the prefix for each CoT.
+    With one CoT per row (the plain path) the block mask is the ordinary causal mask, and only padding is marked.
+
+    Args:
+        backbone: the Qwen3-VL, for its rule of 3-D positions (time, height, width) only.
+        prefixes: from data.encode_prompt, one per row.
+        responses: responses[b] = the CoTs of row b as token ids, [] for "no CoT" (masked). EOS included if it was sampled;
+            the query follows the last token whatever it is, so a CoT cut off at the limit needs no special case.
+    Returns:
+        input_ids (B, L); query_mask (B, L) bool; position_ids (3, B, L); attention_mask (B, L), or (B, 1, L, L) bool when a
+        row holds several CoTs; pixel_values_videos, video_grid_thw;
+        query_index (N,): where the queries are in the flattened B x L; response_index (N, T): where the position that
+        PREDICTS each CoT token is (one before it); response_ids, response_mask (N, T).
+    """
+    pad = backbone.config.text_config.pad_token_id or 0  # never read: masked out, or replaced by the query vector
+    rows, starts = [], []
+    for prefix, cots in zip(prefixes, responses, strict=True):
+        positions, _ = backbone.model.get_rope_index(
+            input_ids=prefix["input_ids"][None],
+            mm_token_type_ids=prefix["mm_token_type_ids"][None],
+            video_grid_thw=prefix["video_grid_thw"],
+        )
+        ids, positions, segments = [prefix["input_ids"]], [positions[:, 0]], [torch.zeros_like(prefix["input_ids"])]
+        row_starts, end = [], len(prefix["input_ids"])
+        for k, cot in enumerate(cots, start=1):
+            ids.append(torch.tensor([*cot, pad]))  # the pad stands for the query
+            after_prefix = torch.arange(len(cot) + 1) + positions[0].max() + 1
+            positions.append(after_prefix.expand(3, -1))  # text: the same number for time, height and width
+            segments.append(torch.full((len(cot) + 1,), k))
+            row_starts.append(end)
+            end += len(cot) + 1
+        rows.append((torch.cat(ids), torch.cat(positions, dim=1), torch.cat(segments)))
+        starts.append(row_starts)
+
+    length = max(len(ids) for ids, _, _ in rows)
+    input_ids = torch.full((len(rows), length), pad)  # (B, L)
+    position_ids = torch.zeros(3, len(rows), length, dtype=torch.long)
+    segment = torch.full((len(rows), length), -1)  # 0 prefix, k the k-th CoT and its query, -1 padding
+    for b, (ids, positions, segments) in enumerate(rows):
+        input_ids[b, : len(ids)], position_ids[:, b, : len(ids)], segment[b, : len(ids)] = ids, positions, segments
+
+    spans = [
+        (b, start, len(cot))
+        for b, (row_starts, cots) in enumerate(zip(starts, responses))
+        for start, cot in zip(row_starts, cots)
+    ]
+    longest = max([1, *(n for _, _, n in spans)])
+    response_ids, response_index = (torch.zeros(len(spans), longest, dtype=torch.long) for _ in range(2))
+    response_mask, query_mask = torch.zeros(len(spans), longest), torch.zeros(len(rows), length, dtype=torch.bool)
+    for i, (b, start, n) in enumerate(spans):
+        response_ids[i, :n] = input_ids[b, start : start + n]
+        # Token t is predicted from the position before it. Before a CoT's FIRST token stands the prefix's last one.
+        before = torch.tensor([len(prefixes[b]["input_ids"]) - 1, *range(start, start + n - 1)])[:n]
+        response_index[i, :n] = b * length + before
+        response_mask[i, :n] = 1
+        query_mask[b, start + n] = True
+
+    if all(len(cots) == 1 for cots in responses):
+        attention_mask = (segment >= 0).long()  # (B, L); causality is the model's own
+    else:
+        attention_mask = block_mask(segment)
+    return {
+        "input_ids": input_ids,
+        "query_mask": query_mask,
+        "position_ids": position_ids,
+        "attention_mask": attention_mask,
+        "pixel_values_videos": torch.cat([prefix["pixel_values_videos"] for prefix in prefixes]),
+        "video_grid_thw": torch.cat([prefix["video_grid_thw"] for prefix in prefixes]),
+        "query_index": torch.tensor([b * length + start + n for b, start, n in spans]),
+        "response_index": response_index,
+        "response_ids": response_ids,
+        "response_mask": response_mask,
+    }
+
+
+def block_mask(segment: torch.Tensor) -> torch.Tensor:
+    """segment (B, L): 0 prefix, k >= 1 the k-th CoT, -1 padding -> (B, 1, L, L) bool, True where attention is allowed."""
+    length = segment.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()  # (L, L)
+    same_cot = segment[:, :, None] == segment[:, None, :]  # (B, L, L)
+    in_prefix = (segment == 0)[:, None, :]  # (B, 1, L)
+    return (causal & (same_cot | in_prefix))[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 2. The model
+# ---------------------------------------------------------------------------------------------------------------
+class DeScore(nn.Module):
+    """Qwen3-VL backbone + learnable query + linear head without bias. Rewards are unbounded; only differences count.
+
+    The query is a parameter put into `inputs_embeds`, not a row of the vocabulary: nothing is resized, no 1.2 GB embedding
+    gets an optimizer state for one row (PAPER.md, defect 10), the sampler can never emit it, and a prompt that contains
+    the letters `<Reward>` is only text.
+    """
+
+    def __init__(self, backbone: Qwen3VLForConditionalGeneration, processor=None, settings: dict | None = None):
+        super().__init__()
+        hidden = backbone.config.text_config.hidden_size
+        self.backbone, self.processor, self.settings = backbone, processor, dict(settings or {})
+        # The query starts as an average word (a foreign scale would disturb the first layers), the head near 0, so that
+        # at the start all rewards are about equal and the loss is ln 2.
+        self.query = nn.Parameter(backbone.get_input_embeddings().weight.detach().float().mean(dim=0).clone())  # (D,)
+        self.head = nn.Linear(hidden, 1, bias=False, dtype=torch.float32)
+        nn.init.normal_(self.head.weight, std=hidden**-1)
+        self.logit_chunk = 1024  # positions whose (chunk, V) logits exist at a time: 0.6 GB in fp32 at V = 151,936
+
+    def forward(self, batch: dict[str, torch.Tensor], want_log_probs: bool = True) -> Output:
+        """One pass: rewards at the queries, and log-probs of the CoT tokens. `batch` comes from `lay_out`."""
+        embeds = self.backbone.get_input_embeddings()(batch["input_ids"])  # (B, L, D)
+        embeds = torch.where(batch["query_mask"][..., None], self.query.to(embeds.dtype), embeds)
+        hidden = self.backbone.model(
+            inputs_embeds=embeds,
+            attention_mask=batch["attention_mask"],
+            position_ids=batch["position_ids"],
+            pixel_values_videos=batch["pixel_values_videos"],
+            video_grid_thw=batch["video_grid_thw"],
+            use_cache=False,
+        ).last_hidden_state.flatten(0, 1)  # (B * L, D)
+        # fp32 for the head whatever the backbone computes in: a bf16 reward near 5 has steps of 0.03.
+        with torch.autocast(hidden.device.type, enabled=False):
+            rewards = self.head(hidden[batch["query_index"]].float()).squeeze(-1)  # (N,)
+        return Output(rewards, self._response_log_probs(hidden, batch) if want_log_probs else None)
+
+    def _response_log_probs(self, hidden, batch):
+        """log π of each CoT token: `lm_head` on CoT positions only, in chunks whose logits are recomputed in backward.
+
+        Full logits of one 8B sequence (6,144 x 151,936 fp32) would be 3.7 GB; most of its positions are video.
+        """
+        mask = batch["response_mask"].bool()  # (N, T)
+        states = hidden[batch["response_index"][mask]]  # (M, D): M real CoT tokens of all N CoTs
+        token_ids = batch["response_ids"][mask]  # (M,)
+
+        def chunk_log_probs(states, token_ids):
+            return token_log_probs(self.backbone.lm_head(states), token_ids)
+
+        pieces = [
+            checkpoint(chunk_log_probs, states[i : i + self.logit_chunk], token_ids[i : i + self.logit_chunk],
+                       use_reentrant=False)
+            for i in range(0, len(states), self.logit_chunk)
+        ]  # fmt: skip
+        log_probs = torch.zeros(mask.shape, device=hidden.device)  # (N, T)
+        return log_probs.masked_scatter(mask, torch.cat(pieces)) if pieces else log_probs
+
+    # -- what is trained ----------------------------------------------------------------------------------------
+    def make_trainable(
+        self, train: str, vision: bool, lora_r: int = 64, lora_alpha: int = 128, lora_dropout: float = 0.05
+    ) -> None:
+        """Marks what is trained: always the query and the head; the LLM by `train`; the vision tower if `vision`.
+
+        train = "lora": adapters on the LLM's linear layers (paper, stage 1: r 64, alpha 128, dropout .05);
+        train = "full": all of the LLM, `lm_head` included (paper, stage 2); train = "head": nothing of the LLM.
+        Trained parameters are held in fp32: in bf16 an update of 1e-6 rounds away (PAPER.md, defect 2).
+        """
+        if train not in ("lora", "full", "head"):
+            raise InputError(f"--train {train}: choose lora, full or head.")
+        if train == "lora":
+            from peft import LoraConfig
+
+            self.backbone.add_adapter(
+                LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=LORA_TARGETS)
+            )  # B starts at 0: at step 0 the adapted model is the base model
+        for name, parameter in self.named_parameters():  # after add_adapter, which freezes the whole backbone
+            mine = name in ("query", "head.weight") or ".lora_" in name
+            in_tower = name.startswith("backbone.model.visual.")
+            parameter.requires_grad_(mine or (vision if in_tower else train == "full"))
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """The trained parameters by part: "llm", "vision", "head" (query and head). For optimizers and gradient norms."""
+        groups = {"llm": [], "vision": [], "head": []}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                mine = name in ("query", "head.weight")
+                groups["head" if mine else "vision" if ".visual." in name else "llm"].append(parameter)
+        return {name: parameters for name, parameters in groups.items() if parameters}
+
+    def lora_layers(self) -> dict[str, nn.Module]:
+        """Name -> layer for each linear layer that carries an adapter."""
+        return {name: module for name, module in self.named_modules() if hasattr(module, "lora_A")}
+
+    @contextlib.contextmanager
+    def reference_policy(self):
+        """Inside, the model is what it was before training, for the KL term: adapters off, and no dropout.
+
+        Only for LoRA: with full fine-tuning the old weights are gone, and grpo.py loads a second, frozen model.
+        """
+        layers, was_training = list(self.lora_layers().values()), self.training
+        assert layers, "reference_policy needs LoRA"
+        self.eval()
+        for layer in layers:
+            layer._disable_adapters = True  # enable_adapters() would also flip requires_grad, which FSDP forbids
+        try:
+            yield self
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
+            self.train(was_training)
+
+    # -- using it -----------------------------------------------------------------------------------------------
+    def encode(self, videos, prompts, source_fps: float | None = None) -> list[dict]:
+        """Videos (paths, data.Video, or (T, H, W, 3) arrays with `source_fps`) and prompts -> prefixes for `lay_out`."""
+        if len(videos) != len(prompts):
+            raise InputError(f"{len(videos)} videos but {len(prompts)} prompts; one prompt per video is needed.")
+        fps, max_pixels = self.settings.get("fps", 2.0), self.settings.get("max_pixels", 448 * 448)
+        videos = [data.to_video(video, fps, max_pixels, source_fps) for video in videos]
+        return [data.encode_prompt(self.processor, video, prompt) for video, prompt in zip(videos, prompts)]
+
+    @torch.no_grad()
+    def think(self, videos, prompts, max_new_tokens=4096, temperature=0.0, seed=0, source_fps=None) -> list[str]:
+        """Writes one CoT per video (greedy by default). Returns B texts, without the EOS."""
+        prefixes = self.encode(videos, prompts, source_fps)
+        seeds = [[seed + i] for i in range(len(prefixes))]
+        cots = sample_cots(self.backbone, self.processor, prefixes, seeds, max_new_tokens, temperature)
+        return [decode_cot(self.processor.tokenizer, cot) for (cot,) in cots]
+
+    @torch.no_grad()
+    def score(self, videos, prompts, thoughts, source_fps=None) -> torch.Tensor:
+        """Rewards (B,) fp32 of videos whose CoTs are given: texts, token ids, or None for no CoT. Nothing is masked."""
+        thoughts = [data.encode_cot(self.processor.tokenizer, t) if isinstance(t, str) else t or [] for t in thoughts]
+        was_training = self.training
+        self.eval()
+        batch = lay_out(self.backbone, self.encode(videos, prompts, source_fps), [[thought] for thought in thoughts])
+        rewards = self(to_device(batch, self.query.device), want_log_probs=False).rewards
+        self.train(was_training)
+        return rewards
+
+    def reward(self, videos, prompts, think: bool = True, max_new_tokens=4096, source_fps=None) -> torch.Tensor:
+        """Think, then score: (B,) fp32. `think=False` skips the CoT, which random CoT masking has trained the head for."""
+        thoughts = self.think(videos, prompts, max_new_tokens, source_fps=source_fps) if think else [None] * len(videos)
+        return self.score(videos, prompts, thoughts, source_fps)
+
+    # -- disk ---------------------------------------------------------------------------------------------------
+    def save_pretrained(self, path: str, state: dict | None = None, merge: bool = True) -> None:
+        """Writes a folder that transformers and vLLM open as a plain Qwen3-VL, plus the query and the head.
+
+        Files: config.json, model*.safetensors, tokenizer and processor; descore.safetensors (query, head.weight);
+        descore.json (sizes, sampling settings). `merge=True` folds LoRA into the weights, in fp32, so the next stage cannot
+        lose it (PAPER.md, defect 9). `merge=False` writes only what was trained: adapter_model.safetensors (PEFT's layout),
+        trained.safetensors (vision tower), and the base model's path.
+        `state`: this model's whole state dict on the CPU, gathered by parallel.py when the model is sharded.
+        """
+        from huggingface_hub import save_torch_state_dict
+        from safetensors.torch import save_file
+
+        state = self.state_dict() if state is None else state
+        os.makedirs(path, exist_ok=True)
+        head = {key: state[key].contiguous() for key in ("query", "head.weight")}
+        save_file(head, os.path.join(path, HEAD_FILE))
+        if self.processor is not None:
+            self.processor.save_pretrained(path)
+        text = self.backbone.config.text_config
+        sizes = {"hidden_size": text.hidden_size, "layers": text.num_hidden_layers, "vocab_size": text.vocab_size}
+        kind = "merged" if merge or not self.lora_layers() else "adapter"
+        if kind == "merged":
+            self.backbone.config.save_pretrained(path)
+            self.backbone.generation_config.save_pretrained(path)
+            tensors = dict(merge_lora(state, self.lora_scaling()))
+            if self.backbone.config.tie_word_embeddings:
+                tensors.pop("lm_head.weight", None)
+            save_torch_state_dict({k: v.contiguous() for k, v in tensors.items()}, path)
+        else:
+            config = self.backbone.peft_config["default"]
+            config.base_model_name_or_path = self.settings.get("base_model")
+            config.save_pretrained(path)
+            strip = len("backbone.")
+            adapter = {
+                f"base_model.model.{k[strip:].replace('.default', '')}": v.contiguous()
+                for k, v in state.items() if ".lora_" in k
+            }  # fmt: skip
+            save_file(adapter, os.path.join(path, "adapter_model.safetensors"))
+            trained = {n for n, p in self.named_parameters() if p.requires_grad and ".lora_" not in n} - set(head)
+            save_file({k: state[k].contiguous() for k in sorted(trained)}, os.path.join(path, TRAINED_FILE))
+        with open(os.path.join(path, SETTINGS_FILE), "w", encoding="utf-8") as file:
+            json.dump({**self.settings, "kind": kind, **sizes}, file, indent=1)
+
+    def lora_scaling(self) -> dict[str, float]:
+        """Layer name in the state dict -> alpha / r."""
+        return {name: layer.scaling["default"] for name, layer in self.lora_layers().items()}
+
+    @classmethod
+    def from_pretrained(cls, path: str, device="cpu", dtype=torch.float32, new_head: bool = False) -> "DeScore":
+        """Opens a DeScore folder, or, with `new_head=True`, a plain Qwen3-VL to start stage 1 from.
+
+        Strict: a missing or extra weight, another size, or a base model without a head is an InputError, never a random
+        head (PAPER.md, defect 3). In evaluation mode, as transformers does it.
+        """
+        from safetensors.torch import load_file
+
+        settings_path = os.path.join(path, SETTINGS_FILE)
+        settings = {"base_model": str(path)}
+        if os.path.isfile(settings_path):
+            with open(settings_path, encoding="utf-8") as file:
+                settings = json.load(file)
+        elif not new_head:
+            raise InputError(f"{path}: has no {SETTINGS_FILE}, so no reward head; give --model a folder that cold_start.py wrote.")
+        is_adapter = settings.get("kind") == "adapter"
+        backbone = load_backbone(settings["base_model"] if is_adapter else path, dtype)
+        try:
+            processor = AutoProcessor.from_pretrained(path)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: the processor's files are missing or broken ({first_line(error)}).") from error
+        model = cls(backbone, processor, settings)
+        if not new_head or os.path.isfile(settings_path):
+            sizes = backbone.config.text_config
+            for key, have in (("hidden_size", sizes.hidden_size), ("layers", sizes.num_hidden_layers)):
+                if settings.get(key) != have:
+                    raise InputError(f"{path}: the head was trained on a base with {key} {settings.get(key)}, this one has {have}.")
+            if is_adapter:
+                model._load_adapter(path, load_file)
+            load_strictly(model, load_file(os.path.join(path, HEAD_FILE)), os.path.join(path, HEAD_FILE), ("query", "head.weight"))
+        return model.to(device).eval()
+
+    def _load_adapter(self, path, load_file):
+        from peft import LoraConfig
+
+        self.backbone.add_adapter(LoraConfig.from_pretrained(path))
+        file = os.path.join(path, "adapter_model.safetensors")
+        adapter = {
+            k.replace("base_model.model.", "backbone.", 1).replace(".weight", ".default.weight"): v
+            for k, v in load_file(file).items()
+        }
+        load_strictly(self, adapter, file, [k for k in self.state_dict() if ".lora_" in k])
+        trained = load_file(os.path.join(path, TRAINED_FILE))
+        load_strictly(self, trained, os.path.join(path, TRAINED_FILE), list(trained))
+
+
+def merge_lora(state: dict[str, torch.Tensor], scaling: dict[str, float], whole=lambda tensor: tensor):
+    """This model's state dict -> (Hugging Face name, tensor) of the backbone, adapters folded in: W + (alpha/r) B A, fp32.
+
+    A generator: a caller that sends the weights on needs room for one layer, not for a second model. `whole` turns a
+    shard into the whole tensor, where the model is sharded.
+    """
+    for key, value in state.items():
+        if not key.startswith("backbone.") or ".lora_" in key:
+            continue
+        layer = key.removesuffix(".base_layer.weight")
+        if layer != key:
+            a, b = (whole(state[f"{layer}.lora_{x}.default.weight"]).float() for x in "AB")  # (r, in), (out, r)
+            value, key = whole(value).float() + scaling[layer] * (b @ a), f"{layer}.weight"
+        else:
+            value = whole(value)
+        yield key.removeprefix("backbone.").replace(".base_layer.", "."), value
+
+
+def load_backbone(path: str, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:
+    """The Qwen3-VL in a folder (or on the hub), every weight accounted for. Raises InputError otherwise."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if config.model_type != "qwen3_vl":
+            raise InputError(f"{path}: is a {config.model_type} model; DeScore needs a Qwen3-VL (model_type qwen3_vl).")
+        backbone, info = Qwen3VLForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: cannot be opened as a Qwen3-VL checkpoint ({first_line(error)}).") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(str(name) for name in info[kind]):
+            raise InputError(f"{path}: {len(names)} {kind.replace('_', ' ')}, e.g. {names[0]}; is it the right base model?")
+    return backbone
+
+
+def load_strictly(model: nn.Module, tensors: dict, file: str, expected) -> None:
+    """Copies tensors into the model; a missing, extra or wrongly sized one is an InputError."""
+    own = dict(model.state_dict())
+    if set(tensors) != set(expected):
+        odd = sorted(set(tensors) ^ set(expected))
+        raise InputError(f"{file}: missing or extra weights: {', '.join(odd[:3])}.")
+    for name, value in tensors.items():
+        if name not in own or own[name].shape != value.shape:
+            have = tuple(own[name].shape) if name in own else "none"
+            raise InputError(f"{file}: {name} is {tuple(value.shape)}, the model's is {have}; is it the right base model?")
+        with torch.no_grad():
+            own[name].copy_(value)
+
+
+def first_line(error: Exception) -> str:
+    """The first non-empty line of a message, for one-sentence errors."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+
+
+def to_device(batch: dict[str, torch.Tensor], device) -> dict[str, torch.Tensor]:
+    """Moves a batch; tensors stay as they are."""
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 3. Sampling CoTs with transformers' generate
+# ---------------------------------------------------------------------------------------------------------------
+class SeededSampling(LogitsProcessor):
+    """Temperature sampling with one random stream per row, by the Gumbel-max trick:
+
+        argmax_v (logit_v / temperature + g_v),  g_v ~ Gumbel(0, 1)   is a draw from softmax(logits / temperature)
+
+    With transformers' own sampling the draw for a row depends on its batch-mates; here a CoT depends on its own seed only,
+    so results do not change with the batch size or the number of ranks.
+    """
+
+    def __init__(self, seeds: list[int], temperature: float):
+        self.generators, self.temperature = [torch.Generator().manual_seed(seed) for seed in seeds], temperature
+
+    def __call__(self, input_ids, scores):
+        noise = torch.stack([torch.rand(scores.shape[1], generator=g) for g in self.generators])  # (rows, V)
+        gumbel = -torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7)))
+        return scores.float() / self.temperature + gumbel.to(scores.device)
+
+
+def banned_tokens(tokenizer) -> list[int]:
+    """Control tokens that a CoT may not contain: all but EOS. A sampled <|video_pad|> would claim to be video."""
+    return sorted(i for i, t in tokenizer.added_tokens_decoder.items() if t.special and i != tokenizer.eos_token_id)
+
+
+@torch.no_grad()
+def sample_cots(
+    backbone, processor, prefixes: list[dict], seeds: list[list[int]], max_new_tokens: int, temperature: float = 1.0
+) -> list[list[list[int]]]:
+    """Samples len(seeds[i]) CoTs for prefix i. temperature 0 is greedy.
+
+    Returns [prefix][sample] -> token ids, the EOS included when it was reached, absent when cut off at max_new_tokens.
+    """
+    tokenizer, device = processor.tokenizer, next(backbone.parameters()).device
+    rows = [prefix for prefix, row_seeds in zip(prefixes, seeds, strict=True) for _ in row_seeds]
+    flat_seeds = [seed for row_seeds in seeds for seed in row_seeds]
+    length = max(len(row["input_ids"]) for row in rows)
+
+    def left_pad(values, fill):  # generation continues at the right end, so all rows must end there
+        return torch.stack([torch.cat([v.new_full((length - len(v),), fill), v]) for v in values]).to(device)
+
+    inputs = {
+        "input_ids": left_pad([row["input_ids"] for row in rows], tokenizer.pad_token_id),
+        "attention_mask": left_pad([torch.ones_like(row["input_ids"]) for row in rows], 0),
+        "mm_token_type_ids": left_pad([row["mm_token_type_ids"] for row in rows], 0),
+        "pixel_values_videos": torch.cat([row["pixel_values_videos"] for row in rows]).to(device),
+        "video_grid_thw": torch.cat([row["video_grid_thw"] for row in rows]).to(device),
+    }
+    config = GenerationConfig(  # everything named, or the checkpoint's own generation_config would fill the gaps
+        do_sample=False, num_beams=1, repetition_penalty=1.0, temperature=1.0, top_p=1.0, top_k=50, max_new_tokens=max_new_tokens, use_cache=True,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, suppress_tokens=banned_tokens(tokenizer),
+    )  # fmt: skip
+    sampling = LogitsProcessorList([SeededSampling(flat_seeds, temperature)] if temperature > 0 else [])
+    was_training = backbone.training
+    backbone.eval()
+    backbone.model.rope_deltas = None  # generate caches it on the model; a stale one belongs to other videos
+    tokens = backbone.generate(**inputs, generation_config=config, logits_processor=sampling)[:, length:].tolist()
+    backbone.train(was_training)
+    ended = [row[: row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row for row in tokens]
+    samples = iter(ended)
+    return [[next(samples) for _ in row_seeds] for row_seeds in seeds]
+
+
+def decode_cot(tokenizer, cot: list[int]) -> str:
+    """Token ids -> text without EOS."""
+    return tokenizer.decode(cot[:-1] if cot and cot[-1] == tokenizer.eos_token_id else cot)

@@ -1,0 +1,96 @@
+"""Shared pieces: a small toy world on disk, the real processor, and random tiny Qwen3-VL weights. No downloads, no mocks."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread costs more than it helps
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import data
+import toy
+from model import DeScore
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SIZES = {"train_cold_start": 8, "val_cold_start": 3, "train_rl": 6, "test_in_domain": 6, "test_genai_bench": 4,
+         "test_videogen_rewardbench": 4}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """{split: CSV path} of a small toy world."""
+    return toy.make_data(tmp_path_factory.mktemp("world"), seed=3, sizes=SIZES, progress=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_clips(world):
+    """A few mp4 paths."""
+    return [path for pair in data.read_pairs(world["train_rl"]) for path in pair.videos]
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return toy.build_processor()
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory, processor):
+    """A plain Hugging Face folder: a tiny Qwen3-VL with random weights."""
+    folder = tmp_path_factory.mktemp("base")
+    toy.build_model(processor, hidden=64, layers=2, vision_hidden=48, vision_layers=2).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def model(base_dir):
+    """A fresh DeScore on the tiny base, with a head whose rewards differ visibly."""
+    torch.manual_seed(0)
+    model = DeScore.from_pretrained(base_dir, new_head=True)
+    torch.nn.init.normal_(model.head.weight, std=0.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(base_dir, tmp_path_factory):
+    """A DeScore checkpoint folder."""
+    torch.manual_seed(1)
+    folder = str(tmp_path_factory.mktemp("descore"))
+    model = DeScore.from_pretrained(base_dir, new_head=True)
+    torch.nn.init.normal_(model.head.weight, std=0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prefixes(processor, world):
+    """Encoded prompts of the first two pairs: four videos, of different prompt lengths."""
+    pairs = data.read_pairs(world["train_rl"])[:2]
+    return [data.encode_prompt(processor, data.sample_frames(v), p.prompt) for p in pairs for v in p.videos]
+
+
+def run(*command, env=None, ranks=1, check=True):
+    """Runs one of our scripts as a user would. Returns the finished process."""
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    done = subprocess.run(
+        [*start, *map(str, command)], cwd=ROOT, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=240
+    )
+    if check:
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def fails_in_one_sentence(*command, says):
+    """Bad input: exit code 2, one `error:` line that contains `says`, and no traceback."""
+    done = run(*command, check=False)
+    assert done.returncode == 2, (done.returncode, done.stderr[-2000:])
+    assert "Traceback" not in done.stderr, done.stderr[-2000:]
+    message = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(message) == 1 and says in message[0], done.stderr[-2000:]
