@@ -203,8 +203,8 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
             raise KeyboardInterrupt
 
 
-def main() -> None:
-    settings = parallel.parse(Settings, __doc__)
+def main(argv=None) -> None:
+    settings = parallel.parse(Settings, __doc__, argv)
     if settings.data is None:
         raise InputError("--data is missing; give a CSV of preference pairs.")
     ranks = parallel.start(settings.seed, settings.log_with, settings.out)

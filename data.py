@@ -460,7 +460,9 @@ class EncodedPairs(torch.utils.data.Dataset):
 
 def take(dataset: torch.utils.data.Dataset, order: list[int], workers: int = 0):
     """Yields dataset[i] for i in `order`, read ahead by `workers` processes (0: in this one). Raises InputError."""
-    loader = torch.utils.data.DataLoader(dataset, sampler=order, batch_size=None, num_workers=workers)
+    # A loader draws a seed when it starts. From a generator of its own, or a resumed run would draw other dropout masks.
+    own = torch.Generator()
+    loader = torch.utils.data.DataLoader(dataset, sampler=order, batch_size=None, num_workers=workers, generator=own)
     for item in loader:
         if isinstance(item, InputError):
             raise item

@@ -371,8 +371,8 @@ def check(settings: Settings, ranks) -> None:
         raise InputError(f"--rollouts-per-forward {settings.rollouts_per_forward} must divide --rollouts {settings.rollouts}.")
 
 
-def main() -> None:
-    settings = parallel.parse(Settings, __doc__)
+def main(argv=None) -> None:
+    settings = parallel.parse(Settings, __doc__, argv)
     ranks = parallel.start(settings.seed, settings.log_with, settings.out)
     check(settings, ranks)
     os.makedirs(settings.out, exist_ok=True)

@@ -19,6 +19,7 @@ import sys
 import time
 import types
 import typing
+import warnings
 
 import numpy as np
 import torch
@@ -190,7 +191,8 @@ def sync_gradients(model, ranks: Ranks) -> None:
 def clip_gradients(model, max_norm: float) -> dict[str, float]:
     """COLLECTIVE under FSDP: L2 norm per part ("llm", "vision", "head") and in total; scales all down to `max_norm`.
 
-    The norms returned are those before clipping. A non-finite norm raises FloatingPointError before any weight is touched.
+    The norms returned are those before clipping. A non-finite norm is an InputError before any weight is touched; the
+    last checkpoint stays good.
     """
     norms = {}
     for name, parameters in model.parameter_groups().items():
@@ -199,7 +201,7 @@ def clip_gradients(model, max_norm: float) -> dict[str, float]:
         norms[name] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     total = sum(norm**2 for norm in norms.values()) ** 0.5
     if not np.isfinite(total):
-        raise FloatingPointError(f"gradient norm is {total} ({norms})")
+        raise InputError(f"the gradient norm is {total} ({norms}); lower --lr, then go on with --resume.")
     scale = min(1.0, max_norm / (total + 1e-6))
     if scale < 1.0:
         for parameters in model.parameter_groups().values():
@@ -332,6 +334,7 @@ def save_checkpoint(out: str, step: int, model, optimizer, ranks: Ranks, keep: i
     """
     import torch.distributed.checkpoint as dcp
 
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: said on every save
     folder = os.path.join(out, "checkpoints", f"step-{step:06d}")
     temporary = folder + ".tmp"
     if ranks.is_main:
@@ -445,6 +448,15 @@ def read_metrics(out: str) -> list[dict]:
                 with contextlib.suppress(json.JSONDecodeError):
                     lines.append(json.loads(text))
     return lines
+
+
+def append_lines(path: str):
+    """Opens a JSON-lines file for appending; a last line that a kill cut short is removed first."""
+    if os.path.isfile(path):
+        with open(path, "rb+") as file:
+            content = file.read()
+            file.truncate(content.rfind(b"\n") + 1)
+    return open(path, "a", encoding="utf-8")
 
 
 def draw_curves(out: str, panels: dict[str, list[str]], path: str, title: str) -> None:

@@ -141,7 +141,7 @@ def think_all(path: str, tasks: list[tuple[str, str]], engine, processor, settin
     size = max(1, settings.batch_size // samples)
     if ranks.is_main and len(todo) < len(set(tasks)):
         print(f"{len(set(tasks)) - len(todo)} of {len(set(tasks))} already thought about")
-    with open(f"{path}.thoughts.{ranks.rank}.jsonl", "a", encoding="utf-8") as file:
+    with parallel.append_lines(f"{path}.thoughts.{ranks.rank}.jsonl") as file:
         for i in ranks.progress(range(0, len(mine), size), desc="thinking", unit="batch"):
             batch = mine[i : i + size]
             prefixes = [
@@ -185,8 +185,8 @@ class Settings:
     seed: int = arg(0, "decides the samples")
 
 
-def main() -> None:
-    settings = parallel.parse(Settings, __doc__)
+def main(argv=None) -> None:
+    settings = parallel.parse(Settings, __doc__, argv)
     if settings.data is None:
         raise InputError("--data is missing; give a CSV of preference pairs.")
     ranks = parallel.start(settings.seed)

@@ -1,0 +1,138 @@
+"""Stage 1: masking only in training and once per pair, ties, limits, resume bit for bit, and the script."""
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+
+import cold_start
+import data
+import parallel
+from conftest import fails_in_one_sentence
+from data import InputError
+from model import DeScore
+
+
+@pytest.fixture
+def pairs(world):
+    """Pairs with CoTs."""
+    pairs = data.read_pairs(world["train_cold_start"])
+    return [dataclasses.replace(p, cot_a=f"<think>one {i}</think>", cot_b=f"<think>two {i}</think>") for i, p in enumerate(pairs)]
+
+
+@pytest.fixture
+def settings(world, tmp_path):
+    return cold_start.Settings(data=world["train_cold_start"], out=str(tmp_path), workers=0)
+
+
+def items(pairs, processor, count=2):
+    return list(data.take(data.EncodedPairs(pairs[:count], processor), list(range(count))))
+
+
+def test_one_mask_draw_per_pair_and_a_masked_cot_is_absent(pairs, model, processor, settings, monkeypatch):
+    seen = []
+    real = cold_start.lay_out
+    monkeypatch.setattr(cold_start, "lay_out", lambda b, p, responses: seen.append(responses) or real(b, p, responses))
+    batch = items(pairs, processor)
+    masked = cold_start.score_pairs(model, batch, settings, masks=[True, False])
+    assert [[bool(ids) for ids in row] for row in seen[0]] == [[False], [False], [True], [True]]  # A and B alike
+    without = [dataclasses.replace(pairs[0], cot_a=None, cot_b=None), pairs[1]]
+    reference = cold_start.score_pairs(model, items(without, processor), settings)
+    assert torch.allclose(torch.stack(masked), torch.stack(reference), atol=1e-6)
+    unmasked = cold_start.score_pairs(model, batch, settings)
+    assert not torch.allclose(unmasked[0][0], masked[0][0], atol=1e-4) and torch.allclose(unmasked[0][1], masked[0][1], atol=1e-5)
+
+
+def test_validation_never_masks(pairs, model, processor, settings, monkeypatch):
+    calls = []
+    real = cold_start.score_pairs
+    monkeypatch.setattr(cold_start, "score_pairs", lambda m, i, s, masks=None: calls.append(masks) or real(m, i, s, masks))
+    settings = dataclasses.replace(settings, mask_probability=1.0)
+    accuracy = cold_start.validate(model, data.EncodedPairs(pairs, processor), settings, parallel.Ranks())
+    assert calls == [None] * len(pairs)
+    right = sum(((a - b) * p.label > 0).item() for p in pairs if p.label for a, b in [real(model, items([p], processor, 1), settings)])
+    assert accuracy == pytest.approx(right / sum(p.label != 0 for p in pairs))
+
+
+def test_too_long_a_cot_names_its_row(pairs, model, processor, settings):
+    settings = dataclasses.replace(settings, max_length=100)
+    long = [dataclasses.replace(pairs[0], cot_a="very long " * 200)]
+    with pytest.raises(InputError, match=rf"row {pairs[0].row}: .* --max-length"):
+        cold_start.score_pairs(model, items(long, processor, 1), settings)
+
+
+def arguments(world, base_dir, out, **more):
+    flags = {"model": base_dir, "data": world["train_cold_start"], "out": out, "batch_pairs": 2, "lr": 1e-3, "workers": 0,
+             "mask_probability": 0.5, "epochs": 2, "lora_r": 4, "lora_alpha": 8, "max_steps": 4, **more}  # fmt: skip
+    return [str(x) for name, value in flags.items() for x in ("--" + name.replace("_", "-"), value)]
+
+
+@pytest.fixture(scope="module")
+def with_cots(world, tmp_path_factory):
+    """The training CSV with some text in CoT_A and CoT_B."""
+    import csv
+
+    path = tmp_path_factory.mktemp("cots") / "train.csv"
+    rows = list(csv.DictReader(open(world["train_cold_start"], encoding="utf-8")))
+    root = world["train_cold_start"].rsplit("/", 1)[0]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        for row in rows:
+            paths = [f"{root}/{v}" for v in data.parse_literal(row["videos"])]
+            writer.writerow({**row, "videos": repr(paths), "CoT_A": "<think>one</think>", "CoT_B": "<think>two two</think>"})
+    return {"train_cold_start": str(path)}
+
+
+def weights(folder):
+    return DeScore.from_pretrained(str(folder / "model")).state_dict()
+
+
+def test_four_steps_are_two_and_resume_and_two(with_cots, base_dir, tmp_path):
+    cold_start.main(arguments(with_cots, base_dir, tmp_path / "whole", val=with_cots["train_cold_start"]))
+    cold_start.main(arguments(with_cots, base_dir, tmp_path / "parts", max_steps=2))
+    # a kill while saving leaves a folder without its final name: it must not be taken for a checkpoint
+    shutil.copytree(tmp_path / "parts/checkpoints/step-000002", tmp_path / "parts/checkpoints/step-000003.tmp")
+    cold_start.main([*arguments(with_cots, base_dir, tmp_path / "parts"), "--resume"])
+    one, two = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(one[name], two[name]) for name in one)  # bit for bit, LoRA dropout and masks included
+    steps = parallel.read_metrics(str(tmp_path / "whole"))
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    assert [line["loss"] for line in steps] == [line["loss"] for line in parallel.read_metrics(str(tmp_path / "parts"))]
+    assert steps[0]["loss"] == pytest.approx(0.6931, abs=0.05)  # ln 2: rewards start about equal
+    assert 0 <= steps[-1]["val_accuracy"] <= 1
+    assert (tmp_path / "whole" / "curves.png").stat().st_size > 5000
+    start = DeScore.from_pretrained(base_dir, new_head=True).state_dict()
+    changed = {name for name in start if not torch.equal(start[name], one[name])}
+    assert {"query", "head.weight"} <= changed and any(".visual." in n for n in changed) and any("q_proj" in n for n in changed)
+    assert not any("lm_head" in n or "embed_tokens" in n for n in changed)  # LoRA's targets only
+
+
+def test_learning_and_btt(with_cots, base_dir, tmp_path):
+    cold_start.main(arguments(with_cots, base_dir, tmp_path, epochs=6, max_steps=18, lr=3e-3, loss="btt", mask_probability=0))
+    steps = parallel.read_metrics(str(tmp_path))
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.1 and steps[-1]["masked_share"] == 0
+
+
+def test_bad_input(world, with_cots, base_dir, tmp_path):
+    with pytest.raises(InputError, match="no CoT_A / CoT_B"):
+        cold_start.main(arguments(world, base_dir, tmp_path))
+    with pytest.raises(InputError, match="--batch-pairs"):
+        cold_start.main(arguments(with_cots, base_dir, tmp_path, batch_pairs=64))
+    with pytest.raises(InputError, match="loss is nan at line"):
+        cold_start.main(arguments(with_cots, base_dir, tmp_path, lr=1e30, max_steps=5))
+    fails_in_one_sentence("cold_start.py", "--data", tmp_path / "no.csv", "--out", tmp_path, says="no such file")
+
+
+def test_skip_bad_videos_counts_and_lists(with_cots, base_dir, tmp_path, capsys):
+    text = open(with_cots["train_cold_start"], encoding="utf-8").read()
+    first = next(p for p in data.read_pairs(with_cots["train_cold_start"]) if p.label).video_a
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    (tmp_path / "x.csv").write_text(text.replace(first, str(tmp_path / "bad.mp4")))
+    bad = {"train_cold_start": str(tmp_path / "x.csv")}
+    with pytest.raises(InputError, match="bad.mp4"):
+        cold_start.main(arguments(bad, base_dir, tmp_path / "a", epochs=1, max_steps=99, batch_pairs=1))
+    cold_start.main([*arguments(bad, base_dir, tmp_path / "b", max_steps=1), "--skip-bad-videos"])
+    assert "skipped 1 pairs with 1 bad videos" in capsys.readouterr().out
+    assert "bad.mp4" in (tmp_path / "b" / "skipped.jsonl").read_text()

@@ -1,0 +1,229 @@
+"""Stage 2: the rules, rewards landing on their own rollouts, packed = plain, and the script itself."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import data
+import grpo
+import model as model_module
+import parallel
+from conftest import fails_in_one_sentence
+from data import InputError
+from rollout import TransformersEngine
+
+TRUTH = {"subject": "2", "dynamics": "1", "camera": "N/A", "environment": "2", "style": "0"}
+
+
+def cot(**changes):
+    verdicts = json.dumps({"dimensional_scores": TRUTH | changes, "overall_score": 3.5})
+    return f"<think>\nsubject: ...\n</think>\n<answer>{verdicts}</answer>"
+
+
+# -- the rules --------------------------------------------------------------------------------------------------------
+def test_rollout_reward_by_hand():
+    # 4 of 5 right, well formed, 1,250 tokens: .7 * .8 + .1 * 1 + .2 * (750 / 1500) = .56 + .1 + .1 = .76
+    reward = grpo.rollout_reward(cot(style="2"), 1250, TRUTH)
+    assert (reward.quality, reward.format, reward.length) == (0.8, 1.0, 0.5)
+    assert reward.total == pytest.approx(0.76)
+    assert grpo.rollout_reward(cot(), 2000, TRUTH).total == pytest.approx(1.0)
+    assert grpo.rollout_reward("gibberish", 100, TRUTH).total == 0.0
+
+
+@pytest.mark.parametrize("tokens, expected", [(0, 0), (500, 0), (501, 1 / 1500), (1250, 0.5), (2000, 1), (4096, 1)])
+def test_length_reward_is_linear_in_tokens(tokens, expected):
+    assert grpo.length_reward(tokens) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("text, good", [
+    (cot(), True), ("  " + cot() + "\n", True), (cot(style=0), True),  # 0 and "0" are the same verdict
+    (cot().replace("<think>", ""), False), (cot().replace("</think>", ""), False), (cot() + "more", False),
+    (cot().removesuffix("</answer>"), False), (cot(style="3"), False), (cot(style=None), False),
+    (cot().replace('"dimensional_scores"', '"scores"'), False), ("<think></think>" + cot()[cot().index("<answer>"):], False),
+    (cot().replace("subject: ...", "<think>"), False), ('<think>x</think><answer>["a"]</answer>', False),
+    ('<think>x</think><answer>{"dimensional_scores": "2"}</answer>', False),
+])  # fmt: skip
+def test_format_reward(text, good):
+    assert grpo.format_reward(text) == float(good)
+
+
+def test_quality_counts_what_is_left_out_as_wrong():
+    text = '<think>x</think><answer>{"dimensional_scores": {"subject": 2}}</answer>'
+    assert grpo.quality_reward(text, TRUTH) == pytest.approx(1 / 5)
+    assert grpo.quality_reward(cot(), {"subject": "2"}) == 1.0  # only annotated dimensions count
+    assert grpo.quality_reward(cot(camera="n/a"), TRUTH) == 1.0
+
+
+# -- one pair's rollouts ------------------------------------------------------------------------------------------------
+class Scripted:
+    """An engine with prepared answers, so that each rollout's reward is known beforehand."""
+
+    def __init__(self, tokenizer, texts):
+        self.tokenizer, self.texts = tokenizer, iter(texts)
+
+    def generate(self, prefixes, seeds, max_new_tokens, temperature):
+        return [[data.encode_cot(self.tokenizer, next(self.texts)) for _ in row] for row in seeds]
+
+
+@pytest.fixture
+def settings(world, tmp_path):
+    return grpo.Settings(data=world["train_rl"], rollouts=3, batch_pairs=2, mini_pairs=2, out=str(tmp_path), max_new_tokens=12)
+
+
+@pytest.fixture
+def items(world, processor):
+    pairs = data.read_pairs(world["train_rl"])[:2]
+    return list(data.take(data.EncodedPairs(pairs, processor), [0, 1]))
+
+
+@pytest.fixture
+def batch(items, model, settings):
+    texts = [f"<think>{'x' * n}</think>" if n % 4 else cot() for n in range(12)]
+    rollouts = grpo.generate(items, Scripted(model.processor.tokenizer, texts), settings, step=0)
+    for r in rollouts:
+        grpo.judge(r, model.processor.tokenizer, settings)
+    return rollouts
+
+
+def test_rewards_land_on_their_own_rollouts(batch, items, model):
+    """PAPER.md, defect 1: at G = 8 the released code gives 7 of 8 rollouts another one's reward."""
+    tokenizer, n = model.processor.tokenizer, 0
+    for rollouts, (pair, _) in zip(batch, items):
+        for video, truth in enumerate((pair.annotation_a, pair.annotation_b)):
+            for i in range(3):
+                text = model_module.decode_cot(tokenizer, rollouts.cots[video][i])
+                assert text == (f"<think>{'x' * n}</think>" if n % 4 else cot())  # the engine's n-th answer
+                assert rollouts.rewards[video][i].quality == grpo.quality_reward(text, truth)
+                n += 1
+            totals = torch.tensor([r.total for r in rollouts.rewards[video]])
+            expected = (totals - totals.mean()) / (totals.std() + 1e-6)
+            assert torch.allclose(rollouts.advantages[video], expected)
+    assert len({r.quality for rollouts in batch for row in rollouts.rewards for r in row}) > 1
+
+
+def test_advantages_meet_their_own_log_probs(batch, model, settings):
+    """The order A_1..A_G, B_1..B_G is the same in the batch, the advantages and the head's rewards."""
+    for packing in (True, False):
+        one = dataclasses.replace(settings, packing=packing)
+        ((numbers, tensors),) = grpo.forwards(model, batch[0], one)
+        flat = [cot for row in batch[0].cots for cot in row]
+        for n, ids in enumerate(flat):
+            assert tensors["response_ids"][n][: len(ids)].tolist() == ids
+            assert tensors["response_mask"][n].sum() == len(ids)
+        assert numbers == [0, 1, 2] and batch[0].advantages[:, numbers].shape == (2, 3)
+
+
+def update_gradients(model, batch, settings):
+    """The gradient that `update` hands to the optimizer, and the step's sums."""
+    model.make_trainable("full", vision=False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    taken, zero = {}, optimizer.zero_grad
+    optimizer.zero_grad = lambda: (taken.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}), zero())
+    sums = grpo.update(model, optimizer, batch, settings, parallel.Ranks())
+    return taken, sums
+
+
+def test_packed_plain_and_split_forwards_make_the_same_update(batch, model, settings):
+    settings = dataclasses.replace(settings, max_grad_norm=1e9, bt_coef=0.5)
+    reference, expected = update_gradients(model, batch, settings)
+    for change in ({"packing": False}, {"rollouts_per_forward": 1}, {"packing": False, "rollouts_per_forward": 1}):
+        grads, sums = update_gradients(model, batch, dataclasses.replace(settings, **change))
+        for name, grad in reference.items():
+            assert (grads[name] - grad).norm() <= 2e-5 * grad.norm() + 1e-8, (change, name)
+        assert sums["bt_loss"] == pytest.approx(expected["bt_loss"], rel=1e-5)
+        assert sums["margin"] == pytest.approx(expected["margin"], rel=1e-4, abs=1e-5)
+
+
+def test_update_direction(batch, model, settings):
+    """After updates on one batch: rollouts with positive advantage are likelier, and the BT margin has grown."""
+    settings = dataclasses.replace(settings, lr=3e-3, lr_head=3e-3, bt_coef=0.05)
+    model.make_trainable("full", vision=False)
+    optimizer, ranks = parallel.make_optimizer(model, settings), parallel.Ranks()
+    parallel.set_learning_rate(optimizer, 1, 1)
+
+    def state():
+        with torch.no_grad():
+            gain, right = 0.0, []
+            for r in batch:
+                ((numbers, tensors),) = grpo.forwards(model, r, settings)
+                out = model(tensors)
+                gain += (out.log_probs.sum(1) * r.advantages.flatten()).sum().item()
+                a, b = out.rewards.view(2, 3)
+                right.append(((a - b) * r.pair.label).mean().item())
+            return gain, sum(right)
+
+    before = state()
+    for _ in range(3):
+        grpo.update(model, optimizer, batch, settings, ranks)
+    after = state()
+    assert after[0] > before[0] + 0.1 and after[1] > before[1]
+
+
+def test_a_human_tie_has_no_bt_term_but_trains_the_thinking(batch, model, settings):
+    tie = dataclasses.replace(batch[0], pair=dataclasses.replace(batch[0].pair, label=0))
+    grads, sums = update_gradients(model, [tie], settings)
+    assert sums["bt_loss"] == 0.0 and not grads["head.weight"].any()
+    assert grads["backbone.lm_head.weight"].any()
+
+
+def test_old_log_probs_make_the_ratio(batch, model, settings):
+    ranks = parallel.Ranks()
+    for r in batch:
+        r.old = [x - 0.1 for x in grpo.log_probs_now(model, r, settings, ranks)]  # the policy has moved up by .1
+    _, sums = update_gradients(model, batch, settings)
+    assert sums["ratio_max"] == pytest.approx(1.10517, abs=1e-3)  # e^.1
+
+
+def test_seeds_differ_between_rollouts_videos_steps(items, model, settings):
+    engine = TransformersEngine(model.backbone, model.processor, shared=True)
+    first, again, other = (grpo.generate(items, engine, settings, step) for step in (0, 0, 1))
+    assert [r.cots for r in first] == [r.cots for r in again] != [r.cots for r in other]
+    assert len({tuple(c) for r in first for row in r.cots for c in row}) == 12
+
+
+# -- the script -------------------------------------------------------------------------------------------------------
+def test_script_runs_logs_saves_and_resumes(world, tiny_model_dir, tmp_path):
+    def go(out, steps, *more):
+        grpo.main(["--model", tiny_model_dir, "--data", world["train_rl"], "--out", str(tmp_path / out), "--rollouts", "2",
+                   "--batch-pairs", "2", "--mini-pairs", "1", "--max-new-tokens", "8", "--lr", "1e-3", "--workers", "0",
+                   "--length-low", "1", "--length-high", "9", "--kl-coef", "0.01", "--max-steps", str(steps), *more])  # fmt: skip
+        return parallel.read_metrics(str(tmp_path / out))
+
+    whole = go("whole", 3)
+    assert len(go("parts", 1)) == 1
+    parts = go("parts", 3, "--resume")
+    clock = ("seconds", "share")
+    for a, b in zip(whole, parts, strict=True):
+        assert {k: v for k, v in a.items() if not k.endswith(clock)} == {k: v for k, v in b.items() if not k.endswith(clock)}
+    load = lambda out: model_module.DeScore.from_pretrained(str(tmp_path / out / "model")).state_dict()
+    one, two = load("whole"), load("parts")
+    assert all(torch.equal(one[name], two[name]) for name in one)  # bit for bit
+    start = model_module.DeScore.from_pretrained(tiny_model_dir).state_dict()
+    changed = {name for name in one if not torch.equal(one[name], start[name])}
+    assert {"query", "head.weight", "backbone.lm_head.weight"} <= changed
+    assert not any(".visual." in name for name in changed)  # the vision tower is frozen in stage 2
+    assert whole[0]["kl"] >= 0 and whole[0]["ratio_max"] >= 1 and 0 <= whole[0]["flat_groups"] <= 1
+    assert (tmp_path / "whole" / "curves.png").stat().st_size > 5000
+    sample = json.loads((tmp_path / "whole" / "samples.jsonl").read_text().splitlines()[0])
+    assert {"cot", "total", "advantage", "truth"} <= set(sample)
+    settings = json.loads((tmp_path / "whole" / "settings.json").read_text())
+    assert settings["kl_coef"] == 0.01 and settings["clip_high"] == 0.3
+
+
+def test_lora_reference_needs_no_second_model(world, tiny_model_dir, tmp_path):
+    grpo.main(["--model", tiny_model_dir, "--data", world["train_rl"], "--out", str(tmp_path), "--rollouts", "2", "--train", "lora",
+               "--lora-r", "4", "--batch-pairs", "1", "--mini-pairs", "1", "--max-new-tokens", "6", "--lr", "1e-2", "--workers", "0",
+               "--kl-coef", "0.01", "--max-steps", "2"])  # fmt: skip
+    first, second = parallel.read_metrics(str(tmp_path))
+    assert first["kl"] == pytest.approx(0.0, abs=1e-9)  # step 1: the adapter is still 0, the policy IS the reference
+    assert second["kl"] > 0
+
+
+def test_stage_2_needs_annotations(world, tiny_model_dir, tmp_path):
+    with pytest.raises(InputError, match="video_1_scores"):
+        grpo.main(["--model", tiny_model_dir, "--data", world["test_genai_bench"], "--out", str(tmp_path)])
+    with pytest.raises(InputError, match="--mini-pairs"):
+        grpo.main(["--model", tiny_model_dir, "--data", world["train_rl"], "--batch-pairs", "4", "--mini-pairs", "3"])
+    fails_in_one_sentence("grpo.py", "--gamma", "1", says="unrecognized arguments: --gamma 1")

@@ -1,0 +1,63 @@
+"""Collecting CoTs: resumable, each (video, prompt) once, and the vLLM engine where it is installed."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+import data
+import parallel
+import rollout
+from conftest import run
+from model import DeScore, lay_out
+
+
+def test_collecting_cots_writes_a_cold_start_csv_and_resumes(world, base_dir, tmp_path, capsys):
+    out = tmp_path / "sub" / "cots.csv"
+    flags = ["--model", base_dir, "--data", world["train_cold_start"], "--out", str(out), "--max-new-tokens", "6"]
+    rollout.main([*flags, "--batch-size", "4"])
+    first = out.read_text()
+    pairs, source = data.read_pairs(str(out)), data.read_pairs(world["train_cold_start"])
+    assert [(p.videos, p.prompt, p.label) for p in pairs] == [(p.videos, p.prompt, p.label) for p in source]
+    assert all(p.cot_a for p in pairs)
+    # cut the file as a kill would: half a line lost, the rest kept, nothing thought twice, the same result
+    thoughts = out.parent / "cots.csv.thoughts.0.jsonl"
+    lines = thoughts.read_text().splitlines(keepends=True)
+    thoughts.write_text("".join(lines[:5]) + lines[5][:20])
+    capsys.readouterr()
+    rollout.main([*flags, "--batch-size", "3"])  # another batch size: seeds belong to the task
+    assert "5 of 14 already thought about" in capsys.readouterr().out
+    assert out.read_text() == first
+    known = [json.loads(line)["video"] for line in thoughts.read_text().splitlines()]
+    assert len(known) == len(set(known)) == 14
+
+
+def test_two_ranks_collect_the_same(world, base_dir, tmp_path):
+    flags = ["--model", base_dir, "--data", world["val_cold_start"], "--max-new-tokens", "6"]
+    rollout.main([*flags, "--out", str(tmp_path / "one.csv")])
+    run("rollout.py", *flags, "--out", tmp_path / "two.csv", ranks=2)
+    read = lambda name: [row["CoT_A"] for row in csv.DictReader(open(tmp_path / name, encoding="utf-8"))]
+    assert read("one.csv") == read("two.csv")
+
+
+def test_engine_takes_over_trained_weights(model, base_dir, prefixes):
+    """What `trained_weights` sends is all that changed: the engine then samples as the merged model does."""
+    model.make_trainable("lora", vision=True, lora_r=4, lora_alpha=8)
+    engine = rollout.TransformersEngine(rollout.load_backbone(base_dir, torch.float32), model.processor, shared=False)
+    greedy = lambda: engine.generate(prefixes[:2], [[0], [0]], 8, temperature=0.0)
+    own = rollout.TransformersEngine(model.backbone, model.processor, shared=True)
+    assert greedy() == own.generate(prefixes[:2], [[0], [0]], 8, temperature=0.0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter) * 0.05)
+    before = greedy()
+    engine.sync(parallel.trained_weights(model))
+    assert greedy() == own.generate(prefixes[:2], [[0], [0]], 8, temperature=0.0) != before
+    batch = lay_out(model.backbone, prefixes[:1], [[[70, 71]]])
+    assert torch.allclose(DeScore(engine.backbone)(batch).log_probs, model(batch).log_probs, atol=1e-4)
+
+
+def test_task_seed_is_stable():
+    assert rollout.task_seed(0, "a.mp4", "p", 1) == rollout.task_seed(0, "a.mp4", "p", 1) != rollout.task_seed(0, "a.mp4", "p", 2)
+
