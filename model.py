@@ -34,7 +34,8 @@ from losses import token_log_probs
 
 # LoRA on the LLM's linear layers; not on lm_head, the embeddings or the vision tower (whose layers have other names).
 LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
-SETTINGS_FILE, HEAD_FILE, TRAINED_FILE = "descore.json", "descore.safetensors", "trained.safetensors"
+# The head lies in a folder of its own: vLLM loads EVERY *.safetensors beside config.json as weights of the backbone.
+SETTINGS_FILE, HEAD_FILE, TRAINED_FILE = "descore.json", "reward_head/head.safetensors", "trained.safetensors"
 
 
 @dataclasses.dataclass
@@ -305,7 +306,7 @@ class DeScore(nn.Module):
     def save_pretrained(self, path: str, state: dict | None = None, merge: bool = True) -> None:
         """Writes a folder that transformers and vLLM open as a plain Qwen3-VL, plus the query and the head.
 
-        Files: config.json, model*.safetensors, tokenizer and processor; descore.safetensors (query, head.weight);
+        Files: config.json, model*.safetensors, tokenizer and processor; reward_head/head.safetensors (query, head.weight);
         descore.json (sizes, sampling settings). `merge=True` folds LoRA into the weights, in fp32, so the next stage cannot
         lose it (PAPER.md, defect 9). `merge=False` writes only what was trained: adapter_model.safetensors (PEFT's layout),
         trained.safetensors (vision tower), and the base model's path.
@@ -315,7 +316,7 @@ class DeScore(nn.Module):
         from safetensors.torch import save_file
 
         state = self.state_dict() if state is None else state
-        os.makedirs(path, exist_ok=True)
+        os.makedirs(os.path.dirname(os.path.join(path, HEAD_FILE)), exist_ok=True)
         head = {key: state[key].contiguous() for key in ("query", "head.weight")}
         save_file(head, os.path.join(path, HEAD_FILE))
         if self.processor is not None:
@@ -356,8 +357,6 @@ class DeScore(nn.Module):
         Strict: a missing or extra weight, another size, or a base model without a head is an InputError, never a random
         head (PAPER.md, defect 3). In evaluation mode, as transformers does it.
         """
-        from safetensors.torch import load_file
-
         settings_path = os.path.join(path, SETTINGS_FILE)
         settings = {"base_model": str(path)}
         if os.path.isfile(settings_path):
@@ -378,22 +377,24 @@ class DeScore(nn.Module):
                 if settings.get(key) != have:
                     raise InputError(f"{path}: the head was trained on a base with {key} {settings.get(key)}, this one has {have}.")
             if is_adapter:
-                model._load_adapter(path, load_file)
-            load_strictly(model, load_file(os.path.join(path, HEAD_FILE)), os.path.join(path, HEAD_FILE), ("query", "head.weight"))
+                model._load_adapter(path)
+            head = os.path.join(path, HEAD_FILE)
+            load_strictly(model, read_tensors(head), head, ("query", "head.weight"))
         return model.to(device).eval()
 
-    def _load_adapter(self, path, load_file):
+    def _load_adapter(self, path):
         from peft import LoraConfig
 
         self.backbone.add_adapter(LoraConfig.from_pretrained(path))
         file = os.path.join(path, "adapter_model.safetensors")
         adapter = {
             k.replace("base_model.model.", "backbone.", 1).replace(".weight", ".default.weight"): v
-            for k, v in load_file(file).items()
+            for k, v in read_tensors(file).items()
         }
         load_strictly(self, adapter, file, [k for k in self.state_dict() if ".lora_" in k])
-        trained = load_file(os.path.join(path, TRAINED_FILE))
-        load_strictly(self, trained, os.path.join(path, TRAINED_FILE), list(trained))
+        file = os.path.join(path, TRAINED_FILE)
+        trained = read_tensors(file)
+        load_strictly(self, trained, file, list(trained))
 
 
 def merge_lora(state: dict[str, torch.Tensor], scaling: dict[str, float], whole=lambda tensor: tensor):
@@ -431,6 +432,17 @@ def load_backbone(path: str, dtype: torch.dtype) -> Qwen3VLForConditionalGenerat
         if names := sorted(str(name) for name in info[kind]):
             raise InputError(f"{path}: {len(names)} {kind.replace('_', ' ')}, e.g. {names[0]}; is it the right base model?")
     return backbone
+
+
+def read_tensors(file: str) -> dict[str, torch.Tensor]:
+    """A safetensors file; a missing or broken one is an InputError. (Nothing is ever unpickled.)"""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file}: missing or not a safetensors file ({first_line(error)}).") from error
 
 
 def load_strictly(model: nn.Module, tensors: dict, file: str, expected) -> None:

@@ -18,6 +18,7 @@ import json
 import os
 
 import torch
+from transformers import AutoConfig, AutoProcessor
 
 import data
 import parallel
@@ -61,11 +62,12 @@ class VLLMEngine:
             from vllm import LLM
         except ImportError as error:
             raise InputError("--engine vllm: vllm is not installed; pip install -r requirements-vllm.txt.") from error
+        limit = AutoConfig.from_pretrained(path).text_config.max_position_embeddings
         distributed = torch.distributed.is_initialized()  # must be so BEFORE the engine starts, or it makes its own group
         options = {"kv_cache_memory_bytes": 64 << 20, "block_size": 32} if on_cpu else {"gpu_memory_utilization": memory}
         state = torch.get_rng_state()  # the engine reseeds the global generators
         self.llm = LLM(
-            model=path, dtype=dtype, max_model_len=max_model_len, seed=seed, enforce_eager=on_cpu,
+            model=path, dtype=dtype, max_model_len=min(max_model_len, limit), seed=seed, enforce_eager=on_cpu,
             limit_mm_per_prompt={"image": 0, "video": 1}, enable_prefix_caching=True, logprobs_mode="processed_logprobs",
             distributed_executor_backend="external_launcher" if distributed else None, enable_sleep_mode=not on_cpu, **options,
         )  # fmt: skip
@@ -194,8 +196,6 @@ def main(argv=None) -> None:
     folder = os.path.dirname(os.path.abspath(settings.out))
     os.makedirs(folder, exist_ok=True)
     pairs = parallel.readable_pairs(pairs, dataclasses.replace(settings, out=folder), ranks)
-    from transformers import AutoProcessor
-
     processor = AutoProcessor.from_pretrained(settings.model)
     engine = make_engine(settings.engine, settings.model, processor, ranks, rows_per_batch=settings.batch_size)
     tasks = [(path, pair.prompt) for pair in pairs for path in pair.videos]

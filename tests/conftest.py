@@ -42,7 +42,7 @@ def processor():
 def base_dir(tmp_path_factory, processor):
     """A plain Hugging Face folder: a tiny Qwen3-VL with random weights."""
     folder = tmp_path_factory.mktemp("base")
-    toy.build_model(processor, hidden=64, layers=2, vision_hidden=48, vision_layers=2).save_pretrained(folder)
+    toy.build_model(processor, hidden=64, layers=2, heads=2, vision_hidden=48, vision_layers=2).save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
 

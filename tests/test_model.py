@@ -321,9 +321,9 @@ def test_loading_is_strict(tiny_model_dir, base_dir, tmp_path):
         settings = json.loads((folder / "descore.json").read_text())
         (folder / "descore.json").write_text(json.dumps(settings | values))
 
-    assert "query" in broken("no query", lambda f: edit(f, "descore.safetensors", lambda t: t.pop("query")))
-    assert "extra" in broken("extra", lambda f: edit(f, "descore.safetensors", lambda t: t.update(more=torch.ones(1))))
-    assert "base model" in broken("size", lambda f: edit(f, "descore.safetensors", lambda t: t.update(query=torch.ones(8))))
+    assert "query" in broken("no query", lambda f: edit(f, "reward_head/head.safetensors", lambda t: t.pop("query")))
+    assert "extra" in broken("extra", lambda f: edit(f, "reward_head/head.safetensors", lambda t: t.update(more=torch.ones(1))))
+    assert "base model" in broken("size", lambda f: edit(f, "reward_head/head.safetensors", lambda t: t.update(query=torch.ones(8))))
     assert "hidden_size" in broken("other base", lambda f: edit_json(f, hidden_size=4096))
     assert "missing keys" in broken("hole", lambda f: edit(f, "model.safetensors", lambda t: t.pop(sorted(t)[3])))
     assert "unexpected keys" in broken("odd", lambda f: edit(f, "model.safetensors", lambda t: t.update(odd=torch.ones(1))))
