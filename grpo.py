@@ -390,7 +390,8 @@ def main(argv=None) -> None:
     if settings.kl_coef > 0 and settings.train == "full":  # with LoRA the reference is the model without its adapter
         reference = DeScore.from_pretrained(settings.model, dtype=parallel.load_dtype("lora", ranks)).eval().requires_grad_(False)
         parallel.shard(reference, ranks)
-    engine = make_engine(settings.engine, settings.model, model.processor, ranks, model, settings.seed,
+    own = model.backbone if ranks.world == 1 else None  # under FSDP the transformers engine needs an unsharded copy
+    engine = make_engine(settings.engine, settings.model, model.processor, ranks, own, settings.seed,
                          rows_per_batch=settings.rows_per_batch)  # fmt: skip
     parallel.shard(model, ranks)
     train(model, reference, engine, pairs, settings, ranks)
@@ -401,7 +402,7 @@ def main(argv=None) -> None:
                   "KL to the reference": ["kl"], "gradient norms": ["grad_norm_llm", "grad_norm_head"]}  # fmt: skip
         parallel.draw_curves(settings.out, panels, os.path.join(settings.out, "curves.png"), "Stage 2: GRPO + BT")
     ranks.print(f"wrote {settings.out}/model, metrics.jsonl, samples.jsonl and curves.png")
-    ranks.finish()
+    ranks.finish(engine)
 
 
 if __name__ == "__main__":

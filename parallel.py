@@ -129,9 +129,11 @@ class Ranks:
         """A progress bar on rank 0."""
         return tqdm(iterable, disable=not self.is_main, dynamic_ncols=True, file=sys.stderr, **more)
 
-    def finish(self) -> None:
+    def finish(self, engine=None) -> None:
         """COLLECTIVE: the end of a script. Without the barrier a rank that leaves early can abort the others."""
         self.barrier()
+        if engine is not None:
+            engine.close()  # before end_training, which destroys the process group that the engine wants to leave
         self.accelerator.end_training()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -448,15 +450,6 @@ def read_metrics(out: str) -> list[dict]:
                 with contextlib.suppress(json.JSONDecodeError):
                     lines.append(json.loads(text))
     return lines
-
-
-def append_lines(path: str):
-    """Opens a JSON-lines file for appending; a last line that a kill cut short is removed first."""
-    if os.path.isfile(path):
-        with open(path, "rb+") as file:
-            content = file.read()
-            file.truncate(content.rfind(b"\n") + 1)
-    return open(path, "a", encoding="utf-8")
 
 
 def draw_curves(out: str, panels: dict[str, list[str]], path: str, title: str) -> None:

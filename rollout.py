@@ -9,14 +9,20 @@ As a command it collects the CoTs that stage 1 learns from, by the base model it
     python rollout.py --model runs/base --data pairs.csv --out pairs_with_cots.csv
     torchrun --nproc_per_node 8 rollout.py --data pairs.csv --out pairs_with_cots.csv --engine vllm
 
-Every CoT is written to OUT.thoughts.*.jsonl as soon as it exists; the same command goes on where it was stopped.
+Every CoT is written to OUT.thoughts/ as soon as it exists; the same command goes on where it was stopped.
 """
 
+import contextlib
 import csv
 import dataclasses
+import functools
+import glob
+import hashlib
 import json
 import os
+import typing
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoProcessor
 
@@ -51,6 +57,9 @@ class TransformersEngine:
         for name, value in named_weights:  # walked through even when shared: gathering is collective
             if not self.shared:
                 own[name].data.copy_(value)
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
 
 class VLLMEngine:
@@ -102,70 +111,165 @@ class VLLMEngine:
         assert self.llm.reset_prefix_cache(), "vLLM could not reset its prefix cache: requests still running"
         self.llm.llm_engine.reset_encoder_cache()  # without it a repeated video kills the engine
 
+    def close(self) -> None:
+        """Ends the engine. It takes the process group with it, so this is the very last thing a script does."""
+        self.llm.llm_engine.engine_core.shutdown()
 
-def make_engine(name: str, path: str, processor, ranks, model=None, seed=0, max_model_len=12288, rows_per_batch=64):
+
+def make_engine(name: str, path: str, processor, ranks, backbone=None, seed=0, max_model_len=12288, rows_per_batch=64):
     """COLLECTIVE: "transformers" or "vllm", on the weights of the Hugging Face folder `path`.
 
-    `model`: the trainer's DeScore, if any; with one process and transformers its backbone is used as it is.
+    `backbone`: an unsharded one that is already there, for the transformers engine to use as it is.
     """
     on_cpu = ranks.device.type == "cpu"
     if name == "vllm":
         return VLLMEngine(path, seed + ranks.rank, max_model_len, dtype="float32" if on_cpu else "bfloat16", on_cpu=on_cpu)
     if name != "transformers":
         raise InputError(f"--engine {name}: choose transformers or vllm.")
-    if model is not None and ranks.world == 1:
-        return TransformersEngine(model.backbone, processor, shared=True, rows_per_batch=rows_per_batch)
+    if backbone is not None:
+        return TransformersEngine(backbone, processor, shared=True, rows_per_batch=rows_per_batch)
     backbone = load_backbone(path, torch.float32 if on_cpu else torch.bfloat16).to(ranks.device).eval()
     return TransformersEngine(backbone, processor, shared=False, rows_per_batch=rows_per_batch)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Thinking about many videos, resumable: used by this command and by evaluate.py
+# Working through many videos, resumable: for the command below and for evaluate.py
 # ---------------------------------------------------------------------------------------------------------------
-def think_all(path: str, tasks: list[tuple[str, str]], engine, processor, settings, ranks, samples: int = 1) -> dict:
-    """COLLECTIVE: one CoT (or `samples`) for each (video, prompt) -> {(video, prompt): [token ids, ...]}.
-
-    Each rank appends JSON lines to PATH.thoughts.RANK.jsonl; all parts are read at the start, so nothing is thought twice,
-    whatever the number of ranks was. Seeds depend on the task, not on its place, so neither does the result.
-    """
-    known = {}
-    folder, stem = os.path.split(os.path.abspath(path))
-    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-        if name.startswith(stem + ".thoughts.") and name.endswith(".jsonl"):
-            with open(os.path.join(folder, name), encoding="utf-8") as file:
-                for line in file:
-                    if line.endswith("\n"):  # a last line without its end was cut by a kill
-                        row = json.loads(line)
-                        known[row["video"], row["prompt"]] = row["cots"]
-    ranks.barrier()
-    todo = [task for task in dict.fromkeys(tasks) if task not in known]
-    mine, new = ranks.share(todo), []
-    size = max(1, settings.batch_size // samples)
-    if ranks.is_main and len(todo) < len(set(tasks)):
-        print(f"{len(set(tasks)) - len(todo)} of {len(set(tasks))} already thought about")
-    with parallel.append_lines(f"{path}.thoughts.{ranks.rank}.jsonl") as file:
-        for i in ranks.progress(range(0, len(mine), size), desc="thinking", unit="batch"):
-            batch = mine[i : i + size]
-            prefixes = [
-                data.encode_prompt(processor, data.sample_frames(video, settings.fps, settings.max_pixels), prompt)
-                for video, prompt in batch
-            ]
-            seeds = [[task_seed(settings.seed, *task, k) for k in range(samples)] for task in batch]
-            cots = engine.generate(prefixes, seeds, settings.max_new_tokens, settings.temperature)
-            for (video, prompt), row in zip(batch, cots):
-                texts = [decode_cot(processor.tokenizer, cot) for cot in row]
-                new.append(((video, prompt), row))
-                file.write(json.dumps({"video": video, "prompt": prompt, "cots": row, "texts": texts}) + "\n")
-            file.flush()
-    known.update(ranks.gather_objects(new))
-    return known
+MAX_PROMPT = 20_000  # characters, about 5,000 tokens: no video generator reads more, and attention cost grows squared
 
 
 def task_seed(*parts) -> int:
     """A seed from anything that names a sample, e.g. (seed, video, prompt, k); the same on every machine."""
-    import hashlib
-
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
+
+
+class Item(typing.NamedTuple):
+    """A video, its prompt, and the row that asks for it first. The key of everything kept is item[:2]."""
+
+    video: str
+    prompt: str
+    row: int
+
+
+def read_log(out: str, name: str) -> dict[tuple[str, str], dict]:
+    """All ranks' lines of a phase, {(video, prompt): record}. A last line cut short by a kill is left out."""
+    records = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(out), f"{name}*.jsonl"))):
+        with open(path, "rb") as file:
+            for count, line in enumerate(file, 1):
+                if line.endswith(b"\n"):
+                    try:
+                        record = json.loads(line)
+                        records[record["video"], record["prompt"]] = record
+                    except (ValueError, KeyError, TypeError) as error:
+                        raise InputError(f"{path}, line {count}: is damaged; delete it and run again.") from error
+    return records
+
+
+def open_log(out: str, name: str, rank: int):
+    """This rank's file, to append to. A half-written last line is cut off, or the next would be glued to it."""
+    file = open(os.path.join(out, f"{name}.rank{rank}.jsonl" if rank else f"{name}.jsonl"), "ab+")
+    file.seek(0)
+    file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
+    return file
+
+
+def attempt(work, batch: list[Item], skip: bool, skipped: list[dict]):
+    """Yields work(batch)'s records. If the batch holds a bad video, goes one by one: names it, or skips only it."""
+    try:
+        records = work(batch)
+    except InputError as error:
+        if len(batch) > 1:
+            for item in batch:
+                yield from attempt(work, [item], skip, skipped)
+            return
+        if not skip:
+            raise InputError(f"row {batch[0].row}: {error}") from error
+        skipped.append({**batch[0]._asdict(), "error": str(error)})
+        return
+    yield from records
+
+
+def run_phase(name: str, items: list[Item], load_model, work, s, ranks) -> tuple[dict, list[dict]]:
+    """COLLECTIVE: appends one line per item that has none yet. Returns all {(video, prompt): record} and the skipped.
+
+    work(model, list of items) -> list of records. Lines are flushed one by one, so a kill loses at most one batch.
+    """
+    done = read_log(s.out, name)
+    ranks.barrier()  # nobody may append before everybody has read, or the ranks would share out different lists
+    mine, new, skipped = ranks.share([item for item in items if item[:2] not in done]), [], []
+    model = load_model() if mine else None  # not inside attempt: a broken checkpoint must not count as a broken video
+    with open_log(s.out, name, ranks.rank) as file, ranks.progress(total=len(mine), desc=name) as bar:
+        for start in range(0, len(mine), s.batch_size):
+            batch = mine[start : start + s.batch_size]
+            for record in attempt(functools.partial(work, model), batch, s.skip_bad_videos, skipped):
+                if not np.isfinite(record.get("reward", 0.0)):
+                    raise InputError(f"{record['video']}: reward {record['reward']}; the checkpoint is broken.")
+                file.write(json.dumps(record).encode() + b"\n")
+                file.flush()
+                new.append(record)
+            bar.update(len(batch))
+    done.update({(record["video"], record["prompt"]): record for record in ranks.gather_objects(new)})
+    return done, ranks.gather_objects(skipped)
+
+
+def opened(batch: list[Item], s) -> tuple[list[data.Video], list[str]]:
+    """The batch's sampled frames and prompts; InputError for a broken video or a prompt of absurd length."""
+    for item in batch:
+        if len(item.prompt) > MAX_PROMPT:
+            raise InputError(f"the prompt of {item.video} has {len(item.prompt):,} characters; at most {MAX_PROMPT:,}.")
+    return [data.sample_frames(i.video, s.fps, s.max_pixels) for i in batch], [i.prompt for i in batch]
+
+
+def think_phase(load_engine, items: list[Item], s, ranks) -> tuple[dict, list[dict]]:
+    """COLLECTIVE: writes the CoTs. Records {video, prompt, thoughts: k texts, tokens: k lengths, ended: k of EOS reached}.
+
+    load_engine() -> (engine, processor), called only if there is something to do. Each CoT has a random stream of its own,
+    from (seed, video, prompt, k), so it depends neither on the batch nor on the rank.
+    """
+
+    def work(loaded, batch):
+        engine, processor = loaded
+        videos, prompts = opened(batch, s)
+        prefixes = [data.encode_prompt(processor, video, prompt) for video, prompt in zip(videos, prompts)]
+        seeds = [[task_seed(s.seed, i.video, i.prompt, k) for k in range(s.thoughts)] for i in batch]
+        rows = engine.generate(prefixes, seeds, s.max_new_tokens, s.temperature)
+        tokenizer = processor.tokenizer
+        return [{"video": i.video, "prompt": i.prompt, "thoughts": [decode_cot(tokenizer, cot) for cot in row],
+                 "tokens": [len(cot) for cot in row], "ended": [cot[-1:] == [tokenizer.eos_token_id] for cot in row]}
+                for i, row in zip(batch, rows)]  # fmt: skip
+
+    return run_phase("thoughts", items, load_engine, work, s, ranks)
+
+
+def claim_out(s, ranks) -> None:
+    """COLLECTIVE: refuses an --out that holds results of another model or other settings; they must not be mixed.
+
+    The model is known by its files' names, sizes and both ends (hashing all of an 8B would take a minute).
+    """
+    digest = hashlib.sha256()
+    patterns = ("*.safetensors", "*/*.safetensors", "*config.json", "descore.json", "tokenizer.json", "*.jinja")
+    for pattern in patterns:
+        for file_path in sorted(glob.glob(os.path.join(glob.escape(s.model), pattern))):
+            with open(file_path, "rb") as file:
+                size = os.path.getsize(file_path)
+                digest.update(f"{os.path.basename(file_path)} {size}".encode() + file.read(1 << 20))
+                file.seek(max(0, size - (1 << 20)))
+                digest.update(file.read())
+    names = ("think", "thoughts", "max_new_tokens", "temperature", "engine", "fps", "max_pixels", "dtype", "seed")
+    now, path = {"model": digest.hexdigest()} | {n: getattr(s, n) for n in names}, os.path.join(s.out, "settings.json")
+    if ranks.is_main:
+        if read_log(s.out, "thoughts") or read_log(s.out, "rewards"):
+            before = {}
+            with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+                before = json.load(file)
+            changed = [name for name in now if before.get(name, "unknown") != now[name]]
+            if changed:
+                raise InputError(f"{s.out}: holds results made with another {', '.join(changed)}; give another --out.")
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            json.dump(now, file, indent=1)
+        os.replace(path + ".tmp", path)
+    ranks.barrier()
 
 
 @dataclasses.dataclass
@@ -186,6 +290,8 @@ class Settings:
     batch_size: int = arg(64, "CoTs sampled at a time on one rank")
     seed: int = arg(0, "decides the samples")
 
+    thoughts, think, dtype = 1, True, "auto"  # what evaluate.py lets the user choose
+
 
 def main(argv=None) -> None:
     settings = parallel.parse(Settings, __doc__, argv)
@@ -194,13 +300,20 @@ def main(argv=None) -> None:
     ranks = parallel.start(settings.seed)
     pairs = data.read_pairs(settings.data, settings.dimension, settings.video_root)
     folder = os.path.dirname(os.path.abspath(settings.out))
-    os.makedirs(folder, exist_ok=True)
-    pairs = parallel.readable_pairs(pairs, dataclasses.replace(settings, out=folder), ranks)
-    processor = AutoProcessor.from_pretrained(settings.model)
-    engine = make_engine(settings.engine, settings.model, processor, ranks, rows_per_batch=settings.batch_size)
-    tasks = [(path, pair.prompt) for pair in pairs for path in pair.videos]
-    cots = think_all(settings.out, tasks, engine, processor, settings, ranks)
-    texts = {task: decode_cot(processor.tokenizer, row[0]) for task, row in cots.items()}
+    work = dataclasses.replace(settings, out=settings.out + ".thoughts")  # where the lines go
+    os.makedirs(work.out, exist_ok=True)
+    pairs = parallel.readable_pairs(pairs, work, ranks)
+    items = {(video, pair.prompt): Item(video, pair.prompt, pair.row) for pair in pairs for video in pair.videos}
+    claim_out(work, ranks)
+    engines = []
+
+    def load_engine():
+        processor = AutoProcessor.from_pretrained(settings.model)
+        engines.append(make_engine(settings.engine, settings.model, processor, ranks, rows_per_batch=settings.batch_size))
+        return engines[0], processor
+
+    thoughts, _ = think_phase(load_engine, list(items.values()), work, ranks)
+    texts = {key: record["thoughts"][0] for key, record in thoughts.items()}
     if ranks.is_main:
         label = {1: "A", -1: "B", 0: "same"}
         with open(settings.out + ".tmp", "w", newline="", encoding="utf-8") as file:
@@ -211,9 +324,9 @@ def main(argv=None) -> None:
                 cells = [texts[path, pair.prompt] for path in pair.videos]
                 writer.writerow([videos, pair.prompt, pair.prompt, *cells, label[pair.label]])
         os.replace(settings.out + ".tmp", settings.out)
-        good = sum(data.extract_answer(text) is not None for text in texts.values())
-        print(f"wrote {settings.out}: {len(pairs)} pairs; {good / len(texts):.1%} of {len(texts)} CoTs hold an answer")
-    ranks.finish()
+        good = sum(data.extract_answer(texts[key]) is not None for key in items)
+        print(f"wrote {settings.out}: {len(pairs)} pairs; {good / len(items):.1%} of {len(items)} CoTs hold an answer")
+    ranks.finish(*engines)
 
 
 if __name__ == "__main__":

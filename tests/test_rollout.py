@@ -22,12 +22,13 @@ def test_collecting_cots_writes_a_cold_start_csv_and_resumes(world, base_dir, tm
     assert [(p.videos, p.prompt, p.label) for p in pairs] == [(p.videos, p.prompt, p.label) for p in source]
     assert all(p.cot_a for p in pairs)
     # cut the file as a kill would: half a line lost, the rest kept, nothing thought twice, the same result
-    thoughts = out.parent / "cots.csv.thoughts.0.jsonl"
+    thoughts = out.parent / "cots.csv.thoughts" / "thoughts.jsonl"
     lines = thoughts.read_text().splitlines(keepends=True)
     thoughts.write_text("".join(lines[:5]) + lines[5][:20])
     capsys.readouterr()
     rollout.main([*flags, "--batch-size", "3"])  # another batch size: seeds belong to the task
-    assert "5 of 14 already thought about" in capsys.readouterr().out
+    assert "thoughts: 100%" in capsys.readouterr().err
+    assert thoughts.read_text().startswith("".join(lines[:5]))  # those stay as they were
     assert out.read_text() == first
     known = [json.loads(line)["video"] for line in thoughts.read_text().splitlines()]
     assert len(known) == len(set(known)) == 14
