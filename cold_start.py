@@ -220,6 +220,7 @@ def main(argv=None) -> None:
         ranks.print(f"trained {part}: {sum(p.numel() for p in parameters):,} parameters")
     parallel.shard(model, ranks)
     train(model, pairs, val_pairs, settings, ranks)
+    model.settings.update(parallel.reward_scale(settings.out))
     parallel.save_model(model, os.path.join(settings.out, "model"), ranks)
     if ranks.is_main:
         panels = {"BT loss (Eq. 3)": ["loss"], "pair accuracy": ["accuracy", "val_accuracy"], "margin r_w - r_l": ["margin"],

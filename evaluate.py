@@ -70,6 +70,7 @@ class Settings:
     think: bool = parallel.arg(True, "write a CoT before scoring")
     thoughts: int = parallel.arg(1, "CoTs per video: 1 is greedy; more are sampled at temperature 1, rewards averaged")
     max_new_tokens: int = parallel.arg(4096, "CoT tokens at most (paper: 4096)")
+    score_from: str = parallel.arg("head", "head: DeScore's reward; text: the score that the CoT states", ["head", "text"])
     temperature: float = parallel.arg(None, "sampling temperature (default: 0 for one CoT, 1 for several)")
     engine: str = parallel.arg("transformers", "who writes the CoTs; vllm for real models", ["transformers", "vllm"])
     fps: float = parallel.arg(None, "sampled frames per second (default: the checkpoint's; paper: 2)")
@@ -219,14 +220,30 @@ def score_phase(load_model, items: list[Item], thoughts: dict, s: Settings, rank
     """COLLECTIVE: reads the CoTs, writes the rewards. Records {video, prompt, reward: mean of rewards, rewards: k}."""
 
     def work(model, batch):
+        if s.score_from == "text":
+            texts = [thoughts[item[:2]]["thoughts"] for item in batch]  # B lists of k
+            rewards = np.array([[overall_score(text) for text in row] for row in texts]).T  # (k, B)
+            return records(batch, rewards)
         videos, prompts = opened(batch, s)
         cots = [thoughts[item[:2]]["thoughts"] if s.think else [None] for item in batch]  # B lists of k
         rewards = np.array([model.score(videos, prompts, list(texts)).tolist() for texts in zip(*cots)])  # (k, B)
+        return records(batch, rewards)
+
+    def records(batch, rewards):  # rewards (k, B)
         return [{"video": i.video, "prompt": i.prompt, "reward": float(r.mean()), "rewards": r.tolist()}
                 for i, r in zip(batch, rewards.T)]  # fmt: skip
 
     items = [item for item in items if not s.think or item[:2] in thoughts]  # the others were skipped while thinking
-    return run_phase("rewards", items, load_model, work, s, ranks)
+    return run_phase("rewards" if s.score_from == "head" else "text_rewards", items, load_model, work, s, ranks)
+
+
+def overall_score(text: str) -> float:
+    """The score that a CoT's answer states itself, 1 to 5: what a GENERATIVE reward model would return (Fig. 1a).
+
+    A malformed answer gets 3, the middle.
+    """
+    score = (data.extract_answer(text) or {}).get("overall_score")
+    return float(score) if isinstance(score, (int, float)) and np.isfinite(score) else 3.0
 
 
 def loaders(s: Settings, ranks):
@@ -343,7 +360,7 @@ def judge_pairs(s: Settings, ranks) -> None:
     if thoughts:
         records = [thoughts[item[:2]] for item in items if item[:2] in thoughts]
         judged[0].numbers["thoughts"] = report.thought_statistics(records, kept)
-    report.write(s.out, judged, s.videoalign_compatible)
+    report.write(s.out if s.score_from == "head" else os.path.join(s.out, "text"), judged, s.videoalign_compatible)
     if rewards:
         rows = [(*item[:2], rewards[item[:2]]["reward"]) for item in items if item[:2] in rewards]
         report.write_scores(os.path.join(s.out, "scores.csv"), rows, root)
@@ -376,6 +393,7 @@ def check(s: Settings) -> None:
         "--thoughts, --batch-size, --max-new-tokens and --html-pairs must be at least 1": min(
             s.thoughts, s.batch_size, s.max_new_tokens, s.html_pairs) < 1,
         "--fps must be positive and --max-pixels at least 1024": (s.fps or 1) <= 0 or (s.max_pixels or 1024) < 1024,
+        "--score-from text needs CoTs, so not --no-think": s.score_from == "text" and not s.think,
         "--thoughts above 1 and --no-think exclude each other": s.thoughts > 1 and not s.think,
         "--make-pairs needs rewards per video: use it with --model": s.make_pairs and (s.scores or s.compare),
         "give --model DIR": not s.model and not (s.scores or s.compare),
@@ -388,7 +406,7 @@ def check(s: Settings) -> None:
 def make_folders(s: Settings) -> None:
     """Now, not after hours of thinking, is when a place that cannot be written to should be noticed."""
     try:
-        for folder in (s.out, *(os.path.dirname(file) or "." for file in (s.html, s.make_pairs) if file)):
+        for folder in (s.out, os.path.join(s.out, "text") if s.score_from == "text" else s.out, *(os.path.dirname(file) or "." for file in (s.html, s.make_pairs) if file)):
             os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be written to ({error.strerror}).") from error

@@ -237,7 +237,7 @@ def losses_of(output, numbers, batch, k, rollouts: Rollouts, settings, counts) -
             "grpo_loss": policy.item(), "kl": kl.item(), "bt_loss": bt.item(),
             "clipped": clip_share(log_probs, old, advantages, mask, *clip).item(),
             "right": (margins > 0).sum().item(), "margin": margins.sum().item(),
-            "head_reward": rewards.sum().item(), "log_prob": (log_probs * mask).sum().item(),
+            "reward": rewards.sum().item(), "square": (rewards**2).sum().item(), "log_prob": (log_probs * mask).sum().item(),
         }  # fmt: skip
         sums["ratio_max"] = policy_ratio(log_probs, old, mask).max().item()
     return policy + settings.kl_coef * kl + settings.bt_coef * bt, sums
@@ -344,7 +344,8 @@ def step_metrics(batch: list[Rollouts], updates: list[dict], settings, ranks) ->
     metrics = {name: value / count for name, value in sums.items()} | {"flat_groups": flat / num_groups}
     mean = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
     metrics |= {"pair_accuracy": mean.pop("right"), "clip_share": mean.pop("clipped"), "mean_log_prob": mean.pop("log_prob")}
-    metrics["head_reward"] = mean.pop("head_reward") * len(updates) / count
+    metrics["reward_mean"] = mean.pop("reward") * len(updates) / count
+    metrics["reward_std"] = max(0.0, mean.pop("square") * len(updates) / count - metrics["reward_mean"] ** 2) ** 0.5
     return metrics | mean | {"ratio_max": max(u["ratio_max"] for u in updates)}
 
 
@@ -395,6 +396,7 @@ def main(argv=None) -> None:
                          rows_per_batch=settings.rows_per_batch)  # fmt: skip
     parallel.shard(model, ranks)
     train(model, reference, engine, pairs, settings, ranks)
+    model.settings.update(parallel.reward_scale(settings.out))
     parallel.save_model(model, os.path.join(settings.out, "model"), ranks)
     if ranks.is_main:
         panels = {"rollout reward R": ["rollout_reward", "quality", "format", "length"], "pair accuracy": ["pair_accuracy"],

@@ -11,10 +11,13 @@ The model knows nothing of ranks or sharding; parallel.py applies those from out
 `forward`: everything that touches the embedding, `lm_head` or the head, since under FSDP they are whole only in there.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import json
 import os
+import pickle
+import sys
 
 import torch
 from torch import nn
@@ -30,6 +33,7 @@ from transformers import (
 
 import data
 from data import InputError
+from layout import lay_out
 from losses import token_log_probs
 
 # LoRA on the LLM's linear layers; not on lm_head, the embeddings or the vision tower (whose layers have other names).
@@ -47,114 +51,7 @@ class Output:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 1. Laying tokens out
-# ---------------------------------------------------------------------------------------------------------------
-def lay_out(backbone, prefixes: list[dict], responses: list[list[list[int]]]) -> dict[str, torch.Tensor]:
-    """Prompts and CoTs -> the tensors of one forward. Row b holds prefix b ONCE and all of its CoTs behind it.
-
-        [ prefix (video + prompt) | cot_1 q_1 | cot_2 q_2 | ... | padding ]
-
-    The G CoTs of a video share thousands of prefix tokens, so packing them encodes and back-propagates those once, not G
-    times. That equals G separate rows because each CoT sees what it would see alone:
-      * a block mask: position i may look at j <= i in the prefix or in its own CoT. For two CoTs of two tokens,
-
-                    p p p  a a q  b b q          rows look, columns are looked at, x = allowed
-                p   x . .  . . .  . . .
-                p   x x .  . . .  . . .
-                p   x x x  . . .  . . .
-                a   x x x  x . .  . . .
-                a   x x x  x x .  . . .
-                q   x x x  x x x  . . .
-                b   x x x  . . .  x . .          b does not see a
-                b   x x x  . . .  x x .
-                q   x x x  . . .  x x x
-
-      * positions restart right after the prefix for each CoT.
-    With one CoT per row (the plain path) the block mask is the ordinary causal mask, and only padding is marked.
-
-    Args:
-        backbone: the Qwen3-VL, for its rule of 3-D positions (time, height, width) only.
-        prefixes: from data.encode_prompt, one per row.
-        responses: responses[b] = the CoTs of row b as token ids, [] for "no CoT" (masked). EOS included if it was sampled;
-            the query follows the last token whatever it is, so a CoT cut off at the limit needs no special case.
-    Returns:
-        input_ids (B, L); query_mask (B, L) bool; position_ids (3, B, L); attention_mask (B, L), or (B, 1, L, L) bool when a
-        row holds several CoTs; pixel_values_videos, video_grid_thw;
-        query_index (N,): where the queries are in the flattened B x L; response_index (N, T): where the position that
-        PREDICTS each CoT token is (one before it); response_ids, response_mask (N, T).
-    """
-    pad = backbone.config.text_config.pad_token_id or 0  # never read: masked out, or replaced by the query vector
-    rows, starts = [], []
-    for prefix, cots in zip(prefixes, responses, strict=True):
-        positions, _ = backbone.model.get_rope_index(
-            input_ids=prefix["input_ids"][None],
-            mm_token_type_ids=prefix["mm_token_type_ids"][None],
-            video_grid_thw=prefix["video_grid_thw"],
-        )
-        ids, positions, segments = [prefix["input_ids"]], [positions[:, 0]], [torch.zeros_like(prefix["input_ids"])]
-        row_starts, end = [], len(prefix["input_ids"])
-        for k, cot in enumerate(cots, start=1):
-            ids.append(torch.tensor([*cot, pad]))  # the pad stands for the query
-            after_prefix = torch.arange(len(cot) + 1) + positions[0].max() + 1
-            positions.append(after_prefix.expand(3, -1))  # text: the same number for time, height and width
-            segments.append(torch.full((len(cot) + 1,), k))
-            row_starts.append(end)
-            end += len(cot) + 1
-        rows.append((torch.cat(ids), torch.cat(positions, dim=1), torch.cat(segments)))
-        starts.append(row_starts)
-
-    length = max(len(ids) for ids, _, _ in rows)
-    input_ids = torch.full((len(rows), length), pad)  # (B, L)
-    position_ids = torch.zeros(3, len(rows), length, dtype=torch.long)
-    segment = torch.full((len(rows), length), -1)  # 0 prefix, k the k-th CoT and its query, -1 padding
-    for b, (ids, positions, segments) in enumerate(rows):
-        input_ids[b, : len(ids)], position_ids[:, b, : len(ids)], segment[b, : len(ids)] = ids, positions, segments
-
-    spans = [
-        (b, start, len(cot))
-        for b, (row_starts, cots) in enumerate(zip(starts, responses))
-        for start, cot in zip(row_starts, cots)
-    ]
-    longest = max([1, *(n for _, _, n in spans)])
-    response_ids, response_index = (torch.zeros(len(spans), longest, dtype=torch.long) for _ in range(2))
-    response_mask, query_mask = torch.zeros(len(spans), longest), torch.zeros(len(rows), length, dtype=torch.bool)
-    for i, (b, start, n) in enumerate(spans):
-        response_ids[i, :n] = input_ids[b, start : start + n]
-        # Token t is predicted from the position before it. Before a CoT's FIRST token stands the prefix's last one.
-        before = torch.tensor([len(prefixes[b]["input_ids"]) - 1, *range(start, start + n - 1)])[:n]
-        response_index[i, :n] = b * length + before
-        response_mask[i, :n] = 1
-        query_mask[b, start + n] = True
-
-    if all(len(cots) == 1 for cots in responses):
-        attention_mask = (segment >= 0).long()  # (B, L); causality is the model's own
-    else:
-        attention_mask = block_mask(segment)
-    return {
-        "input_ids": input_ids,
-        "query_mask": query_mask,
-        "position_ids": position_ids,
-        "attention_mask": attention_mask,
-        "pixel_values_videos": torch.cat([prefix["pixel_values_videos"] for prefix in prefixes]),
-        "video_grid_thw": torch.cat([prefix["video_grid_thw"] for prefix in prefixes]),
-        "query_index": torch.tensor([b * length + start + n for b, start, n in spans]),
-        "response_index": response_index,
-        "response_ids": response_ids,
-        "response_mask": response_mask,
-    }
-
-
-def block_mask(segment: torch.Tensor) -> torch.Tensor:
-    """segment (B, L): 0 prefix, k >= 1 the k-th CoT, -1 padding -> (B, 1, L, L) bool, True where attention is allowed."""
-    length = segment.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()  # (L, L)
-    same_cot = segment[:, :, None] == segment[:, None, :]  # (B, L, L)
-    in_prefix = (segment == 0)[:, None, :]  # (B, 1, L)
-    return (causal & (same_cot | in_prefix))[:, None]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# 2. The model
+# 1. The model
 # ---------------------------------------------------------------------------------------------------------------
 class DeScore(nn.Module):
     """Qwen3-VL backbone + learnable query + linear head without bias. Rewards are unbounded; only differences count.
@@ -297,10 +194,20 @@ class DeScore(nn.Module):
         self.train(was_training)
         return rewards
 
-    def reward(self, videos, prompts, think: bool = True, max_new_tokens=4096, source_fps=None) -> torch.Tensor:
-        """Think, then score: (B,) fp32. `think=False` skips the CoT, which random CoT masking has trained the head for."""
+    def reward(self, videos, prompts, think=True, max_new_tokens=4096, source_fps=None, normalize=False, with_thoughts=False):
+        """Think, then score: rewards (B,) fp32, and with `with_thoughts` also the B texts (None where not thought).
+
+        `think=False` skips the CoT, for speed: random CoT masking has trained the head for it. `normalize=True` subtracts
+        the mean and divides by the spread that rewards had at the end of training, saved with the checkpoint: a rough common
+        scale (about 0 +- 1) for using DeScore beside other rewards. Only differences mean anything either way.
+        """
         thoughts = self.think(videos, prompts, max_new_tokens, source_fps=source_fps) if think else [None] * len(videos)
-        return self.score(videos, prompts, thoughts, source_fps)
+        rewards = self.score(videos, prompts, thoughts, source_fps)
+        if normalize:
+            if not self.settings.get("reward_std"):
+                raise InputError("normalize=True: the checkpoint holds no reward_mean and reward_std; train it with this code.")
+            rewards = (rewards - self.settings["reward_mean"]) / self.settings["reward_std"]
+        return (rewards, thoughts) if with_thoughts else rewards
 
     # -- disk ---------------------------------------------------------------------------------------------------
     def save_pretrained(self, path: str, state: dict | None = None, merge: bool = True) -> None:
@@ -397,6 +304,31 @@ class DeScore(nn.Module):
         load_strictly(self, trained, file, list(trained))
 
 
+def import_released(path: str) -> DeScore:
+    """Opens a checkpoint of the authors' code: a Hugging Face folder with a `<Reward>` row, and `rm_head.pth` beside it.
+
+    The row becomes our query, rm_head.weight our head. Nothing is unpickled but plain tensors (weights_only). Their prompt
+    and the place of the CoT differ from ours, so rewards will be near theirs, not equal.
+    """
+    file = os.path.join(path, "rm_head.pth")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise InputError(f"{file}: missing, or more than plain tensors ({first_line(error)}).") from error
+    state = state.get("model", state)
+    weights = [v for k, v in state.items() if k in ("rm_head.weight", "base_model.model.rm_head.weight")]
+    backbone = load_backbone(path, torch.float32)
+    processor = AutoProcessor.from_pretrained(path)
+    row = processor.tokenizer.get_added_vocab().get("<Reward>")
+    model = DeScore(backbone, processor, {"base_model": str(path)})
+    if len(weights) != 1 or weights[0].shape != model.head.weight.shape or row is None:
+        raise InputError(f"{path}: needs one rm_head.weight of shape {tuple(model.head.weight.shape)} and a <Reward> token.")
+    with torch.no_grad():
+        model.query.copy_(backbone.get_input_embeddings().weight[row])
+        model.head.weight.copy_(weights[0])
+    return model.eval()
+
+
 def merge_lora(state: dict[str, torch.Tensor], scaling: dict[str, float], whole=lambda tensor: tensor):
     """This model's state dict -> (Hugging Face name, tensor) of the backbone, adapters folded in: W + (alpha/r) B A, fp32.
 
@@ -470,7 +402,7 @@ def to_device(batch: dict[str, torch.Tensor], device) -> dict[str, torch.Tensor]
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 3. Sampling CoTs with transformers' generate
+# 2. Sampling CoTs with transformers' generate
 # ---------------------------------------------------------------------------------------------------------------
 class SeededSampling(LogitsProcessor):
     """Temperature sampling with one random stream per row, by the Gumbel-max trick:
@@ -492,7 +424,8 @@ class SeededSampling(LogitsProcessor):
 
 def banned_tokens(tokenizer) -> list[int]:
     """Control tokens that a CoT may not contain: all but EOS. A sampled <|video_pad|> would claim to be video."""
-    return sorted(i for i, t in tokenizer.added_tokens_decoder.items() if t.special and i != tokenizer.eos_token_id)
+    banned = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special or t.content == "<Reward>"}
+    return sorted(banned - {tokenizer.eos_token_id})
 
 
 @torch.no_grad()
@@ -536,3 +469,20 @@ def sample_cots(
 def decode_cot(tokenizer, cot: list[int]) -> str:
     """Token ids -> text without EOS."""
     return tokenizer.decode(cot[:-1] if cot and cot[-1] == tokenizer.eos_token_id else cot)
+
+
+def main(argv=None) -> None:
+    """Converts a checkpoint of the authors' code into a DeScore folder."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--import-released", required=True, metavar="DIR", help="folder with config.json and rm_head.pth")
+    parser.add_argument("--out", required=True, help="DeScore folder to write")
+    args = parser.parse_args(argv)
+    import_released(args.import_released).save_pretrained(args.out)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

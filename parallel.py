@@ -452,6 +452,15 @@ def read_metrics(out: str) -> list[dict]:
     return lines
 
 
+def reward_scale(out: str) -> dict[str, float]:
+    """Mean and spread of the head's rewards over the last quarter of the steps, for `DeScore.reward(normalize=True)`."""
+    lines = [line for line in read_metrics(out) if "reward_std" in line]
+    last = lines[-max(1, len(lines) // 4) :]
+    mean = float(np.mean([line["reward_mean"] for line in last]))
+    square = float(np.mean([line["reward_std"] ** 2 + line["reward_mean"] ** 2 for line in last]))
+    return {"reward_mean": mean, "reward_std": max(square - mean**2, 1e-12) ** 0.5}
+
+
 def draw_curves(out: str, panels: dict[str, list[str]], path: str, title: str) -> None:
     """Draws metrics.jsonl to a PNG, one panel per entry: title -> metric names. Missing metrics are left out."""
     import matplotlib

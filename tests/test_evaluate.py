@@ -499,3 +499,16 @@ def test_best_of_and_one_video(tmp_path, tiny_model_dir, tiny_clips, capsys):
     capsys.readouterr()
     evaluate.main([*model, "--video", rows[0][0], "--prompt", "=a prompt"])
     assert f"reward {rewards[rows[0][0]]:+.4f}" in capsys.readouterr().out
+
+
+def test_the_score_that_a_cot_states(tmp_path, tiny_model_dir, clips_csv):
+    """--score-from text: the generative reward model of Fig. 1a; thoughts are shared with the head's run, reports are not."""
+    assert evaluate.overall_score('x <answer>{"overall_score": 3.5}</answer>') == 3.5
+    assert evaluate.overall_score("nothing") == evaluate.overall_score('<answer>{"overall_score": "x"}</answer>') == 3.0
+    flags = ["--model", tiny_model_dir, "--data", clips_csv, "--out", str(tmp_path), "--max-new-tokens", "3"]
+    evaluate.main(flags)
+    before = (tmp_path / "thoughts.jsonl").read_text()
+    evaluate.main([*flags, "--score-from", "text"])
+    assert (tmp_path / "thoughts.jsonl").read_text() == before
+    assert {r["reward"] for r in evaluate.read_log(str(tmp_path), "text_rewards").values()} == {3.0}
+    assert (tmp_path / "report.json").exists() and (tmp_path / "text" / "report.json").exists()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import data
+import layout
 import model as model_module
 from conftest import fails_in_one_sentence
 from data import InputError
@@ -41,7 +42,7 @@ def test_block_mask_is_the_drawing_in_the_docstring():
     drawing = [line.split()[1:10] for line in lay_out.__doc__.splitlines() if line.strip()[:1] in ("p", "a", "q", "b")]
     drawing = [row for row in drawing if set(row) <= {"x", "."} and len(row) == 9]
     expected = torch.tensor([[cell == "x" for cell in row] for row in drawing])
-    mask = model_module.block_mask(torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2, 2]]))
+    mask = layout.block_mask(torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2, 2]]))
     assert expected.shape == (9, 9) and torch.equal(mask[0, 0], expected)
 
 
@@ -353,3 +354,47 @@ def test_query_is_bit_equal_to_a_vocabulary_row(model, prefixes):
     ).last_hidden_state  # fmt: skip
     assert torch.equal(model.head(hidden[0, -1]), as_parameter)
     assert data.encode_text(model.processor.tokenizer, "<Reward>")  # only text
+
+
+def test_import_of_a_released_checkpoint(model, prefixes, processor, tmp_path):
+    """A Hugging Face folder with a `<Reward>` row plus rm_head.pth: row -> query, rm_head -> head, the same reward."""
+    import copy
+
+    released = copy.deepcopy(processor)
+    released.tokenizer.add_special_tokens({"additional_special_tokens": ["<Reward>"]}, replace_extra_special_tokens=False)
+    row = released.tokenizer.convert_tokens_to_ids("<Reward>")
+    batch = lay_out(model.backbone, prefixes[:1], [[[70, 71]]])
+    expected = model(batch).rewards
+    with torch.no_grad():
+        model.backbone.get_input_embeddings().weight[row] = model.query
+    folder = str(tmp_path / "released")
+    model.backbone.save_pretrained(folder)
+    released.save_pretrained(folder)
+    torch.save({"model": {"base_model.model.rm_head.weight": model.head.weight.data}}, f"{folder}/rm_head.pth")
+    model_module.main(["--import-released", folder, "--out", str(tmp_path / "ours")])
+    ours = DeScore.from_pretrained(str(tmp_path / "ours"))
+    assert torch.allclose(ours(batch).rewards, expected, atol=1e-5)
+    assert row in model_module.banned_tokens(ours.processor.tokenizer)
+    assert row not in data.encode_text(ours.processor.tokenizer, "<Reward>")
+    torch.save({"rm_head.weight": torch.ones(1, 8)}, f"{folder}/rm_head.pth")
+    with pytest.raises(InputError, match="rm_head.weight of shape"):
+        model_module.import_released(folder)
+
+    class Evil:
+        def __reduce__(self):
+            return print, ("pickled code ran",)
+
+    torch.save({"rm_head.weight": Evil()}, f"{folder}/rm_head.pth")
+    with pytest.raises(InputError, match="more than plain tensors"):
+        model_module.import_released(folder)
+
+
+def test_normalized_rewards_and_thoughts(model, tiny_clips):
+    arguments = (tiny_clips[:2], ["a red circle", "a blue square"])
+    with pytest.raises(InputError, match="reward_mean"):
+        model.reward(*arguments, think=False, normalize=True)
+    model.settings.update(reward_mean=2.0, reward_std=4.0)
+    plain = model.reward(*arguments, think=False)
+    assert torch.allclose(model.reward(*arguments, think=False, normalize=True), (plain - 2) / 4)
+    rewards, thoughts = model.reward(*arguments, max_new_tokens=3, with_thoughts=True)
+    assert thoughts == model.think(*arguments, max_new_tokens=3) and rewards.shape == (2,)
