@@ -5,7 +5,7 @@
     laptop   python cold_start.py --model runs/base --data runs/data/train_cots.csv --out runs/stage1 --lr 3e-4 ...
     8 GPUs   torchrun --nproc_per_node 8 cold_start.py --data train_cots.csv --val val_cots.csv --out runs/stage1
 
-The defaults are the paper's (PAPER.md section 3). What to expect: the loss starts near ln 2 = 0.6931; `accuracy` starts
+The defaults are the paper's. What to expect: the loss starts near ln 2 = 0.6931; `accuracy` starts
 near .5 and rises; `val_accuracy` is measured with the CoT always there.
 
 One step:  1 draw pairs   2 mask CoTs   3 forward both videos   4 BT loss (Eq. 3)   5 backward, clip, update   6 log
@@ -41,6 +41,8 @@ class Settings:
     max_pixels: int = arg(448 * 448, "pixels per frame at most (paper: 448 * 448)")
     max_length: int = arg(6144, "tokens per sequence at most: video + prompt + CoT (paper: 6144)")
     workers: int = arg(2, "processes that decode ahead; 0: decode in this one")
+    frame_cache: str | None = arg(None, "folder that keeps sampled frames, so that later epochs need not decode")
+    frame_cache_gb: float = arg(50.0, "size of --frame-cache at most; the least used go first")
     # model
     model: str = arg("Qwen/Qwen3-VL-8B-Instruct", "base model, folder or hub name; or a DeScore folder to go on from")
     train: str = arg("lora", "what of the LLM is trained (paper: lora)", choices=["lora", "full", "head"])
@@ -104,7 +106,7 @@ def score_pairs(model, items, settings, masks=None):
 
 @torch.no_grad()
 def validate(model, dataset, settings, ranks) -> float:
-    """COLLECTIVE: accuracy without ties over all pairs. Never masked: masking is for training (PAPER.md section 3)."""
+    """COLLECTIVE: accuracy without ties over all pairs. Never masked: masking is for training."""
     model.eval()
     size, mine = len(dataset), []
     rounds = math.ceil(size / ranks.world)  # the same number of forwards on every rank, or FSDP waits for ever
@@ -122,7 +124,8 @@ def validate(model, dataset, settings, ranks) -> float:
 def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
     """The loop of stage 1."""
     optimizer = parallel.make_optimizer(model, settings)
-    dataset, val_set = (data.EncodedPairs(p, model.processor, settings.fps, settings.max_pixels) for p in (pairs, val_pairs))
+    cache = data.FrameCache(settings.frame_cache, settings.frame_cache_gb) if settings.frame_cache else None
+    dataset, val_set = (data.EncodedPairs(p, model.processor, settings.fps, settings.max_pixels, cache) for p in (pairs, val_pairs))
     steps_per_epoch, local_pairs = parallel.divide(len(pairs), settings, ranks)
     total = min(settings.max_steps or 10**9, settings.epochs * steps_per_epoch)
     first = parallel.load_checkpoint(settings.out, model, optimizer, ranks)["step"] if settings.resume else 0
@@ -142,13 +145,14 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
 
     model.train()
     for step in ranks.progress(range(first + 1, total + 1), desc="stage 1", initial=first, total=total):
-        began, waited = time.time(), 0.0
+        began = time.time()
         sums = dict.fromkeys(("loss", "correct", "decided", "margin", "masked", "reward", "square", "tokens"), 0.0)
-        for _ in range(local_pairs // settings.micro_pairs):
-            before = time.time()
-            items = [next(stream) for _ in range(settings.micro_pairs)]  # 1 draw pairs
-            waited += time.time() - before
-            masks = [next(hidden) for _ in items]  # 2 mask CoTs
+        drawn = [next(stream) for _ in range(local_pairs)]  # 1 draw pairs
+        waited = time.time() - began
+        drawn = [(item, next(hidden)) for item in drawn]  # each with its mask
+        drawn.sort(key=lambda d: max(len(prefix["input_ids"]) for prefix in d[0][1]))  # like lengths together: less padding
+        for first_pair in range(0, local_pairs, settings.micro_pairs):
+            items, masks = zip(*drawn[first_pair : first_pair + settings.micro_pairs])  # 2 mask CoTs
             with ranks.autocast():
                 reward_a, reward_b = score_pairs(model, items, settings, masks)  # 3 forward both videos
             labels = torch.tensor([pair.label for pair, _ in items], device=reward_a.device)

@@ -11,13 +11,16 @@ Labels everywhere: +1 video A is better, -1 video B is better, 0 the same.
 
 import argparse
 import ast
+import contextlib
 import csv
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
 import re
 import sys
+import zipfile
 
 import numpy as np
 import torch
@@ -37,7 +40,7 @@ LABELS = {
     "a": 1, "video 1 is better": 1, "leftvote": 1, "left": 1,
     "b": -1, "video 2 is better": -1, "rightvote": -1, "right": -1,
     "same": 0, "tie": 0, "tievote": 0, "bothbad_vote": 0, "bothbad": 0,
-    "invalid": None,  # annotators could not judge: the row is dropped. NOT the same as "same" (PAPER.md, defect 8)
+    "invalid": None,  # annotators could not judge: the row is dropped. NOT the same as "same" (README, difference 9)
 }  # fmt: skip
 
 
@@ -231,6 +234,7 @@ def _read_row(csv_path, line, row, read_row, root):
 # ---------------------------------------------------------------------------------------------------------------
 SIDE = 32  # frame sides are multiples of patch (16) x merge (2): one video token covers 32 x 32 pixels x 2 frames
 MAX_FRAMES = 512  # 4 minutes at 2 fps; a longer clip is refused, not silently cut
+MAX_SIDE = 8192  # pixels; larger frames are no video that anyone generated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,11 +303,15 @@ def sample_frames(path: str, fps: float = 2.0, max_pixels: int = 448 * 448) -> V
         total, source_fps = len(probe), float(probe.get_avg_fps())
         if total < 1 or not np.isfinite(source_fps) or source_fps <= 0:
             raise InputError(f"{path}: has no video frames.")
-        indices = sample_indices(total, source_fps, fps)
-        if len(indices) > MAX_FRAMES:
-            seconds = total / source_fps
+        seconds = total / source_fps  # as the file claims: checked before anything of that size is made
+        if seconds * fps > MAX_FRAMES:
             raise InputError(f"{path}: {seconds:.0f} s at {fps} fps is over {MAX_FRAMES} frames; cut it or lower --fps.")
-        height, width = target_size(*probe[0].shape[:2], max_pixels)
+        indices = sample_indices(total, source_fps, fps)
+        full = probe[0].shape[:2]
+        if max(full) > MAX_SIDE:
+            raise InputError(f"{path}: frames of {full[1]} x {full[0]} pixels; at most {MAX_SIDE} a side are read.")
+        height, width = target_size(*full, max_pixels)
+        del probe  # it goes on decoding in the background: keeping it would double the time of what follows
         reader = VideoReader(path, ctx=cpu(0), width=width, height=height, num_threads=1)
         frames = reader.get_batch(indices).asnumpy()  # (T, H, W, 3) uint8
     except (DECORDError, RuntimeError, IndexError) as error:
@@ -339,7 +347,7 @@ def to_video(video, fps: float, max_pixels: int, source_fps: float | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 3. The conversation: ONE layout for stage 1, stage 2 and inference (PAPER.md, defect 7)
+# 3. The conversation: ONE layout for stage 1, stage 2 and inference (README, difference 2)
 #       user turn = video + prompt + instruction;  assistant turn = CoT;  then the query token
 # ---------------------------------------------------------------------------------------------------------------
 INSTRUCTION_BEFORE = "The video above was generated from this text prompt:\n"
@@ -436,6 +444,50 @@ def encode_cot(tokenizer, cot: str | None) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------------
 # 4. A stream of encoded pairs
 # ---------------------------------------------------------------------------------------------------------------
+class FrameCache:
+    """Sampled frames on disk, so that a clip that is used in every epoch is decoded once. At most `gigabytes`, oldest out.
+
+    The key holds path, size, time of change, fps and pixel budget: an edited clip is decoded again. Raw uint8 frames: 16 s of
+    448 x 448 at 2 fps are 19 MB. Several processes may share a folder: files appear by renaming.
+    """
+
+    def __init__(self, folder: str, gigabytes: float):
+        self.folder, self.limit = folder, gigabytes * 1e9
+        os.makedirs(folder, exist_ok=True)
+
+    def sample(self, path: str, fps: float, max_pixels: int) -> Video:
+        """As sample_frames, from the cache where it can."""
+        if not os.path.isfile(path):
+            return sample_frames(path, fps, max_pixels)  # for its message
+        info = os.stat(path)
+        key = hashlib.sha256(repr((os.path.abspath(path), info.st_size, info.st_mtime_ns, fps, max_pixels)).encode())
+        file = os.path.join(self.folder, key.hexdigest()[:32] + ".npz")
+        try:
+            with np.load(file) as saved:
+                os.utime(file)  # used now: the oldest are removed first
+                times = saved["times"]
+                return Video(saved["frames"], float(times[0]), int(times[1]), tuple(saved["indices"].tolist()))
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # not there, or cut short
+            video = sample_frames(path, fps, max_pixels)
+        temporary = f"{file}.{os.getpid()}.tmp"
+        with open(temporary, "wb") as target:
+            np.savez(target, frames=video.frames, times=np.array([video.source_fps, video.total_num_frames]),
+                     indices=np.array(video.frame_indices))  # fmt: skip
+        os.replace(temporary, file)
+        self._shrink()
+        return video
+
+    def _shrink(self):
+        with contextlib.suppress(FileNotFoundError):  # another process may remove the same file
+            files = sorted((e.stat().st_mtime, e.stat().st_size, e.path) for e in os.scandir(self.folder))
+            total = sum(size for _, size, _ in files)
+            for _, size, path in files:
+                if total <= self.limit:
+                    break
+                os.remove(path)
+                total -= size
+
+
 class EncodedPairs(torch.utils.data.Dataset):
     """Index -> (pair, [prompt inputs of video A, of video B]); decoded and encoded on demand, in loader workers.
 
@@ -443,8 +495,9 @@ class EncodedPairs(torch.utils.data.Dataset):
     user should read one sentence. `take` below raises it.
     """
 
-    def __init__(self, pairs, processor, fps=2.0, max_pixels=448 * 448):
+    def __init__(self, pairs, processor, fps=2.0, max_pixels=448 * 448, cache: FrameCache | None = None):
         self.pairs, self.processor, self.fps, self.max_pixels = pairs, processor, fps, max_pixels
+        self.sample = cache.sample if cache else sample_frames
 
     def __len__(self):
         return len(self.pairs)
@@ -452,7 +505,7 @@ class EncodedPairs(torch.utils.data.Dataset):
     def __getitem__(self, index):
         pair = self.pairs[index]
         try:
-            videos = [sample_frames(path, self.fps, self.max_pixels) for path in pair.videos]
+            videos = [self.sample(path, self.fps, self.max_pixels) for path in pair.videos]
             return pair, [encode_prompt(self.processor, video, pair.prompt) for video in videos]
         except InputError as error:
             return InputError(f"row {pair.row}: {error}")

@@ -5,7 +5,7 @@
     laptop   python grpo.py --model runs/stage1/model --data runs/data/train_rl.csv --out runs/stage2 --lr 1e-4 ...
     8 GPUs   torchrun --nproc_per_node 8 grpo.py --model runs/stage1/model --data train_rl.csv --train full --engine vllm
 
-The defaults are the paper's (PAPER.md section 4). The loop in `train` is the paper's algorithm, step by step:
+The defaults are the paper's. The loop in `train` is the paper's algorithm, step by step:
 
     1 draw pairs      2 generate: G CoTs for each of the two videos      3 rollout rewards, by rules only
     4 group advantages      5 old and reference log-probs      6 update: one forward gives GRPO + KL + BT
@@ -14,7 +14,7 @@ The defaults are the paper's (PAPER.md section 4). The loop in `train` is the pa
 What to expect: `rollout_reward` and `quality` rise slowly; `pair_accuracy` must not fall. `grpo_loss` stays near 0 and
 `ratio_max` at 1 while there is one update per rollout batch: that is right, see losses.grpo_loss.
 
-The two objectives are independent (PAPER.md section 4): the rules never see the head's score, and no gradient of the GRPO
+The two objectives are independent: the rules never see the head's score, and no gradient of the GRPO
 loss reaches the head, because log-probs do not pass through it.
 """
 
@@ -46,6 +46,8 @@ class Settings:
     fps: float = arg(2.0, "sampled frames per second (paper: 2)")
     max_pixels: int = arg(307_200, "pixels per frame at most (paper, stage 2: 307,200)")
     workers: int = arg(2, "processes that decode ahead; 0: decode in this one")
+    frame_cache: str | None = arg(None, "folder that keeps sampled frames, so that later epochs need not decode")
+    frame_cache_gb: float = arg(50.0, "size of --frame-cache at most; the least used go first")
     # model
     model: str = arg(None, "a DeScore folder: OUT/model of stage 1")
     train: str = arg("full", "what of the LLM is trained (paper: full)", choices=["lora", "full"])
@@ -76,7 +78,7 @@ class Settings:
     batch_pairs: int = arg(128, "pairs per rollout batch over all ranks (paper: 128)")
     mini_pairs: int = arg(8, "pairs per update (paper: 8); equal to --batch-pairs: on-policy, no pass for old log-probs")
     packing: bool = arg(True, "one forward per group: the prefix once for its G CoTs; --no-packing: one row per CoT")
-    rollouts_per_forward: int = arg(0, "CoTs of each video in one forward, to save memory; must divide G; 0: all")
+    pack_tokens: int = arg(0, "tokens in one forward at most, to save memory: a larger group is split evenly; 0: no limit")
     lr: float = arg(1e-6, "learning rate of the LLM (paper: 1e-6)")
     lr_head: float | None = arg(None, "learning rate of query and head; default --lr (paper: the same)")
     warmup: float = arg(0.0, "share of all rollout batches with a rising learning rate (not given in the paper)")
@@ -145,7 +147,7 @@ def rollout_reward(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# One pair's rollouts, kept together so that nothing can land on the wrong rollout (PAPER.md, defect 1)
+# One pair's rollouts, kept together so that nothing can land on the wrong rollout (README, difference 5)
 # ---------------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Rollouts:
@@ -156,6 +158,7 @@ class Rollouts:
     cots: list[list[list[int]]]  # [2][G] token ids
     rewards: list[list[RolloutReward]] = None  # [2][G]
     advantages: torch.Tensor = None  # (2, G)
+    splits: int = 1  # forwards for this pair, the same on every rank; divides G
     old: list = None  # per forward: log-probs (2g, T) when sampled, if they differ from the current ones
     reference: list = None  # per forward: log-probs (2g, T) under the reference
 
@@ -191,9 +194,9 @@ def judge(rollouts: Rollouts, tokenizer, settings) -> None:
 def forwards(model, rollouts: Rollouts, settings):
     """Yields (rollout numbers i, batch) for each forward of a pair: both videos with the CoTs i, in the order A_i.., B_i..
 
-    Packed: two rows, each with a prefix and its CoTs. Plain: a row per CoT. The same number of forwards on every rank.
+    Packed: two rows, each with a prefix and its CoTs. Plain: a row per CoT.
     """
-    at_once = settings.rollouts_per_forward or settings.rollouts
+    at_once = settings.rollouts // rollouts.splits
     for i in range(0, settings.rollouts, at_once):
         numbers = list(range(i, i + at_once))
         cots = [[row[k] for k in numbers] for row in rollouts.cots]  # [2][g]
@@ -203,6 +206,28 @@ def forwards(model, rollouts: Rollouts, settings):
             prefixes = [prefix for prefix in rollouts.prefixes for _ in numbers]
             batch = lay_out(model.backbone, prefixes, [[cot] for row in cots for cot in row])
         yield numbers, to_device(batch, model.query.device)
+
+
+def split(batch: list[Rollouts], settings, ranks) -> None:
+    """COLLECTIVE. How many forwards each pair needs to stay under --pack-tokens. Each repeats the prefix, so few are better.
+
+    The n-th pair of every rank gets as many as the largest of them needs, or the ranks' forwards would not match.
+    """
+    needs = []
+    for r in batch:
+
+        def tokens(splits):  # of the largest forward: two rows
+            g, total = settings.rollouts // splits, 0
+            for prefix, row in zip(r.prefixes, r.cots):
+                parts = [sum(len(cot) + 1 for cot in row[i : i + g]) for i in range(0, settings.rollouts, g)]
+                total += len(prefix["input_ids"]) * (1 if settings.packing else g) + max(parts)
+            return total
+
+        divisors = [s for s in range(1, settings.rollouts + 1) if settings.rollouts % s == 0]
+        needs.append(next((s for s in divisors if tokens(s) <= settings.pack_tokens), settings.rollouts))
+    if settings.pack_tokens:
+        for n, r in enumerate(batch):
+            r.splits = int(max(ranks.gather_objects([needs[n]])))
 
 
 @torch.no_grad()
@@ -288,7 +313,8 @@ def train(model, reference, engine, pairs, settings: Settings, ranks) -> None:
         epoch, place = divmod(step, steps_per_epoch)
         order = data.epoch_order(len(pairs), settings.seed, epoch)
         schedule += ranks.share(order[place * settings.batch_pairs : (place + 1) * settings.batch_pairs])
-    dataset = data.EncodedPairs(pairs, model.processor, settings.fps, settings.max_pixels)
+    cache = data.FrameCache(settings.frame_cache, settings.frame_cache_gb) if settings.frame_cache else None
+    dataset = data.EncodedPairs(pairs, model.processor, settings.fps, settings.max_pixels, cache)
     stream = data.take(dataset, schedule, settings.workers)
     updates = settings.batch_pairs // settings.mini_pairs
     model.train()
@@ -300,6 +326,7 @@ def train(model, reference, engine, pairs, settings: Settings, ranks) -> None:
         for rollouts in batch:
             judge(rollouts, model.processor.tokenizer, settings)  # 3 rollout rewards, 4 group advantages
         generated = time.time()
+        split(batch, settings, ranks)
         for rollouts in batch:  # 5 log-probs that the update compares with, from before it
             if updates > 1:
                 rollouts.old = log_probs_now(model, rollouts, settings, ranks)
@@ -368,8 +395,6 @@ def check(settings: Settings, ranks) -> None:
     if settings.batch_pairs % settings.mini_pairs or settings.mini_pairs % ranks.world:
         raise InputError(f"--mini-pairs {settings.mini_pairs} must divide --batch-pairs {settings.batch_pairs} and be a multiple "
                          f"of the {ranks.world} ranks.")  # fmt: skip
-    if settings.rollouts % (settings.rollouts_per_forward or settings.rollouts):
-        raise InputError(f"--rollouts-per-forward {settings.rollouts_per_forward} must divide --rollouts {settings.rollouts}.")
 
 
 def main(argv=None) -> None:

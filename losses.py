@@ -14,8 +14,8 @@ Everything is computed in fp32, whatever comes in: in bf16 a reward of 5.4 has s
 | kl_to_reference           | the KL term of Eq. 7        | 0 while the policy is the reference                        |
 
 A loss is averaged by a DENOMINATOR. On one batch that is its own count. When a batch is cut into micro-batches or spread
-over ranks, each piece must be divided by the count of the WHOLE batch, or short pieces weigh too much (PAPER.md, defect
-5): the caller counts first and passes `denominator`; the pieces' losses then sum to the whole batch's loss.
+over ranks, each piece must be divided by the count of the WHOLE batch, or short pieces weigh too much (README, difference
+7): the caller counts first and passes `denominator`; the pieces' losses then sum to the whole batch's loss.
 """
 
 import math

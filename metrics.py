@@ -1,4 +1,4 @@
-"""How often rewards agree with people: accuracy without and with ties (PAPER.md, section 5), and its uncertainty.
+"""How often rewards agree with people: accuracy without and with ties, and its uncertainty.
 
 Pure functions of numpy arrays. labels (n,) in {+1: A is better, -1: B, 0: the same}; margins (n,) = r_A - r_B, finite.
 """
@@ -31,7 +31,7 @@ def right(labels: np.ndarray, margins: np.ndarray, threshold: float = NOTHING_TI
 
 
 def accuracy_without_ties(labels, margins) -> float:
-    """Share of pairs with sign(r_A - r_B) = label, human ties dropped, equal scores wrong. PAPER.md, section 5.
+    """Share of pairs with sign(r_A - r_B) = label, human ties dropped, equal scores wrong. README, "What the metrics mean".
 
     Example: labels [1, 1, -1, 0], margins [2, 0, -1, 5] -> right, wrong (equal), right, dropped -> 2/3.
     Raises InputError for empty input, only human ties, or a non-finite margin.

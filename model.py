@@ -57,7 +57,7 @@ class DeScore(nn.Module):
     """Qwen3-VL backbone + learnable query + linear head without bias. Rewards are unbounded; only differences count.
 
     The query is a parameter put into `inputs_embeds`, not a row of the vocabulary: nothing is resized, no 1.2 GB embedding
-    gets an optimizer state for one row (PAPER.md, defect 10), the sampler can never emit it, and a prompt that contains
+    gets an optimizer state for one row (README, difference 1), the sampler can never emit it, and a prompt that contains
     the letters `<Reward>` is only text.
     """
 
@@ -117,7 +117,7 @@ class DeScore(nn.Module):
 
         train = "lora": adapters on the LLM's linear layers (paper, stage 1: r 64, alpha 128, dropout .05);
         train = "full": all of the LLM, `lm_head` included (paper, stage 2); train = "head": nothing of the LLM.
-        Trained parameters are held in fp32: in bf16 an update of 1e-6 rounds away (PAPER.md, defect 2).
+        Trained parameters are held in fp32: in bf16 an update of 1e-6 rounds away (README, difference 6).
         """
         if train not in ("lora", "full", "head"):
             raise InputError(f"--train {train}: choose lora, full or head.")
@@ -215,7 +215,7 @@ class DeScore(nn.Module):
 
         Files: config.json, model*.safetensors, tokenizer and processor; reward_head/head.safetensors (query, head.weight);
         descore.json (sizes, sampling settings). `merge=True` folds LoRA into the weights, in fp32, so the next stage cannot
-        lose it (PAPER.md, defect 9). `merge=False` writes only what was trained: adapter_model.safetensors (PEFT's layout),
+        lose it (README, difference 17). `merge=False` writes only what was trained: adapter_model.safetensors (PEFT's layout),
         trained.safetensors (vision tower), and the base model's path.
         `state`: this model's whole state dict on the CPU, gathered by parallel.py when the model is sharded.
         """
@@ -262,7 +262,7 @@ class DeScore(nn.Module):
         """Opens a DeScore folder, or, with `new_head=True`, a plain Qwen3-VL to start stage 1 from.
 
         Strict: a missing or extra weight, another size, or a base model without a head is an InputError, never a random
-        head (PAPER.md, defect 3). In evaluation mode, as transformers does it.
+        head (README, difference 16). In evaluation mode, as transformers does it.
         """
         settings_path = os.path.join(path, SETTINGS_FILE)
         settings = {"base_model": str(path)}

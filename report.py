@@ -5,8 +5,10 @@ model is untrusted: it is escaped for HTML, for Markdown, for the figure's formu
 Symbols: r_A, r_B rewards; margin = r_A - r_B; label +1 (A is better), -1 (B), 0 (the same); n pairs.
 """
 
+import argparse
 import base64
 import csv
+import glob
 import hashlib
 import html
 import io
@@ -14,6 +16,7 @@ import json
 import math
 import os
 import re
+import sys
 import typing
 
 import numpy as np
@@ -21,7 +24,7 @@ import numpy as np
 import data
 from data import DIMENSIONS, InputError
 
-# PAPER.md, Table 1: accuracy in-domain with ties; GenAI-Bench with, without; VideoGen-RewardBench with, without.
+# The paper's Table 1: accuracy in-domain with ties; GenAI-Bench with, without; VideoGen-RewardBench with, without.
 PUBLISHED = {
     "VideoScore": (0.552, 0.490, 0.720, 0.372, 0.503),
     "VideoAlign": (0.642, 0.494, 0.728, 0.538, 0.722),
@@ -159,7 +162,7 @@ def markdown(judged: list[Judged], videoalign: bool) -> str:
         accuracy_table(judged, videoalign),
         "Without ties: human ties are dropped. With ties: |margin| <= threshold is a predicted tie; the threshold is\n"
         "tuned on these pairs, as in published tables; cross-fitted: on the other half. Intervals: by prompt.\n",
-        "## Published results (PAPER.md, Table 1; not measured here)\n",
+        "## Published results (the paper's Table 1; not measured here)\n",
         published(first),
     ]
     if first.get("thoughts"):
@@ -411,3 +414,77 @@ def write_best_and_worst(path: str, groups: dict[str, list[tuple[float, str]]]) 
             rows.append([os.path.relpath(best, folder), os.path.relpath(worst, folder), prompt, "A", high, low])
     write_csv(path, ["path_A", "path_B", "prompt", "TA", "reward_A", "reward_B"], rows)
     print(f"{len(rows)} pairs of {len(groups)} prompts -> {path}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 5. Several evaluations side by side, as in the paper's Fig. 1b and Table 1
+# ---------------------------------------------------------------------------------------------------------------
+def compare_runs(runs: list[str], out: str) -> str:
+    """["LABEL=GLOB of report.json files", ...] -> a table, one row per label, two columns per benchmark; and a figure."""
+    found, benchmarks = {}, []  # label -> {benchmark: numbers}
+    for run in runs:
+        label, _, pattern = run.partition("=")
+        paths = sorted(glob.glob(pattern))
+        if not paths:
+            raise InputError(f"--runs {run}: no such report; give LABEL=GLOB, e.g. 'DeScore=runs/eval/stage2/*/report.json'.")
+        for path in paths:
+            with open(path, encoding="utf-8") as file:
+                numbers = json.load(file)
+            name = numbers["benchmark"] or os.path.basename(numbers["data"])
+            found.setdefault(label, {})[name] = numbers
+            benchmarks += [name] if name not in benchmarks else []
+    head = ["model", *(f"{name} {kind}" for name in benchmarks for kind in ("w/o ties", "w/ ties"))]
+    rows = []
+    for label, reports in found.items():
+        cells = [reports.get(name, {}) for name in benchmarks]
+        rows.append([label, *(shown(c.get(f"accuracy_{k}")) for c in cells for k in ("without_ties", "with_ties"))])
+    text = table(head, rows)
+    os.makedirs(out, exist_ok=True)
+    with open(os.path.join(out, "results.md"), "w", encoding="utf-8") as file:
+        file.write(text)
+    draw_runs(os.path.join(out, "results.png"), found, benchmarks)
+    return text
+
+
+def draw_runs(path: str, found: dict, benchmarks: list[str]) -> None:
+    """Bars of accuracy without ties with 95 % intervals, one group per benchmark."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(2.5 + 2.2 * len(benchmarks), 3.8))
+    width = 0.8 / len(found)
+    for k, (label, reports) in enumerate(found.items()):
+        have = [(i, reports[n]) for i, n in enumerate(benchmarks) if reports.get(n, {}).get("accuracy_without_ties") is not None]
+        values = [n["accuracy_without_ties"] for _, n in have]
+        low, high = zip(*([n["accuracy_without_ties_interval"] or [v, v] for (_, n), v in zip(have, values)]))
+        places = [i - 0.4 + width * (k + 0.5) for i, _ in have]
+        spread = [np.subtract(values, low).clip(0), np.subtract(high, values).clip(0)]
+        axis.bar(places, values, width * 0.92, yerr=spread, capsize=2, label=label, error_kw={"elinewidth": 0.8})
+        for place, value in zip(places, values):
+            axis.text(place, 0.02, f"{value:.2f}", ha="center", fontsize=8, color="white")
+    axis.axhline(0.5, color="grey", linestyle="--", linewidth=1)
+    axis.set_xticks(range(len(benchmarks)), benchmarks)
+    axis.set(ylim=(0, 1), ylabel="accuracy without ties", title="Agreement with the labels (bars: 95 % bootstrap; dashed: chance)")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, ncols=len(found), loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv=None) -> None:
+    """Puts several evaluations into one table and figure: OUT/results.md, OUT/results.png."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--runs", nargs="+", required=True, metavar="LABEL=GLOB", help="report.json files of each row")
+    parser.add_argument("--out", required=True, help="folder to write")
+    args = parser.parse_args(argv)
+    print(compare_runs(args.runs, args.out))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

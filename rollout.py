@@ -4,7 +4,7 @@
     cots = engine.generate(prefixes, seeds, max_new_tokens, temperature)    # [prefix][sample] -> token ids, EOS included
     engine.sync(named_weights)                                              # after every update
 
-As a command it collects the CoTs that stage 1 learns from, by the base model itself (PAPER.md section 3), one per video:
+As a command it collects the CoTs that stage 1 learns from, by the base model itself, one per video:
 
     python rollout.py --model runs/base --data pairs.csv --out pairs_with_cots.csv
     torchrun --nproc_per_node 8 rollout.py --data pairs.csv --out pairs_with_cots.csv --engine vllm
@@ -63,7 +63,7 @@ class TransformersEngine:
 
 
 class VLLMEngine:
-    """One vLLM engine per process, in this process, beside the trainer. See FIELD notes in README, "vLLM"."""
+    """One vLLM engine per process, in this process, beside the trainer. README, "vLLM"."""
 
     def __init__(self, path: str, seed: int, max_model_len: int, memory: float = 0.4, dtype: str = "auto", on_cpu=False):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process, so weights can be handed over

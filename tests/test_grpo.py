@@ -88,7 +88,7 @@ def batch(items, model, settings):
 
 
 def test_rewards_land_on_their_own_rollouts(batch, items, model):
-    """PAPER.md, defect 1: at G = 8 the released code gives 7 of 8 rollouts another one's reward."""
+    """README, difference 5: at G = 8 the released code gives 7 of 8 rollouts another one's reward."""
     tokenizer, n = model.processor.tokenizer, 0
     for rollouts, (pair, _) in zip(batch, items):
         for video, truth in enumerate((pair.annotation_a, pair.annotation_b)):
@@ -128,12 +128,31 @@ def update_gradients(model, batch, settings):
 def test_packed_plain_and_split_forwards_make_the_same_update(batch, model, settings):
     settings = dataclasses.replace(settings, max_grad_norm=1e9, bt_coef=0.5)
     reference, expected = update_gradients(model, batch, settings)
-    for change in ({"packing": False}, {"rollouts_per_forward": 1}, {"packing": False, "rollouts_per_forward": 1}):
-        grads, sums = update_gradients(model, batch, dataclasses.replace(settings, **change))
+    for change in ({"packing": False}, {"pack_tokens": 1}, {"packing": False, "pack_tokens": 1}):
+        changed = dataclasses.replace(settings, **change)
+        grpo.split(batch, changed, parallel.Ranks())
+        assert batch[0].splits == (3 if "pack_tokens" in change else 1)
+        grads, sums = update_gradients(model, batch, changed)
+        for r in batch:
+            r.splits = 1
         for name, grad in reference.items():
             assert (grads[name] - grad).norm() <= 2e-5 * grad.norm() + 1e-8, (change, name)
         assert sums["bt_loss"] == pytest.approx(expected["bt_loss"], rel=1e-5)
         assert sums["margin"] == pytest.approx(expected["margin"], rel=1e-4, abs=1e-5)
+
+
+def test_a_group_is_split_to_stay_under_the_token_budget(batch, model, settings):
+    tokens = lambda packing, g: sum(
+        len(p["input_ids"]) * (1 if packing else g) + max(sum(len(c) + 1 for c in row[i : i + g]) for i in range(0, 3, g))
+        for p, row in zip(batch[0].prefixes, batch[0].cots)
+    )
+    for packing in (True, False):
+        for budget, expected in ((tokens(packing, 3), 1), (tokens(packing, 3) - 1, 3), (1, 3)):
+            grpo.split(batch[:1], dataclasses.replace(settings, packing=packing, pack_tokens=budget), parallel.Ranks())
+            assert batch[0].splits == expected
+            largest = max(b["attention_mask"].shape[0] * b["input_ids"].shape[1] for _, b in
+                          grpo.forwards(model, batch[0], dataclasses.replace(settings, packing=packing)))  # fmt: skip
+            assert expected == 3 or largest >= budget  # the budget counts real tokens; the tensor adds padding
 
 
 def test_update_direction(batch, model, settings):

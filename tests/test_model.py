@@ -189,7 +189,7 @@ def test_trained_parameters_are_fp32_masters(base_dir):
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     frozen = model.backbone.model.language_model.layers[0].mlp.up_proj.base_layer.weight
     assert frozen.dtype == torch.bfloat16
-    with torch.no_grad():  # the point of it (PAPER.md, defect 2): 1e-6 survives in fp32, not in bf16
+    with torch.no_grad():  # the point of it (README, difference 6): 1e-6 survives in fp32, not in bf16
         assert (torch.ones(1) + 1e-6 != 1).all() and (torch.ones(1, dtype=torch.bfloat16) + 1e-6 == 1).all()
 
 
@@ -289,7 +289,7 @@ def test_merged_folder_is_a_plain_qwen3_vl(model, prefixes, tmp_path):
 
 
 def test_a_second_stage_keeps_the_first(model, prefixes, tmp_path):
-    """PAPER.md, defect 9: stage 2 must start from stage 1's weights, not from the base model's."""
+    """README, difference 17: stage 2 must start from stage 1's weights, not from the base model's."""
     model.make_trainable("lora", vision=False, lora_r=4, lora_alpha=8)
     disturb(model)
     batch = lay_out(model.backbone, prefixes[:1], [[[70, 71]]])
@@ -340,7 +340,7 @@ def test_a_directory_that_is_no_checkpoint_is_one_sentence(tmp_path, world):
 
 
 def test_query_is_bit_equal_to_a_vocabulary_row(model, prefixes):
-    """DESIGN.md decision 1: a parameter in `inputs_embeds` is the same as a `<Reward>` row of the embedding."""
+    """A parameter in `inputs_embeds` is the same as a `<Reward>` row of the embedding."""
     batch = lay_out(model.backbone, prefixes[:1], [[[70, 71]]])
     as_parameter = model(batch).rewards
     row, embedding = 99, model.backbone.get_input_embeddings().weight

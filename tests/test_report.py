@@ -14,7 +14,7 @@ import pytest
 
 import evaluate
 import report
-from data import DIMENSIONS, PreferencePair
+from data import DIMENSIONS, InputError, PreferencePair
 
 NASTY = '<script>alert(1)</script><img src=x onerror=alert(2)>" onload="x $\\frac{1 | `a` [b](http://c) & =1+1'
 GOOD = "<think>\nsubject: asked a cat; shown a cat; verdict 2\n</think>\n<answer>" + json.dumps(
@@ -195,3 +195,18 @@ def test_best_and_worst_leaves_out_what_has_no_order(tmp_path):
     report.write_best_and_worst(str(tmp_path / "dpo.csv"), groups)
     lines = (tmp_path / "dpo.csv").read_text().splitlines()
     assert len(lines) == 2 and lines[1].endswith("two,A,2.0,1.0")
+
+
+def test_several_runs_in_one_table(tmp_path):
+    numbers = {"benchmark": "genai-bench", "data": "x.csv", "accuracy_without_ties": 0.75, "accuracy_with_ties": 0.5,
+               "accuracy_without_ties_interval": [0.6, 0.9]}  # fmt: skip
+    for name, value in (("a", 0.75), ("b", 0.25)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(numbers | {"accuracy_without_ties": value}))
+    report.main(["--runs", f"one={tmp_path}/a/*.json", f"two={tmp_path}/b/*.json", "--out", str(tmp_path / "out")])
+    lines = (tmp_path / "out" / "results.md").read_text().splitlines()
+    assert lines[0] == "| model | genai-bench w/o ties | genai-bench w/ ties |"
+    assert lines[2:] == ["| one | 0.750 | 0.500 |", "| two | 0.250 | 0.500 |"]
+    assert (tmp_path / "out" / "results.png").stat().st_size > 5000
+    with pytest.raises(InputError, match="no such report"):
+        report.main(["--runs", "x=/nowhere/*.json", "--out", str(tmp_path)])

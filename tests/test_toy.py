@@ -1,0 +1,188 @@
+"""toy.py: the truth of the toy world, real mp4 files, the real CSV formats, the tokenizer and the tiny model."""
+
+import csv
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import toy
+
+RED_CIRCLE = {"subject": ("red", "circle"), "dynamics": "moving left", "camera": "still", "environment": "night",
+              "style": "plain"}  # fmt: skip
+WISH = RED_CIRCLE | {"subject": ("red", "square"), "camera": None, "style": "grainy"}
+
+
+@pytest.fixture(scope="module")
+def tiny_world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny_world")
+    return folder, toy.make_data(folder, 3, dict.fromkeys(toy.SPLITS, 6), seconds=1, progress=False)
+
+
+def test_annotation_by_hand():
+    # colour right, shape wrong -> 1; as asked -> 2; not asked -> N/A; as asked -> 2; grainy asked, plain shown -> 0
+    verdicts = toy.annotate(WISH, RED_CIRCLE)
+    assert verdicts == {"subject": "1", "dynamics": "2", "camera": "N/A", "environment": "2", "style": "0"}
+    assert toy.points(verdicts) == 1 + 2 + 2 + 0
+    assert toy.annotate(dict.fromkeys(data.DIMENSIONS), RED_CIRCLE) == dict.fromkeys(data.DIMENSIONS, "N/A")
+
+
+def test_cot_by_hand():
+    # overall = 1 + 4 * mean(1, 2, 2, 0) / 2 = 1 + 4 * 1.25 / 2 = 3.50
+    text = toy.cot_text(WISH, RED_CIRCLE)
+    assert text.splitlines()[:5] == [
+        "<think>",
+        "subject: asked red square; shown red circle; verdict 1",
+        "dynamics: asked moving left; shown moving left; verdict 2",
+        "camera: not asked; shown still; verdict N/A",
+        "environment: asked night; shown night; verdict 2",
+    ]
+    answer = data.extract_answer(text)
+    assert answer == {"dimensional_scores": toy.annotate(WISH, RED_CIRCLE), "overall_score": 3.5}
+    assert toy.read_verdicts(text) == answer["dimensional_scores"]
+    assert toy.prompt_text(WISH).startswith("A red square moving left")
+
+
+@pytest.mark.parametrize("text", [
+    "", "<think>", "no thought <answer>{}</answer>", "<think>\n</think>\n<answer>{",
+    '<think></think><answer>{"dimensional_scores": {"subject": "2"}}</answer>'])  # fmt: skip
+def test_broken_answers_are_invalid(text):
+    assert toy.read_verdicts(text) is None
+
+
+def test_motion_is_drawn_in_the_right_direction():
+    # On a red subject over a night background, red minus blue is large only on the subject: its centre is measurable.
+    ways = {"moving left": (-1, 0), "moving right": (1, 0), "rising": (0, -1), "falling": (0, 1)}
+    for motion, (dx, dy) in ways.items():
+        clip = toy.render_clip(RED_CIRCLE | {"dynamics": motion}, np.random.default_rng(1)).astype(int)
+        subject = clip[..., 0] - clip[..., 2] > 80  # (T, H, W)
+        rows, columns = np.mgrid[:64, :64]
+        first, last = ([axis[subject[t]].mean() for axis in (columns, rows)] for t in (0, -1))
+        moved = np.subtract(last, first)
+        assert moved @ (dx, dy) > 15 and abs(moved @ (dy, dx)) < 5, motion
+
+
+def test_mp4_round_trip(tmp_path):
+    clip = toy.render_clip(RED_CIRCLE, np.random.default_rng(0))
+    toy.write_mp4(tmp_path / "clip.mp4", clip, fps=4)
+    video = data.sample_frames(str(tmp_path / "clip.mp4"))
+    assert (video.source_fps, video.total_num_frames) == (4.0, 16)
+    assert video.frame_indices == tuple(range(0, 16, 2)) and video.frames.shape == (8, 64, 64, 3)
+    assert np.abs(video.frames.astype(int) - clip[::2]).mean() < 6  # H.264 is lossy, and colour is stored at half size
+
+
+def test_csvs_have_the_real_formats(tiny_world):
+    folder, written = tiny_world
+    columns = {split: next(csv.reader(open(path, encoding="utf-8"))) for split, path in written.items()}
+    assert columns["train_cold_start"] == ["videos", "problem", "durations", "prompt", "CoT_A", "CoT_B", "GSB"]
+    assert columns["val_cold_start"] == columns["train_cold_start"]
+    assert columns["train_rl"] == ["videos", "problem", "answer"]
+    assert columns["test_in_domain"] == ["video_A", "video_B", "prompt", "answer"]
+    assert columns["test_genai_bench"] == [
+        "prompt", "left_model", "right_model", "left_video", "right_video", "vote_type"]  # fmt: skip
+    assert columns["test_videogen_rewardbench"] == [
+        "path_A", "path_B", "prompt", "VQ", "MQ", "TA", "fps_A", "num_frames_A", "fps_B", "num_frames_B",
+        "A_model", "B_model", "Overall"]  # fmt: skip
+    for split, path in written.items():
+        for pair in data.read_pairs(path):
+            assert all(pathlib.Path(video).is_file() for video in pair.videos)
+            if pair.annotation_a:  # the label must follow from the annotations
+                gap = toy.points(pair.annotation_a) - toy.points(pair.annotation_b)
+                assert pair.label == np.sign(gap), split
+    assert {pair.label for pair in data.read_pairs(written["train_rl"])} <= {1, -1}
+    # ties come in exactly the share asked for: int(6 * 0.33) = 1 of 6
+    assert sum(pair.label == 0 for pair in data.read_pairs(written["test_genai_bench"])) == 1
+
+
+def test_unseen_combinations_stay_unseen():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        wish = toy.random_wish(rng)
+        assert wish["subject"] not in toy.UNSEEN and toy.random_clip(rng, wish)["subject"] not in toy.UNSEEN
+        assert toy.random_values(rng, unseen=True)["subject"] in toy.UNSEEN
+
+
+def test_same_seed_same_files_and_other_seed_other_files(tiny_world, tmp_path):
+    folder, written = tiny_world
+    sizes = dict.fromkeys(toy.SPLITS, 0)
+    again = toy.make_data(tmp_path / "a", 3, sizes | {"train_rl": 6}, seconds=1, progress=False)  # one split alone
+    other = toy.make_data(tmp_path / "b", 4, sizes | {"train_rl": 6}, seconds=1, progress=False)
+    read = lambda paths: pathlib.Path(paths["train_rl"]).read_bytes()  # noqa: E731
+    assert read(again) == read(written) != read(other)
+    clip = "videos/train_rl/0000a.mp4"
+    assert (tmp_path / "a" / clip).read_bytes() == (folder / clip).read_bytes() != (tmp_path / "b" / clip).read_bytes()
+
+
+def test_tokenizer_round_trip_of_any_text(processor):
+    tokenizer, rng = processor.tokenizer, np.random.default_rng(0)
+    texts = ["", " ", "\n\n  \t", "A red circle, zoomed  in.", "naïve 東京 🎬 \u200b\x00\x7f", "<think> a </think>"]
+    texts += ["".join(map(chr, rng.integers(1, 0xD7FF, 50))) for _ in range(50)]
+    texts += [bytes(range(256)).decode("latin-1"), toy.cot_text(WISH, RED_CIRCLE), data.INSTRUCTION_AFTER]
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    assert set(ids) and tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token == "<|endoftext|>"
+    special = set(tokenizer.all_special_ids)
+    assert special == set(tokenizer.convert_tokens_to_ids(list(toy.SPECIAL)))
+    assert not special & set(tokenizer.convert_tokens_to_ids(["<think>", "</think>"]))
+
+
+def test_cot_and_prompt_are_short_and_values_are_single_tokens(processor):
+    rng, tokenizer = np.random.default_rng(0), processor.tokenizer
+    for _ in range(50):
+        wish = toy.random_wish(rng)
+        text = toy.cot_text(wish, toy.random_clip(rng, wish))
+        ids = data.encode_cot(tokenizer, text)
+        assert len(ids) <= 65 and tokenizer.decode(ids) == text + "<|im_end|>"
+    for value in (v for values in toy.VALUES.values() for v in values):
+        assert len(tokenizer(" " + value)["input_ids"]) == 1
+
+
+def test_chat_template(processor):
+    turns = [{"role": "system", "content": "Be brief."}, *data.build_conversation("P", cot="<think>\n</think>")]
+    text = processor.apply_chat_template(turns, tokenize=False)
+    user = "<|vision_start|><|video_pad|><|vision_end|>" + data.INSTRUCTION_BEFORE + "P" + data.INSTRUCTION_AFTER
+    assert text == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n" + user + "<|im_end|>\n"
+                    "<|im_start|>assistant\n<think>\n</think><|im_end|>\n")  # fmt: skip
+    asked = processor.apply_chat_template(data.build_conversation("P"), add_generation_prompt=True, tokenize=False)
+    assert asked.endswith("<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_patches_equal_the_processors(processor):
+    frames = toy.render_clip(RED_CIRCLE, np.random.default_rng(0), np.arange(8) / 2)
+    inputs = data.encode_prompt(processor, data.Video(frames, 2.0, 8, tuple(range(8))), "A red circle.")
+    assert inputs["video_grid_thw"].tolist() == [[4, 4, 4]]  # not upsized
+    torch.testing.assert_close(toy.patchify(frames[None]), inputs["pixel_values_videos"], atol=1e-6, rtol=0)
+    assert len(inputs["input_ids"]) < 110
+
+
+def test_tiny_base_trains_saves_and_opens(processor, tmp_path):
+    from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+
+    model, twin = (toy.build_model(processor, 5, **toy.MICRO) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
+    assert model.config.text_config.vocab_size % 64 == 0 and not model.config.tie_word_embeddings
+    loss = toy.pretrain(model, processor, seed=0, vision_steps=2, steps=30, batch=8, pool=16, progress=False)
+    assert loss < np.log(model.config.text_config.vocab_size)
+    model.save_pretrained(tmp_path), processor.save_pretrained(tmp_path)
+    model_2 = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path)
+    processor_2 = Qwen3VLProcessor.from_pretrained(tmp_path)
+    video = data.Video(toy.render_clip(RED_CIRCLE, np.random.default_rng(0))[::2], 4.0, 16, tuple(range(0, 16, 2)))
+    inputs = [data.encode_prompt(p, video, "A red circle.") for p in (processor, processor_2)]
+    assert torch.equal(inputs[0]["input_ids"], inputs[1]["input_ids"])
+    with torch.no_grad():
+        tensors = {k: v for k, v in inputs[0].items() if torch.is_tensor(v)}  # of one clip: ids (P,), patches (N, 1536)
+        batch = {k: v[None] if v.ndim == 1 else v for k, v in tensors.items()}
+        outputs = [either(**batch).logits for either in (model, model_2)]
+    assert torch.isfinite(outputs[0]).all() and torch.equal(*outputs)
+    assert model_2.generation_config.eos_token_id == processor.tokenizer.eos_token_id
+    assert len(toy.generate(model_2, processor_2, inputs, sample=False, max_new_tokens=4)) == 2
+
+
+@pytest.mark.parametrize("arguments, code", [(["--help"], 0), (["data", "--out", "x", "--no-such-flag"], 2), ([], 2)])
+def test_command_line(arguments, code):
+    with pytest.raises(SystemExit) as stopped:
+        toy.main(arguments)
+    assert stopped.value.code == code

@@ -1,0 +1,635 @@
+"""A laptop-sized world: rendered clips with known answers, and a tiny Qwen3-VL that stands in for the 8B model.
+
+    python toy.py data --out toy/data     mp4 clips and six CSVs in the formats found in the wild         (about 30 s)
+    python toy.py base --out toy/base     a pre-trained tiny base model, a plain Hugging Face folder      (about 200 s)
+
+A clip shows one coloured shape over a textured background, seen by a moving camera, in some style. We drew it, so the
+truth of every verdict is known: `annotate` stands in for the human labels and for Gemini's annotations. Nothing else
+is simplified: real H.264 files, the real processor and model classes. The base is mediocre on purpose, for RL can only
+improve what is sampled wrongly; `measure` says how good it is, beside two baselines that never look at a video.
+
+Shapes: B clips, T frames, H x W pixels, L tokens, N = 64 patches and V = 16 video tokens a clip of 8 frames of 64 x 64.
+"""
+
+import argparse
+import concurrent.futures
+import csv
+import fractions
+import json
+import multiprocessing
+import pathlib
+import sys
+import tempfile
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+from data import DIMENSIONS
+
+# ---- 1. The world: what a clip can show, what a prompt can ask for, and the truth about both -----------------
+COLOURS = {"red": (220, 45, 45), "green": (60, 190, 70), "blue": (60, 90, 235), "yellow": (240, 215, 60),
+           "pink": (240, 130, 190), "white": (245, 245, 245)}  # fmt: skip
+SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
+VALUES = {
+    "dynamics": ("resting", "moving left", "moving right", "rising", "falling", "circling"),
+    "camera": ("still", "panning left", "panning right", "zooming in", "zooming out", "shaking"),
+    "environment": ("night", "forest", "desert", "snow", "sea", "meadow"),
+    "style": ("plain", "grainy", "faded", "sepia", "pixelated"),
+}
+GROUND = {"night": ((15, 18, 50), (85, 90, 140)), "forest": ((15, 60, 30), (80, 130, 75)),
+          "desert": ((180, 140, 85), (240, 215, 170)), "snow": ((180, 192, 208), (245, 248, 252)),
+          "sea": ((10, 65, 115), (85, 150, 190)), "meadow": ((90, 140, 50), (165, 210, 120))}  # fmt: skip
+# Colour-shape pairs that neither pre-training nor a training split ever shows: only the GenAI-Bench stand-in has them.
+UNSEEN = {("red", "diamond"), ("green", "ring"), ("blue", "cross"), ("yellow", "triangle"), ("pink", "square")}
+
+
+def random_values(rng, unseen: bool = False) -> dict:
+    """One value per dimension; the subject is a (colour, shape) pair, one of UNSEEN if asked to."""
+    pairs = [(c, s) for c in COLOURS for s in SHAPES if ((c, s) in UNSEEN) == unseen]
+    return {"subject": pairs[rng.integers(len(pairs))]} | {n: v[rng.integers(len(v))] for n, v in VALUES.items()}
+
+
+def random_wish(rng, mention: float = 0.88, unseen: bool = False) -> dict:
+    """What a prompt asks for; a dimension that it does not mention is None, and its true verdict is N/A."""
+    return {name: value if rng.random() < mention else None for name, value in random_values(rng, unseen).items()}
+
+
+def mix(rng, values: dict, others: dict, match: float, match_subject: float) -> dict:
+    """`values`, each replaced by that of `others`, where both have one, with probability `match`.
+
+    Colour and shape of the subject are replaced one by one: that is where the verdict "1" comes from.
+    """
+    mixed = {n: others[n] if v and others[n] and rng.random() < match else v for n, v in values.items()}
+    if others["subject"] and values["subject"]:
+        both = zip(values["subject"], others["subject"])
+        mixed["subject"] = tuple(o if rng.random() < match_subject else v for v, o in both)
+    return mixed
+
+
+def random_clip(rng, wish: dict, unseen: bool = False) -> dict:
+    """What a video generator makes of a wish: half of the attributes come out as asked, the others by chance.
+
+    So a verdict of "2" is right in about half of the cases, and always answering "2" is no strategy.
+    """
+    while True:
+        seen = mix(rng, random_values(rng, unseen), wish, match=0.5, match_subject=0.7)
+        if unseen or seen["subject"] not in UNSEEN:
+            return seen
+
+
+def annotate(wish: dict, seen: dict) -> dict:
+    """The truth. {dimension: "2" as asked, "1" half of it (subject only), "0" not at all, "N/A" not asked for}."""
+    verdict = {n: "N/A" if wish[n] is None else "2" if wish[n] == seen[n] else "0" for n in DIMENSIONS}
+    if wish["subject"]:
+        verdict["subject"] = str(sum(w == s for w, s in zip(wish["subject"], seen["subject"])))
+    return verdict
+
+
+def points(verdicts: dict, names=DIMENSIONS) -> int:
+    """Sum of the verdicts, N/A not counted. Human preference in this world: more points win, equal points are a tie."""
+    return sum(int(verdicts[name]) for name in names if verdicts[name] != "N/A")
+
+
+def prompt_text(wish: dict) -> str:
+    """A wish in words, e.g. "A red circle moving left, camera still, place: night, style: grainy."."""
+    lead = {"subject": "A", "dynamics": "", "camera": ", camera", "environment": ", place:", "style": ", style:"}
+    asked = {"subject": ("thing",)} | {name: value for name, value in wish.items() if value}
+    return "".join(f"{lead[name]} {_words(value)}" for name, value in asked.items()) + "."
+
+
+def _words(value) -> str:
+    return " ".join(value) if isinstance(value, tuple) else value
+
+
+def cot_text(wish: dict, seen: dict) -> str:
+    """The ideal chain of thought and answer, in the layout that `data.INSTRUCTION_AFTER` asks for.
+
+    Asked and shown stand side by side in one line, so a verdict is a comparison of neighbours: a tiny transformer can
+    learn that in a few hundred steps, and not from prose.
+    """
+    verdict = annotate(wish, seen)
+    asked = {n: f"asked {_words(wish[n])}" if wish[n] else "not asked" for n in DIMENSIONS}
+    lines = [f"{n}: {asked[n]}; shown {_words(seen[n])}; verdict {verdict[n]}" for n in DIMENSIONS]
+    rated = sum(v != "N/A" for v in verdict.values())
+    overall = 1 + 4 * points(verdict) / (2 * rated) if rated else 5.0  # nothing asked, nothing missed
+    scores = f'{{"dimensional_scores": {json.dumps(verdict)}, "overall_score": {overall:.2f}}}'
+    return "\n".join(["<think>", *lines, "</think>", f"<answer>{scores}</answer>"])
+
+
+# ---- 2. Drawing a clip, and writing it as a real H.264 file --------------------------------------------------
+def _outline(shape: str, x, y, r):
+    """Signed distance in pixels of the points (x, y) to the outline of a shape of radius r: negative inside."""
+    ax, ay = np.abs(x), np.abs(y)
+    if shape in ("circle", "ring"):
+        far = np.hypot(x, y)
+        return far - r if shape == "circle" else np.abs(far - 0.75 * r) - 0.3 * r
+    if shape == "triangle":
+        return np.maximum(0.866 * ax - 0.5 * y - 0.5 * r, y - 0.6 * r)
+    if shape == "cross":
+        return np.maximum(np.minimum(ax, ay) - 0.33 * r, np.maximum(ax, ay) - r)
+    return np.maximum(ax, ay) - 0.88 * r if shape == "square" else (ax + ay - 1.25 * r) * 0.707  # or a diamond
+
+
+def _paths(seen: dict, t, rng):
+    """Times t (T,) in seconds -> the subject's place on the screen (T, 2), the background's shift (T, 2) and zoom (T,).
+
+    Motion is centred on the clip's middle, so the place in one frame says nothing about the direction.
+    """
+    mid, move, camera = t - t.mean(), seen["dynamics"], seen["camera"]
+    way = {"moving left": (-1, 0), "moving right": (1, 0), "rising": (0, -1), "falling": (0, 1)}.get(move, (0, 0))
+    place = np.outer(mid * rng.uniform(8, 12), way) + rng.uniform(-6, 6, 2)  # pixels of 64, from the centre
+    if move == "circling":
+        turn = rng.uniform(1.5, 2.0) * t * rng.choice([-1, 1]) + rng.uniform(0, 6.3)
+        place = place + 12 * np.stack([np.cos(turn), np.sin(turn)], -1)
+    pan = {"panning left": -1, "panning right": 1}.get(camera, 0)
+    shift = np.outer(mid * rng.uniform(6, 9), (pan, 0))
+    zoom = np.exp({"zooming in": 1, "zooming out": -1}.get(camera, 0) * rng.uniform(0.2, 0.35) * mid)
+    shake = rng.normal(0, 3.0 * (camera == "shaking"), place.shape)
+    return [part.astype(np.float32) for part in (place + shake, shift - shake, zoom)]
+
+
+def _apply_style(frames, style: str, strength: float, rng):
+    """frames (T, H, W, 3) float -> the same in a style. `strength` 1 is plain to see, 0.5 is a close call."""
+    if style == "grainy":
+        return frames + 26 * strength * rng.standard_normal(frames.shape[:3] + (1,), np.float32)
+    if style == "faded":
+        return 150 + (frames - 150) * (1 - 0.55 * strength)
+    if style == "sepia":
+        toned = frames.mean(-1, keepdims=True) * np.array([1.12, 0.98, 0.75], np.float32)
+        return frames + 0.65 * strength * (toned - frames)
+    if style == "pixelated":
+        coarse = frames.reshape(len(frames), frames.shape[1] // 4, 4, frames.shape[2] // 4, 4, 3).mean((2, 4))
+        return frames + min(1.0, 1.2 * strength) * (coarse.repeat(4, 1).repeat(4, 2) - frames)
+    return frames
+
+
+def render_clip(seen: dict, rng, times=None, size: int = 64, look: str = "clean") -> np.ndarray:
+    """Draws a clip. -> (T, size, size, 3) uint8
+
+    seen: a value per dimension, as `random_values` makes it; rng gives sizes, speeds and places, so that equal values
+    still make different clips. times: (T,) seconds, default 16 frames at 4 fps. look: "clean", "old" (dark corners,
+    washed out, noise: an early video generator) or "hard" (weak styles, small shapes).
+    """
+    place, shift, zoom = _paths(seen, np.arange(16) / 4 if times is None else np.asarray(times, float), rng)
+    y, x = (np.mgrid[:size, :size].astype(np.float32) - (size - 1) / 2) * (64 / size)  # (H, W), 0 is the centre
+    # The background is a sum of waves in world coordinates, with structure both ways, so that pans and zooms show. A
+    # wave is a product of a row pattern and a column pattern: T * (H + W) sines instead of T * H * W.
+    phase, wave = rng.uniform(0, 6.3, 3), 6.28 / rng.uniform(18, 30, 3)
+    across = (x[0] / zoom[:, None] + shift[:, :1])[:, None, :]  # (T, 1, W)
+    down = (y[:, 0] / zoom[:, None] + shift[:, 1:])[:, :, None]  # (T, H, 1)
+    checks = np.sin(wave[0] * across + phase[0]) * np.sin(wave[1] * down + phase[1])  # (T, H, W)
+    i, j = wave[2] * across + phase[2], wave[2] * down
+    stripes = np.sin(i) * np.cos(j) + np.cos(i) * np.sin(j)  # sin(i + j)
+    low, high = np.array(GROUND[seen["environment"]], np.float32)
+    frames = low + (high - low) * (0.5 + 0.35 * checks + 0.25 * stripes)[..., None]  # (T, H, W, 3)
+
+    colour, shape = seen["subject"]
+    radius = rng.uniform(9.0, 12.5) * (0.8 if look == "hard" else 1.0)
+    edge = _outline(shape, x - place[:, 0, None, None], y - place[:, 1, None, None], radius)[..., None]
+    frames += np.clip(1.8 - edge, 0, 1) * (20 - frames)  # a dark rim: a white shape shows on snow
+    paint = np.array(COLOURS[colour], np.float32) * np.float32(rng.uniform(0.88, 1.04))
+    frames += np.clip(0.5 - edge, 0, 1) * (paint - frames)
+
+    frames = _apply_style(frames, seen["style"], rng.uniform(*((0.45, 0.7) if look == "hard" else (0.6, 1.1))), rng)
+    if look == "old":
+        corners = 1 - 0.45 * np.clip(np.hypot(x, y) / 45, 0, 1)[..., None] ** 2
+        frames = (20 + 0.85 * frames) * corners + 5 * rng.standard_normal(frames.shape[:3] + (1,), np.float32)
+    return np.clip(frames, 0, 255).astype(np.uint8)
+
+
+def write_mp4(path, frames: np.ndarray, fps: int, crf: int = 14) -> None:
+    """frames (T, H, W, 3) uint8 -> H.264 in mp4, 4:2:0 like nearly every clip in the wild. crf: higher is blockier."""
+    import av  # here: only `data` and `measure` write clips
+
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fractions.Fraction(fps))
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream.options = {"crf": str(crf), "preset": "veryfast"}
+        stream.codec_context.thread_count = 1  # the bytes must not depend on the number of cores
+        for picture in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+# ---- 3. `toy.py data`: pairs in the CSV formats of the real data sets ----------------------------------------
+# Format, pairs, share of ties, largest gap in points, UNSEEN subjects, look, source fps, crf. The shares of ties are
+# the real ones: GenAI-Bench 33 %, VideoGen-RewardBench (TA) 26 %; RL data has no word for a tie.
+SPLITS = {
+    "train_cold_start": ("cold_start", 360, 0.15, 10, False, "clean", 4, 14),
+    "val_cold_start": ("cold_start", 60, 0.15, 10, False, "clean", 4, 14),
+    "train_rl": ("rl", 150, 0.0, 10, False, "clean", 4, 14),
+    "test_in_domain": ("tabench", 120, 0.20, 10, False, "clean", 4, 14),
+    "test_genai_bench": ("genai", 120, 0.33, 10, True, "old", 8, 26),
+    "test_videogen_rewardbench": ("videogen", 120, 0.26, 3, False, "hard", 6, 14),
+}
+
+
+def make_pair(rng, tie: bool, max_gap: int, unseen: bool):
+    """-> one wish and two clips whose points are equal if `tie`, else differ by 1 to `max_gap`."""
+    while True:
+        wish = random_wish(rng, unseen=unseen)
+        a, b = random_clip(rng, wish, unseen), random_clip(rng, wish, unseen)
+        gap = points(annotate(wish, a)) - points(annotate(wish, b))
+        if any(wish.values()) and (gap == 0) == tie and abs(gap) <= max_gap:
+            return wish, a, b
+
+
+def _row(kind: str, rng, a: str, b: str, prompt: str, truth: list[dict], fps: int, frames: int) -> dict:
+    """One CSV row in the columns and label words of a public format (README, "Data formats"); a, b are the paths."""
+
+    def better(names=DIMENSIONS, words=("A", "same", "B")):
+        return words[1 - int(np.sign(points(truth[0], names) - points(truth[1], names)))]
+
+    if kind == "cold_start":  # the CoTs are sampled from the base model later; 2 % of pairs could not be judged
+        label = "invalid" if rng.random() < 0.02 else better()
+        return {"videos": str([a, b]), "problem": prompt, "durations": str([frames / fps] * 2), "prompt": prompt,
+                "CoT_A": "", "CoT_B": "", "GSB": label}  # fmt: skip
+    if kind == "genai":
+        tie = "bothbad_vote" if points(truth[0]) <= 3 else "tievote"
+        return {"prompt": prompt, "left_model": "toy-old-1", "right_model": "toy-old-2", "left_video": a,
+                "right_video": b, "vote_type": better(words=("leftvote", tie, "rightvote"))}  # fmt: skip
+    if kind == "videogen":
+        looks, motion = better(("subject", "environment", "style")), better(("dynamics", "camera"))
+        return {"path_A": a, "path_B": b, "prompt": prompt, "VQ": looks, "MQ": motion, "TA": better(),
+                "fps_A": fps, "num_frames_A": frames, "fps_B": fps, "num_frames_B": frames,
+                "A_model": "toy-1", "B_model": "toy-2", "Overall": better()}  # fmt: skip
+    words = ("A", "same", "B") if rng.random() < 0.8 else ("Video 1 is better", "same", "Video 2 is better")
+    scores = {"video_1_scores": truth[0], "video_2_scores": truth[1], "gsb_result": better(words=words)}
+    answer = f"<answer>{json.dumps(scores)}</answer>"
+    if kind == "rl":
+        return {"videos": str([a, b]), "problem": prompt, "answer": answer}
+    return {"video_A": a, "video_B": b, "prompt": prompt, "answer": answer}
+
+
+def _make_split(out: pathlib.Path, seed: int, number: int, split: str, pairs: int, seconds: int) -> str:
+    """Writes one split's clips and CSV. -> path of the CSV"""
+    kind, _, ties, max_gap, unseen, look, fps, crf = SPLITS[split]
+    rng, rows = np.random.default_rng([seed, number]), []  # a random stream of its own
+    for k in range(pairs):
+        tie = int((k + 1) * ties) > int(k * ties)  # every so many pairs: the share is exact in a small split too
+        wish, *clips = make_pair(rng, tie, max_gap, unseen)
+        paths = [f"videos/{split}/{k:04d}{side}.mp4" for side in "ab"]
+        for path, seen in zip(paths, clips):
+            write_mp4(out / path, render_clip(seen, rng, np.arange(seconds * fps) / fps, look=look), fps, crf)
+        truth = [annotate(wish, seen) for seen in clips]
+        rows.append(_row(kind, rng, *paths, prompt_text(wish), truth, fps, seconds * fps))
+    with open(out / f"{split}.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(out / f"{split}.csv")
+
+
+def make_data(out, seed: int = 0, sizes: dict | None = None, seconds: int = 4, progress=True, processes: int = 1) -> dict:
+    """Writes <split>.csv and videos/<split>/<row><a|b>.mp4 under `out`. -> {split: path of its CSV}
+
+    `sizes` overrides the number of pairs of a split; 0 leaves it out. The result does not depend on `processes`.
+    """
+    sizes = {split: settings[1] for split, settings in SPLITS.items()} | (sizes or {})
+    jobs = [(pathlib.Path(out), seed, n, split, sizes[split], seconds) for n, split in enumerate(SPLITS) if sizes[split]]
+    bar, written = tqdm(total=sum(job[4] for job in jobs), desc="pairs", disable=not progress), {}
+
+    def note(job, path):
+        written[job[3]] = path
+        bar.update(job[4])
+
+    if processes == 1:
+        for job in jobs:
+            note(job, _make_split(*job))
+    else:
+        with concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            waiting = {pool.submit(_make_split, *job): job for job in sorted(jobs, key=lambda job: -job[4])}
+            for done in concurrent.futures.as_completed(waiting):
+                note(waiting[done], done.result())
+    bar.close()
+    return {split: written[split] for split in SPLITS if split in written}
+
+
+# ---- 4. A tokenizer, a processor and a tiny Qwen3-VL ---------------------------------------------------------
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+           "<|image_pad|>", "<|video_pad|>"]  # fmt: skip
+# Qwen3-VL's chat layout in our words: turns of text and videos, one <|video_pad|> per video, widened by the processor.
+CHAT_TEMPLATE = """\
+{%- for turn in messages -%}
+{{- '<|im_start|>' + turn['role'] + '\\n' -}}
+{%- for part in ([{'type': 'text', 'text': turn['content']}] if turn['content'] is string else turn['content']) -%}
+{{- part['text'] if part['type'] == 'text' else '<|vision_start|><|' + part['type'] + '_pad|><|vision_end|>' -}}
+{%- endfor -%}
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{{- '<|im_start|>assistant\\n' if add_generation_prompt else '' -}}
+"""
+
+
+def _phrases() -> list[str]:
+    """What the byte-pair encoder is trained on: each phrase becomes one token, so a CoT has 55 tokens instead of 400.
+
+    A phrase may begin with a blank but never ends with one: then no merge learned inside a phrase glues two of them.
+    """
+    words = [*COLOURS, *SHAPES, *(v for values in VALUES.values() for v in values), *"012345", "N/A", "thing"]
+    phrases = [" " + word for word in words] + [f".{c:02d}" for c in (0, 20, 25, 33, 40, 50, 60, 67, 75, 80)]
+    phrases += [f"\n{name}" for name in DIMENSIONS] + [f'", "{name}": "' for name in DIMENSIONS[1:]]
+    phrases += [": asked", ": not asked", "; shown", "; verdict", "N/A", ", camera", ", place:", ", style:"]
+    phrases += ['\n<answer>{"dimensional_scores": {"subject": "', '"}, "overall_score":', "}</answer>"]
+    return phrases + [" seconds>", *(f"<{t}.2 seconds>" for t in range(4)), "user\n", "assistant\n"]
+
+
+def build_processor():
+    """-> Qwen3VLProcessor with a byte-level BPE tokenizer trained here: any text goes in and comes out unchanged.
+
+    The two instruction blocks of data.py are one added token each: they are the same in every prompt, and a model this
+    small learns the task from examples, not from reading; spelled out they would only cost hundreds of tokens.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = decoders.ByteLevel()
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=1000, min_frequency=1, initial_alphabet=letters, show_progress=False)
+    bpe.train_from_iterator(_phrases(), trainer)
+    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    blocks = ("<think>", "</think>", data.INSTRUCTION_BEFORE, data.INSTRUCTION_AFTER)
+    bpe.add_tokens([AddedToken(token, special=False, normalized=False) for token in blocks])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=4096,
+        additional_special_tokens=SPECIAL[1:], clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    # `size` bounds T * H * W. Qwen's own lower bound of 131,072 would enlarge our clips of 8 x 64 x 64 = 32,768.
+    vision = dict(patch_size=16, merge_size=2, temporal_patch_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+                  size={"shortest_edge": 1024, "longest_edge": 512 * 448 * 448})  # fmt: skip
+    videos = Qwen3VLVideoProcessor(**vision, cap_pixels_per_frame=False)  # frames arrive at their final size
+    return Qwen3VLProcessor(Qwen2VLImageProcessor(**vision), tokenizer, videos, chat_template=CHAT_TEMPLATE)
+
+
+MICRO = dict(hidden=32, layers=2, heads=2, vision_hidden=24, vision_layers=2)
+
+
+def build_model(processor, seed: int = 0, hidden=128, layers=3, heads=4, vision_hidden=96, vision_layers=3):
+    """-> Qwen3VLForConditionalGeneration with random weights; `MICRO` makes one for tests.
+
+    Initialised by fan-in (std = fan_in^-0.5), not with the usual std 0.02: that is made for widths of thousands; at
+    width 128 it gives flat logits and next to no signal from the pixels.
+    """
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    tokenizer, side = processor.tokenizer, hidden // heads
+    names = ("image_pad", "video_pad", "vision_start", "vision_end")
+    ids = {f"{n.removesuffix('_pad')}_token_id": tokenizer.convert_tokens_to_ids(f"<|{n}|>") for n in names}
+    ids |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_interleaved": True,
+            "mrope_section": [side // 2 - 2 * (side // 6), side // 6, side // 6]}  # fmt: skip
+    text = dict(vocab_size=-(-len(tokenizer) // 64) * 64, hidden_size=hidden, intermediate_size=3 * hidden,
+                num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads // 2, head_dim=side,
+                max_position_embeddings=4096, rope_parameters=rope)  # fmt: skip
+    vision = dict(depth=vision_layers, hidden_size=vision_hidden, intermediate_size=3 * vision_hidden,
+                  num_heads=vision_hidden // 24, out_hidden_size=hidden, num_position_embeddings=16,
+                  deepstack_visual_indexes=list(range(vision_layers - 1)))  # fmt: skip
+    torch.manual_seed(seed)
+    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **ids))
+    for name, weight in model.named_parameters():
+        if weight.ndim > 1:
+            scale = weight[0].numel() ** -0.5
+            special = {"embed_tokens": 0.5, "pos_embed": 0.5, "patch_embed": 2 * scale}
+            torch.nn.init.normal_(weight, std=next((std for key, std in special.items() if key in name), scale))
+    plain = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0)  # sample from the model's own distribution
+    model.generation_config.update(**plain, eos_token_id=ids["eos_token_id"], pad_token_id=ids["pad_token_id"])
+    return model.eval()
+
+
+# ---- 5. `toy.py base`: pre-training in two phases, first the eyes, then the words ----------------------------
+GRID = [[4, 4, 4]]  # patches of a clip along time, height, width: 8 frames in pairs, 64 = 4 x 16 pixels
+LR = 2e-3  # AdamW's; Muon's is ten times that
+MATCH = 0.45  # share of the asked values that the clip shows: about half of the verdicts are "2"
+
+
+def patchify(frames: np.ndarray) -> torch.Tensor:
+    """(B, T, H, W, 3) uint8 -> (B * N, 1536) float32: what the processor makes of it, for a whole batch at once."""
+    b, t, h, w, _ = frames.shape
+    x = torch.from_numpy(frames).view(b, t // 2, 2, h // 32, 2, 16, w // 32, 2, 16, 3)
+    x = x.permute(0, 1, 3, 6, 4, 7, 9, 2, 5, 8)  # clip, time, block of 2 x 2, patch; inside: colour, frame, row, column
+    return x.reshape(-1, 1536).float() / 127.5 - 1
+
+
+def make_update(named: list, steps: int, lr: float):
+    """-> a function of the step number that applies the gradients. Muon for weight matrices, AdamW for the rest.
+
+    Muon needs about half of AdamW's steps here. Both warm up for 20 steps, stay, and fall to zero over the last 40 %.
+    """
+    small = lambda name, p: p.ndim != 2 or any(key in name for key in ("embed", "head"))  # noqa: E731
+    muon = torch.optim.Muon([p for n, p in named if not small(n, p)], lr=10 * lr, weight_decay=0.05)
+    adam = torch.optim.AdamW([p for n, p in named if small(n, p)], lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
+    rise = lambda k: min(1.0, (k + 1) / 20, 2.5 * (1 - k / steps))  # noqa: E731
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rise) for optimizer in (muon, adam)]
+
+    def update():
+        torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0, error_if_nonfinite=True)
+        for schedule in schedules:
+            schedule.optimizer.step()
+            schedule.optimizer.zero_grad()
+            schedule.step()
+
+    return update
+
+
+def pretrain_vision(model, seen: list[dict], frames: np.ndarray, steps: int, batch: int, rng, progress=True) -> None:
+    """Phase 1: the tower learns to tell attributes apart, by a linear classifier for each, thrown away afterwards.
+
+    Qwen's tower too is trained before it meets the language model; from captions alone, motion took over 500 steps. The
+    classifiers read the average token of each of the 4 time steps, side by side, so motion is a difference they see.
+    """
+    visual = model.model.visual
+    parts = [{**s, "colour": s["subject"][0], "subject": s["subject"][1]} for s in seen]
+    values = {"colour": list(COLOURS), "subject": SHAPES, **VALUES}
+    truth = {n: torch.tensor([v.index(s[n]) for s in parts]) for n, v in values.items()}  # (clips,) each
+    width = 4 * visual.config.out_hidden_size * (1 + len(visual.config.deepstack_visual_indexes))
+    heads = torch.nn.ModuleDict({n: torch.nn.Linear(width, len(v)) for n, v in values.items()})
+    named = [*visual.named_parameters(), *((f"head.{n}", p) for n, p in heads.named_parameters())]
+    update = make_update(named, steps, LR)
+    bar = tqdm(range(steps), desc="vision", disable=not progress)
+    for _ in bar:
+        picks = rng.integers(len(seen), size=batch)
+        features = see(visual, frames[picks]).view(batch, 4, 4, -1).mean(2).flatten(1)  # (B, width)
+        logits = {n: head(features) for n, head in heads.items()}
+        sum(torch.nn.functional.cross_entropy(logits[n], truth[n][picks]) for n in heads).backward()
+        update()
+        bar.set_postfix({n: f"{(x.argmax(-1) == truth[n][picks]).float().mean():.2f}" for n, x in logits.items()})
+
+
+def see(visual, frames: np.ndarray) -> torch.Tensor:
+    """(B, 8, 64, 64, 3) uint8 -> (B * V, all) the tower's output and its DeepStack features side by side."""
+    out = visual(patchify(frames), grid_thw=torch.tensor(GRID * len(frames)))
+    return torch.cat([out.pooler_output, *out.deepstack_features], -1)
+
+
+def language_batch(processor, seen: list[dict], captions: float, before: list[int], after: list[int], rng):
+    """Clips that exist already -> ids (B, L) of prompt and CoT, and learn (B, L), true on the CoT and its EOS.
+
+    Where nothing is asked (a share `captions`) the CoT is a caption: "shown" can only come from the pixels.
+    """
+    rows = []
+    for values in seen:
+        wish = mix(rng, random_wish(rng, 0.88 * (rng.random() >= captions)), values, MATCH, MATCH)
+        prompt = before + processor.tokenizer(prompt_text(wish))["input_ids"] + after
+        rows.append((prompt, data.encode_cot(processor.tokenizer, cot_text(wish, values))))
+    ids = torch.full((len(rows), max(len(p) + len(c) for p, c in rows)), processor.tokenizer.pad_token_id)
+    learn = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, (prompt, cot) in enumerate(rows):
+        ids[row, : len(prompt) + len(cot)] = torch.tensor(prompt + cot)
+        learn[row, len(prompt) : len(prompt) + len(cot)] = True
+    return ids, learn
+
+
+def pretrain_language(model, processor, seen: list[dict], frames, steps: int, batch: int, rng, progress=True) -> float:
+    """Phase 2: the language model learns to caption, then to judge, from the finished tower's features, computed once.
+
+    Trained on prompts from the start and without phase 1, the model copies the asked words into "shown" (right half of
+    the time) and never learns to look; hence captions first. Then the verdict, an equality of two words, takes longest.
+    """
+    from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures as Seen
+
+    visual, width, grid = model.model.visual, model.config.text_config.hidden_size, torch.tensor(GRID)
+    with torch.no_grad():
+        chunks = [see(visual, frames[k : k + 64]) for k in range(0, len(frames), 64)]
+        cache = torch.cat(chunks).unflatten(0, (len(seen), -1))  # (clips, V, all)
+    # The prompt's ids around the user's text are the same in every example: take them from data.encode_prompt once.
+    video = data.Video(frames[0], 2.0, 8, tuple(range(8)))
+    one, two = (data.encode_prompt(processor, video, text)["input_ids"].tolist() for text in ("0", "1"))
+    cut = next(k for k in range(len(one)) if one[k] != two[k])
+    update = make_update([(n, p) for n, p in model.named_parameters() if "visual" not in n], steps, LR)
+    # From here on the features are handed over in place of pixels, and the tower passes them on.
+    visual.forward = lambda x, **_: Seen(None, x[:, :width], deepstack_features=list(x[:, width:].split(width, -1)))
+    losses, bar = [], tqdm(range(steps), desc="language", disable=not progress)
+    verdicts = torch.tensor([processor.tokenizer(f" {verdict}")["input_ids"][0] for verdict in "012"])
+    for step in bar:
+        picks, captions = rng.integers(len(seen), size=batch), 1.0 if step < 0.08 * steps else 0.05
+        ids, learn = language_batch(processor, [seen[k] for k in picks], captions, one[:cut], one[cut + 1 :], rng)
+        # Up to the video all rows are equal, then positions count on by one: one row's positions serve all. Padding is
+        # on the right, where causal attention never looks, so no attention mask is needed either.
+        types = (ids[:1] == model.config.video_token_id).int() * 2
+        places, _ = model.model.get_rope_index(input_ids=ids[:1], mm_token_type_ids=types, video_grid_thw=grid)
+        hidden = model.model(
+            input_ids=ids, position_ids=places.expand(3, batch, -1), video_grid_thw=grid.repeat(batch, 1),
+            pixel_values_videos=cache[picks].flatten(0, 1),
+        ).last_hidden_state  # (B, L, hidden)  # fmt: skip
+        target = ids[:, 1:][learn[:, 1:]]  # (C,), all CoT tokens of the batch
+        logits = model.lm_head(hidden[:, :-1][learn[:, 1:]])  # (C, vocabulary): the token at i is predicted at i - 1
+        loss = torch.nn.functional.cross_entropy(logits, target, reduction="none")  # nats of each CoT token
+        weight = 1 + 4.0 * torch.isin(target, verdicts)  # else noise of the guessed colours and shapes drowns them
+        (loss @ weight / weight.sum()).backward()
+        update()
+        losses.append(loss.mean().item())
+        bar.set_postfix(loss=f"{np.mean(losses[-20:]):.3f}")
+    del visual.forward  # the class's own again
+    return float(np.mean(losses[-20:]))
+
+
+def pretrain(model, processor, seed=0, vision_steps=100, steps=360, batch=32, pool=3000, progress=True) -> float:
+    """Renders a pool of clips and trains both phases on it; returns the last loss in nats a token."""
+    rng = np.random.default_rng([seed, 99])
+    seen = [random_values(rng) for _ in range(pool)]
+    bar = tqdm(seen, desc="rendering", disable=not progress)
+    frames = np.stack([render_clip(values, rng, np.arange(8) / 2) for values in bar])  # (pool, 8, 64, 64, 3)
+    embed = model.model.visual.patch_embed  # a convolution whose stride is its kernel is a matrix product: 3 x faster
+    embed.forward = lambda x: torch.nn.functional.linear(x, embed.proj.weight.flatten(1), embed.proj.bias)
+    pretrain_vision(model, seen, frames, vision_steps, 2 * batch, rng, progress)
+    loss = pretrain_language(model, processor, seen, frames, steps, batch, rng, progress)
+    del embed.forward
+    return loss
+
+
+@torch.no_grad()
+def generate(model, processor, inputs: list[dict], sample: bool, max_new_tokens: int = 80) -> list[str]:
+    """Encoded prompts (`data.encode_prompt`) -> texts. Prompts are padded on the left, where generation wants it."""
+    length = max(len(x["input_ids"]) for x in inputs)
+    pad = lambda row, value: torch.nn.functional.pad(row, (length - len(row), 0), value=value)  # noqa: E731
+    ids = model.generate(
+        input_ids=torch.stack([pad(x["input_ids"], processor.tokenizer.pad_token_id) for x in inputs]),
+        attention_mask=torch.stack([pad(torch.ones_like(x["input_ids"]), 0) for x in inputs]),
+        mm_token_type_ids=torch.stack([pad(x["mm_token_type_ids"], 0) for x in inputs]),
+        pixel_values_videos=torch.cat([x["pixel_values_videos"] for x in inputs]),
+        video_grid_thw=torch.cat([x["video_grid_thw"] for x in inputs]),
+        do_sample=sample, max_new_tokens=max_new_tokens,
+    )  # fmt: skip
+    return processor.batch_decode(ids[:, length:], skip_special_tokens=True)
+
+
+def read_verdicts(text: str) -> dict | None:
+    """The five verdicts of a generated text, or None when its format is not valid."""
+    scores = (data.extract_answer(text) or {}).get("dimensional_scores")
+    valid = text.startswith("<think>") and "</think>" in text and isinstance(scores, dict)
+    valid = valid and set(scores) == set(DIMENSIONS) and all(v in ("0", "1", "2", "N/A") for v in scores.values())
+    return scores if valid else None
+
+
+def measure(model, processor, seed: int, clips: int = 128, progress=True) -> dict[str, float]:
+    """Valid-format share and sub-dimension accuracy on fresh mp4 clips, beside two baselines that never watch a video.
+
+    "always 2" answers "2" everywhere; "2 or N/A" also notices which dimensions the prompt does not mention.
+    """
+    rng, truth, inputs = np.random.default_rng([seed, 7]), [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for index in range(clips):
+            wish = random_wish(rng)
+            seen, path = random_clip(rng, wish), f"{folder}/{index}.mp4"
+            write_mp4(path, render_clip(seen, rng), 4)
+            inputs.append(data.encode_prompt(processor, data.sample_frames(path), prompt_text(wish)))
+            truth.append(list(annotate(wish, seen).values()))
+    truth = np.array(truth)  # (clips, 5)
+    result = {"always 2": (truth == "2").mean(), "2 or N/A": np.isin(truth, ["2", "N/A"]).mean()}
+    torch.manual_seed(seed)
+    for sample in (False, True):
+        starts = tqdm(range(0, clips, 64), desc="measuring", disable=not progress)
+        texts = [text for k in starts for text in generate(model, processor, inputs[k : k + 64], sample)]
+        verdicts, name = [read_verdicts(text) for text in texts], "sampled" if sample else "greedy"
+        right = np.array([[v[n] if v else "" for n in DIMENSIONS] for v in verdicts]) == truth
+        result |= {f"{name} valid format": np.mean([v is not None for v in verdicts]), f"{name} accuracy": right.mean()}
+        result |= {f"{name} {n}": right[:, k].mean() for k, n in enumerate(DIMENSIONS)}
+    return {name: float(value) for name, value in result.items()}
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    world = commands.add_parser("data", help="render clips and write the CSVs")
+    base = commands.add_parser("base", help="pre-train the tiny base model and measure it")
+    for command in (world, base):
+        command.add_argument("--out", required=True, help="folder to write")
+        command.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
+    for split, (_, pairs, *_) in SPLITS.items():
+        flag = f"--{split.replace('_', '-')}"
+        world.add_argument(flag, type=int, default=pairs, metavar="N", help=f"pairs (default {pairs})")
+    for flag, default, meaning in (
+        ("vision-steps", 100, "steps of phase 1, the vision tower alone"), ("threads", 2, "CPU threads"),
+        ("steps", 360, "steps of phase 2, the language model"), ("batch", 32, "clips a step, twice that in phase 1"),
+        ("pool", 3000, "clips rendered to learn from"),
+    ):  # fmt: skip
+        base.add_argument(f"--{flag}", type=int, default=default, help=f"{meaning} (default {default})")
+    args, start = parser.parse_args(argv), time.time()
+    if args.command == "data":
+        for path in make_data(args.out, args.seed, {split: getattr(args, split) for split in SPLITS}, processes=2).values():
+            pairs = data.read_pairs(path)
+            print(f"{path}: {len(pairs)} pairs, {np.mean([p.label == 0 for p in pairs]):.0%} ties")
+    else:
+        torch.set_num_threads(args.threads)
+        processor = build_processor()
+        model = build_model(processor, args.seed)
+        loss = pretrain(model, processor, args.seed, args.vision_steps, args.steps, args.batch, args.pool)
+        model.save_pretrained(args.out)  # before measuring: a failure there must not cost the training
+        processor.save_pretrained(args.out)
+        print(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters, loss {loss:.4f} nats a token")
+        for name, value in measure(model, processor, args.seed + 1000).items():
+            print(f"  {name:22s} {value:.3f}")
+    print(f"{time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except data.InputError as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
