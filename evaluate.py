@@ -226,8 +226,7 @@ def score_phase(load_model, items: list[Item], thoughts: dict, s: Settings, rank
             return records(batch, rewards)
         videos, prompts = opened(batch, s)
         cots = [thoughts[item[:2]]["thoughts"] if s.think else [None] for item in batch]  # B lists of k
-        rewards = np.array([model.score(videos, prompts, list(texts)).tolist() for texts in zip(*cots)])  # (k, B)
-        return records(batch, rewards)
+        return records(batch, model.score_several(videos, prompts, cots).cpu().numpy().T.astype(float))
 
     def records(batch, rewards):  # rewards (k, B)
         return [{"video": i.video, "prompt": i.prompt, "reward": float(r.mean()), "rewards": r.tolist()}

@@ -71,6 +71,8 @@ class Settings:
     clip_high: float = arg(0.3, "ratio clip above (EasyR1's default: .3)")
     clip_dual: float = arg(3.0, "dual clip for negative advantages (EasyR1's default: 3)")
     kl_coef: float = arg(1e-5, "weight of the KL to the start of this stage (paper's launch script: 1e-5); 0: no reference")
+    engine_cap: float = arg(0.0, "truncated importance weight: a token's policy loss times min(trainer / engine probability, this), for "
+                            "engines that round otherwise; 0: off (not in the paper)")  # fmt: skip
     bt_coef: float = arg(5e-3, "weight of the BT loss over rollouts, Eq. 10 (paper: 5e-3); 0: the head drifts")
     # optimisation
     epochs: int = arg(1, "passes over the data (not given in the paper)")
@@ -158,6 +160,7 @@ class Rollouts:
     cots: list[list[list[int]]]  # [2][G] token ids
     rewards: list[list[RolloutReward]] = None  # [2][G]
     advantages: torch.Tensor = None  # (2, G)
+    engine_log_probs: list[list[list[float]]] = None  # [2][G][token] as the engine saw them, if it tells
     splits: int = 1  # forwards for this pair, the same on every rank; divides G
     old: list = None  # per forward: log-probs (2g, T) when sampled, if they differ from the current ones
     reference: list = None  # per forward: log-probs (2g, T) under the reference
@@ -176,7 +179,11 @@ def generate(items, engine, settings, step) -> list[Rollouts]:
         for video in (0, 1)
     ]
     cots = engine.generate(prefixes, seeds, settings.max_new_tokens, settings.temperature)
-    return [Rollouts(pair, both, cots[2 * n : 2 * n + 2]) for n, (pair, both) in enumerate(items)]
+    seen = getattr(engine, "log_probs", None)
+    return [
+        Rollouts(pair, both, cots[2 * n : 2 * n + 2], engine_log_probs=seen and seen[2 * n : 2 * n + 2])
+        for n, (pair, both) in enumerate(items)
+    ]
 
 
 def judge(rollouts: Rollouts, tokenizer, settings) -> None:
@@ -246,7 +253,13 @@ def losses_of(output, numbers, batch, k, rollouts: Rollouts, settings, counts) -
     old = rollouts.old[k] if rollouts.old else log_probs.detach()  # on-policy: the old log-probs ARE the current ones
     advantages = rollouts.advantages[:, numbers].flatten().to(device)  # (2g,) in the batch's order A_i.., B_i..
     clip = settings.clip_low, settings.clip_high
-    policy = grpo_loss(log_probs, old, advantages, mask, *clip, settings.clip_dual, denominator=counts["tokens"])
+    gap = torch.zeros_like(mask)  # trainer minus engine, per token, of the log-prob the CoT was sampled with
+    if rollouts.engine_log_probs:
+        theirs = [row[i] for row in rollouts.engine_log_probs for i in numbers]
+        for n, values in enumerate(theirs):
+            gap[n, : len(values)] = old[n, : len(values)] - torch.tensor(values, device=device)
+    weight = gap.exp().clamp(max=settings.engine_cap) if settings.engine_cap else 1.0
+    policy = grpo_loss(log_probs, old, advantages, mask * weight, *clip, settings.clip_dual, denominator=counts["tokens"])
     kl = torch.zeros((), device=device)
     if rollouts.reference:
         kl = (kl_to_reference(log_probs, rollouts.reference[k]) * mask).sum() / counts["tokens"]
@@ -261,7 +274,7 @@ def losses_of(output, numbers, batch, k, rollouts: Rollouts, settings, counts) -
         sums = {
             "grpo_loss": policy.item(), "kl": kl.item(), "bt_loss": bt.item(),
             "clipped": clip_share(log_probs, old, advantages, mask, *clip).item(),
-            "right": (margins > 0).sum().item(), "margin": margins.sum().item(),
+            "engine_gap": (gap.abs() * mask).sum().item(), "right": (margins > 0).sum().item(), "margin": margins.sum().item(),
             "reward": rewards.sum().item(), "square": (rewards**2).sum().item(), "log_prob": (log_probs * mask).sum().item(),
         }  # fmt: skip
         sums["ratio_max"] = policy_ratio(log_probs, old, mask).max().item()
@@ -290,7 +303,7 @@ def update(model, optimizer, mini: list[Rollouts], settings, ranks) -> dict[str,
     optimizer.step()
     optimizer.zero_grad()
     sums = ranks.sum(sums)
-    for name, count in (("clipped", "tokens"), ("log_prob", "tokens"), ("right", "bt"), ("margin", "bt")):
+    for name, count in (("clipped", "tokens"), ("engine_gap", "tokens"), ("log_prob", "tokens"), ("right", "bt"), ("margin", "bt")):
         sums[name] /= counts[count]
     return {**sums, "ratio_max": ratio_max, **{f"grad_norm_{part}": norm for part, norm in norms.items()}}
 

@@ -126,7 +126,7 @@ def grpo_loss(
         L   = (1 / number of tokens) Σ L_t
 
     log π -> log_probs (N, T), with gradient; log π_old -> old_log_probs (N, T), detached; A -> advantages (N,), one per CoT;
-    mask (N, T): 1 on CoT tokens (EOS included), 0 on padding. Averaged over all tokens, so a long CoT weighs more than a
+    mask (N, T): 1 (or a token's weight) on CoT tokens, EOS included, 0 on padding. Averaged over all tokens, so a long CoT weighs more than a
     short one. Defaults: EasyR1's, which the released code uses.
 
     "Loss 0, ratio 1: is it broken?" No. On-policy (one update per rollout batch) π_old IS π, so ρ = 1 and L = −mean(A),
@@ -144,7 +144,7 @@ def grpo_loss(
 
 def policy_ratio(log_probs: torch.Tensor, old_log_probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """ρ_t = π/π_old per token (N, T), exactly 1 at padding. The exponent is bounded at ±20 so that fp32 cannot overflow."""
-    difference = (log_probs.float() - old_log_probs.detach().float()) * mask
+    difference = (log_probs.float() - old_log_probs.detach().float()) * (mask > 0)  # a mask may hold weights
     return difference.clamp(-20, 20).exp()
 
 

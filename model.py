@@ -183,16 +183,20 @@ class DeScore(nn.Module):
         cots = sample_cots(self.backbone, self.processor, prefixes, seeds, max_new_tokens, temperature)
         return [decode_cot(self.processor.tokenizer, cot) for (cot,) in cots]
 
-    @torch.no_grad()
     def score(self, videos, prompts, thoughts, source_fps=None) -> torch.Tensor:
         """Rewards (B,) fp32 of videos whose CoTs are given: texts, token ids, or None for no CoT. Nothing is masked."""
-        thoughts = [data.encode_cot(self.processor.tokenizer, t) if isinstance(t, str) else t or [] for t in thoughts]
+        return self.score_several(videos, prompts, [[thought] for thought in thoughts], source_fps)[:, 0]
+
+    @torch.no_grad()
+    def score_several(self, videos, prompts, thoughts: list[list], source_fps=None) -> torch.Tensor:
+        """Rewards (B, k) fp32: k CoTs for each video, packed behind one prefix, which is so encoded once, not k times."""
+        encode = lambda t: data.encode_cot(self.processor.tokenizer, t) if isinstance(t, str) else t or []  # noqa: E731
         was_training = self.training
         self.eval()
-        batch = lay_out(self.backbone, self.encode(videos, prompts, source_fps), [[thought] for thought in thoughts])
+        batch = lay_out(self.backbone, self.encode(videos, prompts, source_fps), [[encode(t) for t in row] for row in thoughts])
         rewards = self(to_device(batch, self.query.device), want_log_probs=False).rewards
         self.train(was_training)
-        return rewards
+        return rewards.view(len(thoughts), -1)
 
     def reward(self, videos, prompts, think=True, max_new_tokens=4096, source_fps=None, normalize=False, with_thoughts=False):
         """Think, then score: rewards (B,) fp32, and with `with_thoughts` also the B texts (None where not thought).

@@ -81,12 +81,13 @@ class VLLMEngine:
             distributed_executor_backend="external_launcher" if distributed else None, enable_sleep_mode=not on_cpu, **options,
         )  # fmt: skip
         torch.set_rng_state(state)
-        self.tokenizer, self.on_cpu = self.llm.get_tokenizer(), on_cpu
+        self.tokenizer, self.on_cpu, self.asleep = self.llm.get_tokenizer(), on_cpu, False
 
     def generate(self, prefixes, seeds, max_new_tokens, temperature=1.0) -> list[list[list[int]]]:
         """As TransformersEngine.generate. One request per CoT: each has its own seed, and prefix caching shares the video."""
         from vllm import SamplingParams
 
+        self._wake()
         banned = {token: -100.0 for token in banned_tokens(self.tokenizer)}
         requests, parameters = [], []
         for prefix, row in zip(prefixes, seeds, strict=True):
@@ -103,13 +104,22 @@ class VLLMEngine:
             if list(row[0].prompt_token_ids) != prefix["input_ids"].tolist():
                 raise InputError("vLLM expanded the video to other prompt tokens than the trainer; check both versions.")
         self.log_probs = [[[next(iter(t.values())).logprob for t in s.outputs[0].logprobs] for s in row] for row in samples]
+        if not self.on_cpu:
+            self.llm.sleep(level=1)  # gives the GPU's memory to the update; its CPU build cannot sleep
+            self.asleep = True
         return [[list(s.outputs[0].token_ids) for s in row] for row in samples]
 
     def sync(self, named_weights) -> None:
         """Hands new weights to the engine and empties its caches, which hold what the old weights computed."""
+        self._wake()
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_weights)})
         assert self.llm.reset_prefix_cache(), "vLLM could not reset its prefix cache: requests still running"
         self.llm.llm_engine.reset_encoder_cache()  # without it a repeated video kills the engine
+
+    def _wake(self) -> None:
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = False
 
     def close(self) -> None:
         """Ends the engine. It takes the process group with it, so this is the very last thing a script does."""

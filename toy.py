@@ -222,9 +222,9 @@ SPLITS = {
     "train_cold_start": ("cold_start", 360, 0.15, 10, False, "clean", 4, 14),
     "val_cold_start": ("cold_start", 60, 0.15, 10, False, "clean", 4, 14),
     "train_rl": ("rl", 150, 0.0, 10, False, "clean", 4, 14),
-    "test_in_domain": ("tabench", 120, 0.20, 10, False, "clean", 4, 14),
-    "test_genai_bench": ("genai", 120, 0.33, 10, True, "old", 8, 26),
-    "test_videogen_rewardbench": ("videogen", 120, 0.26, 3, False, "hard", 6, 14),
+    "test_in_domain": ("tabench", 110, 0.20, 10, False, "clean", 4, 14),
+    "test_genai_bench": ("genai", 110, 0.33, 10, True, "old", 8, 26),
+    "test_videogen_rewardbench": ("videogen", 110, 0.26, 3, False, "hard", 6, 14),
 }
 
 
@@ -605,8 +605,8 @@ def main(argv=None) -> None:
         flag = f"--{split.replace('_', '-')}"
         world.add_argument(flag, type=int, default=pairs, metavar="N", help=f"pairs (default {pairs})")
     for flag, default, meaning in (
-        ("vision-steps", 100, "steps of phase 1, the vision tower alone"), ("threads", 2, "CPU threads"),
-        ("steps", 360, "steps of phase 2, the language model"), ("batch", 32, "clips a step, twice that in phase 1"),
+        ("vision-steps", 100, "steps of phase 1, the vision tower alone"),
+        ("steps", 340, "steps of phase 2, the language model"), ("batch", 32, "clips a step, twice that in phase 1"),
         ("pool", 3000, "clips rendered to learn from"),
     ):  # fmt: skip
         base.add_argument(f"--{flag}", type=int, default=default, help=f"{meaning} (default {default})")
@@ -616,7 +616,6 @@ def main(argv=None) -> None:
             pairs = data.read_pairs(path)
             print(f"{path}: {len(pairs)} pairs, {np.mean([p.label == 0 for p in pairs]):.0%} ties")
     else:
-        torch.set_num_threads(args.threads)
         processor = build_processor()
         model = build_model(processor, args.seed)
         loss = pretrain(model, processor, args.seed, args.vision_steps, args.steps, args.batch, args.pool)

@@ -195,6 +195,22 @@ def test_old_log_probs_make_the_ratio(batch, model, settings):
     assert sums["ratio_max"] == pytest.approx(1.10517, abs=1e-3)  # e^.1
 
 
+def test_engine_gap_is_measured_and_can_be_weighed(batch, model, settings):
+    """Engines round otherwise. A trainer that finds each token e^-.2 as likely as the engine did: gap .2, weight e^-.2."""
+    ranks = parallel.Ranks()
+    model.make_trainable("full", vision=False)
+    for r in batch:
+        (now,) = grpo.log_probs_now(model, r, settings, ranks)
+        r.engine_log_probs = [[(now[v * 3 + i][: len(r.cots[v][i])] + 0.2).tolist() for i in range(3)] for v in (0, 1)]
+    plain, sums = update_gradients(model, batch, dataclasses.replace(settings, bt_coef=0.0, max_grad_norm=1e9))
+    weighed, _ = update_gradients(model, batch, dataclasses.replace(settings, bt_coef=0.0, max_grad_norm=1e9, engine_cap=2.0))
+    capped, _ = update_gradients(model, batch, dataclasses.replace(settings, bt_coef=0.0, max_grad_norm=1e9, engine_cap=0.5))
+    assert sums["engine_gap"] == pytest.approx(0.2, abs=1e-4)
+    name = "backbone.lm_head.weight"
+    assert torch.allclose(weighed[name], plain[name] * 0.818731, atol=1e-6)  # e^-.2
+    assert torch.allclose(capped[name], plain[name] * 0.5, atol=1e-6)
+
+
 def test_seeds_differ_between_rollouts_videos_steps(items, model, settings):
     engine = TransformersEngine(model.backbone, model.processor, shared=True)
     first, again, other = (grpo.generate(items, engine, settings, step) for step in (0, 0, 1))

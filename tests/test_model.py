@@ -242,6 +242,14 @@ def test_think_score_reward(model, tiny_clips):
         model.think(clips, prompts[:1])
 
 
+def test_several_thoughts_cost_one_prefix_and_score_as_alone(model, tiny_clips):
+    clips, prompts = tiny_clips[:2], ["a red circle", "a blue square"]
+    thoughts = [["<think>one</think>", "two", ""], ["three", None, "a longer thought than the others"]]
+    together = model.score_several(clips, prompts, thoughts)
+    alone = torch.stack([model.score(clips, prompts, list(column)) for column in zip(*thoughts)], dim=1)
+    assert together.shape == (2, 3) and torch.allclose(together, alone, atol=1e-5)
+
+
 def test_frames_in_memory_score_like_a_file(model, tiny_clips):
     import decord
 

@@ -60,7 +60,7 @@ def test_every_command_has_a_script_and_known_flags():
 
 
 def test_every_flag_that_is_named_exists():
-    known = set().union(*(flags_of(m.Settings) for m in SCRIPTS.values())) | {"--show", "--index-url", "--import-released", "--runs"}
+    known = set().union(*(flags_of(m.Settings) for m in SCRIPTS.values())) | {"--show", "--index-url", "--import-released", "--runs", "--local-dir", "--repo-type"}
     known |= {"--nproc_per_node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--local-dir", "--repo-type", "--quick", "--only", "--plan"}
     assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT)) - known
 
