@@ -439,9 +439,11 @@ def metric(world) -> list[dict]:
     lists = labels.tolist(), margins.tolist()
     few = list(zip(*lists))[:part]  # the definition word for word: for each candidate threshold, count all pairs again
     recount = lambda cut: sum(label == 0 if abs(m) <= cut else label * m > 0 for label, m in few)  # noqa: E731
-    cases = {"metrics.accuracy_with_ties": (size, lambda: metrics.accuracy_with_ties(labels, margins)[0]),
-             "running counts in Python": (size, lambda: running_counts(*lists)),
-             "every threshold anew": (part, lambda: max(map(recount, [-1, *(abs(m) for _, m in few)])) / part)}
+    cases = {
+        "metrics.accuracy_with_ties": (size, lambda: metrics.accuracy_with_ties(labels, margins)[0]),
+        "running counts in Python": (size, lambda: running_counts(*lists)),
+        "every threshold anew": (part, lambda: max(map(recount, [-1, *(abs(m) for _, m in few)])) / part),
+    }
     times, rows = measure({name: work for name, (_, work) in cases.items()}, world.settings.repeats), []
     for name, (n, work) in cases.items():
         seconds = [t * (size / n) ** 2 for t in times[name]]

@@ -1,6 +1,7 @@
 """Stage 1, the discriminative cold start: Bradley-Terry on (video, prompt, CoT), with random CoT masking.
 
-    CSV with collected CoTs (rollout.py) + a Qwen3-VL   ->   OUT/model, a DeScore folder; OUT/metrics.jsonl, OUT/curves.png
+    CSV with collected CoTs (rollout.py) + a Qwen3-VL   ->   OUT/model, a DeScore folder; OUT/metrics.jsonl,
+    OUT/curves.png
 
     laptop   python cold_start.py --model runs/base --data runs/data/train_cots.csv --out runs/stage1 --lr 3e-4 ...
     8 GPUs   torchrun --nproc_per_node 8 cold_start.py --data train_cots.csv --val val_cots.csv --out runs/stage1
@@ -79,7 +80,9 @@ def prepare_pairs(path: str, settings: Settings, ranks, need_cots: bool) -> list
     """COLLECTIVE: reads a CSV, drops ties for plain BT, drops bad videos if asked, and says how many."""
     pairs = data.read_pairs(path, settings.dimension, settings.video_root)
     if need_cots and not any(pair.cot_a or pair.cot_b for pair in pairs) and settings.mask_probability < 1:
-        raise InputError(f"{path}: has no CoT_A / CoT_B; collect them with rollout.py, or train with --mask-probability 1.")
+        raise InputError(
+            f"{path}: has no CoT_A / CoT_B; collect them with rollout.py, or train with --mask-probability 1."
+        )
     if settings.loss == "bt":
         ties = sum(pair.label == 0 for pair in pairs)
         pairs = [pair for pair in pairs if pair.label != 0]
@@ -88,7 +91,8 @@ def prepare_pairs(path: str, settings: Settings, ranks, need_cots: bool) -> list
 
 
 def score_pairs(model, items, settings, masks=None):
-    """Rewards of both videos of each pair: (B,), (B,), with gradient if enabled. masks (B,) bool: True hides the CoTs."""
+    """Rewards of both videos of each pair: (B,), (B,), with gradient if enabled. masks (B,) bool: True hides the
+    CoTs."""
     prefixes, responses = [], []
     for n, (pair, (prefix_a, prefix_b)) in enumerate(items):
         for prefix, cot in zip((prefix_a, prefix_b), pair.cots):
@@ -96,7 +100,9 @@ def score_pairs(model, items, settings, masks=None):
             ids = [] if masks is not None and masks[n] else data.encode_cot(model.processor.tokenizer, cot)
             length = len(prefix["input_ids"]) + len(ids) + 1
             if length > settings.max_length:
-                raise InputError(f"row {pair.row}: {length} tokens (CoT {len(ids)}); raise --max-length or shorten the CoT.")
+                raise InputError(
+                    f"row {pair.row}: {length} tokens (CoT {len(ids)}); raise --max-length or shorten the CoT."
+                )
             prefixes.append(prefix)
             responses.append([ids])
     batch = to_device(lay_out(model.backbone, prefixes, responses), model.query.device)
@@ -125,7 +131,9 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
     """The loop of stage 1."""
     optimizer = parallel.make_optimizer(model, settings)
     cache = data.FrameCache(settings.frame_cache, settings.frame_cache_gb) if settings.frame_cache else None
-    dataset, val_set = (data.EncodedPairs(p, model.processor, settings.fps, settings.max_pixels, cache) for p in (pairs, val_pairs))
+    dataset, val_set = (
+        data.EncodedPairs(p, model.processor, settings.fps, settings.max_pixels, cache) for p in (pairs, val_pairs)
+    )
     steps_per_epoch, local_pairs = parallel.divide(len(pairs), settings, ranks)
     total = min(settings.max_steps or 10**9, settings.epochs * steps_per_epoch)
     first = parallel.load_checkpoint(settings.out, model, optimizer, ranks)["step"] if settings.resume else 0
@@ -150,7 +158,9 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
         drawn = [next(stream) for _ in range(local_pairs)]  # 1 draw pairs
         waited = time.time() - began
         drawn = [(item, next(hidden)) for item in drawn]  # each with its mask
-        drawn.sort(key=lambda d: max(len(prefix["input_ids"]) for prefix in d[0][1]))  # like lengths together: less padding
+        drawn.sort(
+            key=lambda d: max(len(prefix["input_ids"]) for prefix in d[0][1])
+        )  # like lengths together: less padding
         for first_pair in range(0, local_pairs, settings.micro_pairs):
             items, masks = zip(*drawn[first_pair : first_pair + settings.micro_pairs])  # 2 mask CoTs
             with ranks.autocast():
@@ -159,11 +169,16 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
             if settings.loss == "btt":
                 loss = btt_loss(reward_a, reward_b, labels, denominator=settings.batch_pairs)
             else:  # 4 BT loss, Eq. 3; the denominator is the whole batch's, over all micro-batches and ranks
-                chosen, rejected = torch.where(labels > 0, reward_a, reward_b), torch.where(labels > 0, reward_b, reward_a)
+                chosen, rejected = (
+                    torch.where(labels > 0, reward_a, reward_b),
+                    torch.where(labels > 0, reward_b, reward_a),
+                )
                 loss = bt_loss(chosen, rejected, denominator=settings.batch_pairs)
             if not torch.isfinite(loss):
                 rows = ", ".join(str(pair.row) for pair, _ in items)
-                raise InputError(f"{settings.data}: the loss is {loss.item()} at line {rows}; lower --lr or look at that row.")
+                raise InputError(
+                    f"{settings.data}: the loss is {loss.item()} at line {rows}; lower --lr or look at that row."
+                )
             parallel.backward(loss, ranks)  # 5 backward
             with torch.no_grad():
                 margins, both = (reward_a - reward_b) * labels, torch.cat([reward_a, reward_b])
@@ -172,7 +187,10 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
                 sums["decided"] += (labels != 0).sum().item()
                 sums["margin"] += margins.sum().item()
                 sums["masked"] += sum(masks)
-                sums["reward"], sums["square"] = sums["reward"] + both.sum().item(), sums["square"] + (both**2).sum().item()
+                sums["reward"], sums["square"] = (
+                    sums["reward"] + both.sum().item(),
+                    sums["square"] + (both**2).sum().item(),
+                )
         parallel.sync_gradients(model, ranks)
         norms = parallel.clip_gradients(model, settings.max_grad_norm)  # clip
         lr_scale = parallel.set_learning_rate(optimizer, step, max(1, round(settings.warmup * total)))
@@ -197,11 +215,17 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
         if step == total or stopping or (settings.save_every and step % settings.save_every == 0):
             parallel.save_checkpoint(settings.out, step, model, optimizer, ranks, settings.keep)
         if val_pairs and (step == total or (settings.val_every and step % settings.val_every == 0)):
-            metrics["val_accuracy"] = validate(model, val_set, settings, ranks)  # after saving: a crash here costs nothing
-        log.step(step, metrics, f"step {step:5d}/{total}  loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.3f}  "
-                 f"margin {metrics['margin']:+.3f}  reward {mean:+.2f} ± {metrics['reward_std']:.2f}  "
-                 f"masked {metrics['masked_share']:.2f}  |g| {norms['total']:.2f}  {metrics['step_seconds']:.2f} s"
-                 + (f"  val {metrics['val_accuracy']:.3f}" if "val_accuracy" in metrics else ""))  # fmt: skip
+            metrics["val_accuracy"] = validate(
+                model, val_set, settings, ranks
+            )  # after saving: a crash here costs nothing
+        log.step(
+            step,
+            metrics,
+            f"step {step:5d}/{total}  loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.3f}  "
+            f"margin {metrics['margin']:+.3f}  reward {mean:+.2f} ± {metrics['reward_std']:.2f}  "
+            f"masked {metrics['masked_share']:.2f}  |g| {norms['total']:.2f}  {metrics['step_seconds']:.2f} s"
+            + (f"  val {metrics['val_accuracy']:.3f}" if "val_accuracy" in metrics else ""),
+        )
         if stopping:
             ranks.print(f"stopped after step {step}; the same command with --resume goes on")
             raise KeyboardInterrupt
@@ -217,7 +241,9 @@ def main(argv=None) -> None:
     val_pairs = prepare_pairs(settings.val, settings, ranks, need_cots=False) if settings.val else []
     model = DeScore.from_pretrained(settings.model, dtype=parallel.load_dtype(settings.train, ranks), new_head=True)
     model.settings.update(base_model=settings.model, fps=settings.fps, max_pixels=settings.max_pixels)
-    model.make_trainable(settings.train, settings.train_vision, settings.lora_r, settings.lora_alpha, settings.lora_dropout)
+    model.make_trainable(
+        settings.train, settings.train_vision, settings.lora_r, settings.lora_alpha, settings.lora_dropout
+    )
     if settings.gradient_checkpointing:
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     for part, parameters in model.parameter_groups().items():
@@ -227,9 +253,14 @@ def main(argv=None) -> None:
     model.settings.update(parallel.reward_scale(settings.out))
     parallel.save_model(model, os.path.join(settings.out, "model"), ranks)
     if ranks.is_main:
-        panels = {"BT loss (Eq. 3)": ["loss"], "pair accuracy": ["accuracy", "val_accuracy"], "margin r_w - r_l": ["margin"],
-                  "reward": ["reward_mean", "reward_std"], "gradient norms": ["grad_norm_llm", "grad_norm_vision", "grad_norm_head"],
-                  "seconds": ["step_seconds"]}  # fmt: skip
+        panels = {
+            "BT loss (Eq. 3)": ["loss"],
+            "pair accuracy": ["accuracy", "val_accuracy"],
+            "margin r_w - r_l": ["margin"],
+            "reward": ["reward_mean", "reward_std"],
+            "gradient norms": ["grad_norm_llm", "grad_norm_vision", "grad_norm_head"],
+            "seconds": ["step_seconds"],
+        }
         parallel.draw_curves(settings.out, panels, os.path.join(settings.out, "curves.png"), "Stage 1: cold start")
     ranks.print(f"wrote {settings.out}/model, metrics.jsonl and curves.png")
     ranks.finish()

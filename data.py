@@ -183,7 +183,7 @@ def _format_of(csv_path, columns, dimension):
         if need <= have:
             return reader
     raise InputError(
-        f"{csv_path}: columns {sorted(have)} fit none of the known formats; the nearest lack e.g. path_A, path_B, prompt "
+        f"{csv_path}: columns {sorted(have)} fit none of the known formats, which need e.g. path_A, path_B, prompt "
         "and a label column (README, 'Data formats')."
     )
 
@@ -305,7 +305,9 @@ def sample_frames(path: str, fps: float = 2.0, max_pixels: int = 448 * 448) -> V
             raise InputError(f"{path}: has no video frames.")
         seconds = total / source_fps  # as the file claims: checked before anything of that size is made
         if seconds * fps > MAX_FRAMES:
-            raise InputError(f"{path}: {seconds:.0f} s at {fps} fps is over {MAX_FRAMES} frames; cut it or lower --fps.")
+            raise InputError(
+                f"{path}: {seconds:.0f} s at {fps} fps is over {MAX_FRAMES} frames; cut it or lower --fps."
+            )
         indices = sample_indices(total, source_fps, fps)
         full = probe[0].shape[:2]
         if max(full) > MAX_SIDE:
@@ -323,8 +325,8 @@ def sample_frames(path: str, fps: float = 2.0, max_pixels: int = 448 * 448) -> V
 def to_video(video, fps: float, max_pixels: int, source_fps: float | None = None) -> Video:
     """A path, a Video, or frames in memory -> Video.
 
-    Frames: array or tensor (T, H, W, 3), uint8 or float in [0, 1], all frames of the clip at `source_fps`; they are sampled
-    and resized as a file would be.
+    Frames: array or tensor (T, H, W, 3), uint8 or float in [0, 1], all frames of the clip at `source_fps`; they are
+    sampled and resized as a file would be.
     """
     if isinstance(video, Video):
         return video
@@ -359,7 +361,8 @@ Judge how well the video follows the prompt, in five dimensions:
 - environment: place, background, time of day, weather and light
 - style: medium, look and mood
 A verdict is 2 (as asked), 1 (partly), 0 (missing or wrong) or N/A (the prompt does not ask for it).
-Think first, carefully and in detail: for each dimension what the prompt asks for, what the video shows, and the verdict.
+Think first, carefully and in detail: for each dimension what the prompt asks for, what the video shows, and the
+    verdict.
 Then answer with the verdicts and an overall score from 1.00 (ignores the prompt) to 5.00 (does all it asks). Layout:
 <think>
 subject: asked ...; shown ...; verdict 2
@@ -387,8 +390,8 @@ def encode_text(tokenizer, text: str, keep: tuple[str, ...] = ()) -> list[int]:
     """Text -> ids in which no control token can appear, whatever the text says.
 
     A user may type `<|im_end|>` or `<|video_pad|>`. The tokenizer would turn that into the control token and so let the
-    prompt end the turn or pretend to be video. We cut the text inside each such spelling ('<' | '|im_end|>'), encode the
-    pieces, and join the ids: they decode to exactly the same text, and none is a control token. `keep` names added
+    prompt end the turn or pretend to be video. We cut the text inside each such spelling ('<' | '|im_end|>'), encode
+    the pieces, and join the ids: they decode to exactly the same text, and none is a control token. `keep` names added
     tokens that may stay (`<think>` in a CoT).
     """
     added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.content not in keep}
@@ -414,7 +417,8 @@ def encode_prompt(processor, video: Video, prompt: str) -> dict[str, torch.Tenso
     template = processor.apply_chat_template(build_conversation(_PLACE), add_generation_prompt=True, tokenize=False)
     head, tail = template.split(_PLACE)
     # The processor replaces the one <|video_pad|> in `head` by "<0.3 seconds>" and a block of pads per two frames. We
-    # sampled and resized already, so it must do neither: with its own defaults it assumes 24 fps and upsizes small clips.
+    # sampled and resized already, so it must do neither: with its own defaults it assumes 24 fps and upsizes small
+    # clips.
     inputs = processor(
         text=[head], videos=[torch.from_numpy(video.frames).permute(0, 3, 1, 2)], video_metadata=[video.metadata()],
         do_sample_frames=False, do_resize=False, return_tensors="pt",
@@ -445,10 +449,11 @@ def encode_cot(tokenizer, cot: str | None) -> list[int]:
 # 4. A stream of encoded pairs
 # ---------------------------------------------------------------------------------------------------------------
 class FrameCache:
-    """Sampled frames on disk, so that a clip that is used in every epoch is decoded once. At most `gigabytes`, oldest out.
+    """Sampled frames on disk, so that a clip that is used in every epoch is decoded once. At most `gigabytes`, oldest
+    out.
 
-    The key holds path, size, time of change, fps and pixel budget: an edited clip is decoded again. Raw uint8 frames: 16 s of
-    448 x 448 at 2 fps are 19 MB. Several processes may share a folder: files appear by renaming.
+    The key holds path, size, time of change, fps and pixel budget: an edited clip is decoded again. Raw uint8 frames:
+    16 s of 448 x 448 at 2 fps are 19 MB. Several processes may share a folder: files appear by renaming.
     """
 
     def __init__(self, folder: str, gigabytes: float):
@@ -513,7 +518,8 @@ class EncodedPairs(torch.utils.data.Dataset):
 
 def take(dataset: torch.utils.data.Dataset, order: list[int], workers: int = 0):
     """Yields dataset[i] for i in `order`, read ahead by `workers` processes (0: in this one). Raises InputError."""
-    # A loader draws a seed when it starts. From a generator of its own, or a resumed run would draw other dropout masks.
+    # A loader draws a seed when it starts. From a generator of its own, or a resumed run would draw other dropout
+    # masks.
     own = torch.Generator()
     loader = torch.utils.data.DataLoader(dataset, sampler=order, batch_size=None, num_workers=workers, generator=own)
     for item in loader:
@@ -544,9 +550,11 @@ def show(pair: PreferencePair, processor, fps: float, max_pixels: int) -> list[V
         text = processor.tokenizer.decode(inputs["input_ids"])
         text = re.sub(r"(<\|video_pad\|>)+", lambda m: f"<|video_pad|> x {m.group().count('pad')}", text)
         cot_ids = encode_cot(processor.tokenizer, cot)
-        print(f"--- {path}: {video.total_num_frames} frames at {video.source_fps:.2f} fps -> {len(video.frames)} frames of "
-              f"{video.frames.shape[1]} x {video.frames.shape[2]} at {fps} fps = {num_video} video tokens of "
-              f"{len(inputs['input_ids'])} prompt tokens; CoT {len(cot_ids)} tokens")  # fmt: skip
+        print(
+            f"--- {path}: {video.total_num_frames} frames at {video.source_fps:.2f} fps -> {len(video.frames)} frames of "
+            f"{video.frames.shape[1]} x {video.frames.shape[2]} at {fps} fps = {num_video} video tokens of "
+            f"{len(inputs['input_ids'])} prompt tokens; CoT {len(cot_ids)} tokens"
+        )
         shown = processor.tokenizer.decode(cot_ids) if cot_ids else "(no CoT: the query sees video and prompt only)"
         print(f"{grey}{text}{end}{green}{shown}{end}{red}<Reward>{end}")
         videos.append(video)

@@ -40,7 +40,7 @@ from metrics import (
     videoalign_compatible,
 )
 from model import DeScore
-from rollout import Item, claim_out, make_engine, opened, read_log, run_phase, think_phase
+from rollout import Item, claim_out, make_engine, opened, run_phase, think_phase
 
 BENCHMARKS = {  # name -> what the CSV in --root may be called, the published name first
     "videogen-rewardbench": ("videogen-rewardbench.csv", "test_videogen_rewardbench.csv"),
@@ -70,7 +70,9 @@ class Settings:
     think: bool = parallel.arg(True, "write a CoT before scoring")
     thoughts: int = parallel.arg(1, "CoTs per video: 1 is greedy; more are sampled at temperature 1, rewards averaged")
     max_new_tokens: int = parallel.arg(4096, "CoT tokens at most (paper: 4096)")
-    score_from: str = parallel.arg("head", "head: DeScore's reward; text: the score that the CoT states", ["head", "text"])
+    score_from: str = parallel.arg(
+        "head", "head: DeScore's reward; text: the score that the CoT states", ["head", "text"]
+    )
     temperature: float = parallel.arg(None, "sampling temperature (default: 0 for one CoT, 1 for several)")
     engine: str = parallel.arg("transformers", "who writes the CoTs; vllm for real models", ["transformers", "vllm"])
     fps: float = parallel.arg(None, "sampled frames per second (default: the checkpoint's; paper: 2)")
@@ -260,7 +262,9 @@ def loaders(s: Settings, ranks):
             processor = AutoProcessor.from_pretrained(s.model)
             return make_engine("vllm", s.model, processor, ranks, seed=s.seed), processor
         model = load_model()
-        return make_engine("transformers", s.model, model.processor, ranks, model.backbone, rows_per_batch=s.batch_size), model.processor
+        return make_engine(
+            "transformers", s.model, model.processor, ranks, model.backbone, rows_per_batch=s.batch_size
+        ), model.processor
 
     return load_model, load_engine
 
@@ -405,7 +409,11 @@ def check(s: Settings) -> None:
 def make_folders(s: Settings) -> None:
     """Now, not after hours of thinking, is when a place that cannot be written to should be noticed."""
     try:
-        for folder in (s.out, os.path.join(s.out, "text") if s.score_from == "text" else s.out, *(os.path.dirname(file) or "." for file in (s.html, s.make_pairs) if file)):
+        for folder in (
+            s.out,
+            os.path.join(s.out, "text") if s.score_from == "text" else s.out,
+            *(os.path.dirname(file) or "." for file in (s.html, s.make_pairs) if file),
+        ):
             os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be written to ({error.strerror}).") from error

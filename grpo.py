@@ -3,7 +3,8 @@
     CSV with true verdicts + OUT of stage 1   ->   OUT/model, a DeScore folder; metrics.jsonl, samples.jsonl, curves.png
 
     laptop   python grpo.py --model runs/stage1/model --data runs/data/train_rl.csv --out runs/stage2 --lr 1e-4 ...
-    8 GPUs   torchrun --nproc_per_node 8 grpo.py --model runs/stage1/model --data train_rl.csv --train full --engine vllm
+    8 GPUs   torchrun --nproc_per_node 8 grpo.py --model runs/stage1/model --data train_rl.csv --train full --engine
+    vllm
 
 The defaults are the paper's. The loop in `train` is the paper's algorithm, step by step:
 
@@ -70,17 +71,26 @@ class Settings:
     clip_low: float = arg(0.2, "ratio clip below (EasyR1's default: .2)")
     clip_high: float = arg(0.3, "ratio clip above (EasyR1's default: .3)")
     clip_dual: float = arg(3.0, "dual clip for negative advantages (EasyR1's default: 3)")
-    kl_coef: float = arg(1e-5, "weight of the KL to the start of this stage (paper's launch script: 1e-5); 0: no reference")
-    engine_cap: float = arg(0.0, "truncated importance weight: a token's policy loss times min(trainer / engine probability, this), for "
-                            "engines that round otherwise; 0: off (not in the paper)")  # fmt: skip
+    kl_coef: float = arg(
+        1e-5, "weight of the KL to the start of this stage (paper's launch script: 1e-5); 0: no reference"
+    )
+    engine_cap: float = arg(
+        0.0,
+        "truncated importance weight: a token's policy loss times min(trainer / engine probability, this), for "
+        "engines that round otherwise; 0: off (not in the paper)",
+    )
     bt_coef: float = arg(5e-3, "weight of the BT loss over rollouts, Eq. 10 (paper: 5e-3); 0: the head drifts")
     # optimisation
     epochs: int = arg(1, "passes over the data (not given in the paper)")
     max_steps: int | None = arg(None, "stop after this many rollout batches")
     batch_pairs: int = arg(128, "pairs per rollout batch over all ranks (paper: 128)")
-    mini_pairs: int = arg(8, "pairs per update (paper: 8); equal to --batch-pairs: on-policy, no pass for old log-probs")
+    mini_pairs: int = arg(
+        8, "pairs per update (paper: 8); equal to --batch-pairs: on-policy, no pass for old log-probs"
+    )
     packing: bool = arg(True, "one forward per group: the prefix once for its G CoTs; --no-packing: one row per CoT")
-    pack_tokens: int = arg(0, "tokens in one forward at most, to save memory: a larger group is split evenly; 0: no limit")
+    pack_tokens: int = arg(
+        0, "tokens in one forward at most, to save memory: a larger group is split evenly; 0: no limit"
+    )
     lr: float = arg(1e-6, "learning rate of the LLM (paper: 1e-6)")
     lr_head: float | None = arg(None, "learning rate of query and head; default --lr (paper: the same)")
     warmup: float = arg(0.0, "share of all rollout batches with a rising learning rate (not given in the paper)")
@@ -114,14 +124,18 @@ class RolloutReward:
 
 
 def format_reward(text: str) -> float:
-    """R_fmt: 1 if the text is `<think>...</think>` and then an `<answer>` with JSON verdicts on all dimensions, else 0."""
-    shape = re.fullmatch(r"\s*<think>(?:(?!</?think>).)+</think>\s*<answer>(?:(?!</?answer>).)+</answer>\s*", text, re.DOTALL)
+    """R_fmt: 1 if the text is `<think>...</think>` and then an `<answer>` with JSON verdicts on all dimensions, else
+    0."""
+    shape = re.fullmatch(
+        r"\s*<think>(?:(?!</?think>).)+</think>\s*<answer>(?:(?!</?answer>).)+</answer>\s*", text, re.DOTALL
+    )
     verdicts = read_verdicts(text)
     return float(shape is not None and all(verdicts.get(d) in ("0", "1", "2", "N/A") for d in DIMENSIONS))
 
 
 def read_verdicts(text: str) -> dict[str, str]:
-    """{dimension: verdict} from the answer's `dimensional_scores`; {} if there is none. 2 and "2" are the same verdict."""
+    """{dimension: verdict} from the answer's `dimensional_scores`; {} if there is none. 2 and "2" are the same
+    verdict."""
     scores = (data.extract_answer(text) or {}).get("dimensional_scores")
     return {d: str(v).strip().upper() for d, v in scores.items()} if isinstance(scores, dict) else {}
 
@@ -199,7 +213,8 @@ def judge(rollouts: Rollouts, tokenizer, settings) -> None:
 
 
 def forwards(model, rollouts: Rollouts, settings):
-    """Yields (rollout numbers i, batch) for each forward of a pair: both videos with the CoTs i, in the order A_i.., B_i..
+    """Yields (rollout numbers i, batch) for each forward of a pair: both videos with the CoTs i, in the order A_i..,
+    B_i..
 
     Packed: two rows, each with a prefix and its CoTs. Plain: a row per CoT.
     """
@@ -216,7 +231,8 @@ def forwards(model, rollouts: Rollouts, settings):
 
 
 def split(batch: list[Rollouts], settings, ranks) -> None:
-    """COLLECTIVE. How many forwards each pair needs to stay under --pack-tokens. Each repeats the prefix, so few are better.
+    """COLLECTIVE. How many forwards each pair needs to stay under --pack-tokens. Each repeats the prefix, so few are
+    better.
 
     The n-th pair of every rank gets as many as the largest of them needs, or the ranks' forwards would not match.
     """
@@ -247,7 +263,7 @@ def log_probs_now(model, rollouts: Rollouts, settings, ranks) -> list[torch.Tens
 def losses_of(output, numbers, batch, k, rollouts: Rollouts, settings, counts) -> tuple[torch.Tensor, dict[str, float]]:
     """6: the loss of one forward, and sums for the log. `counts`: denominators of the whole update, over all ranks.
 
-        L = GRPO (Eq. 7)  +  kl_coef * KL  +  bt_coef * BT (Eq. 10)
+    L = GRPO (Eq. 7)  +  kl_coef * KL  +  bt_coef * BT (Eq. 10)
     """
     log_probs, mask, device = output.log_probs, batch["response_mask"], output.rewards.device
     old = rollouts.old[k] if rollouts.old else log_probs.detach()  # on-policy: the old log-probs ARE the current ones
@@ -259,7 +275,9 @@ def losses_of(output, numbers, batch, k, rollouts: Rollouts, settings, counts) -
         for n, values in enumerate(theirs):
             gap[n, : len(values)] = old[n, : len(values)] - torch.tensor(values, device=device)
     weight = gap.exp().clamp(max=settings.engine_cap) if settings.engine_cap else 1.0
-    policy = grpo_loss(log_probs, old, advantages, mask * weight, *clip, settings.clip_dual, denominator=counts["tokens"])
+    policy = grpo_loss(
+        log_probs, old, advantages, mask * weight, *clip, settings.clip_dual, denominator=counts["tokens"]
+    )
     kl = torch.zeros((), device=device)
     if rollouts.reference:
         kl = (kl_to_reference(log_probs, rollouts.reference[k]) * mask).sum() / counts["tokens"]
@@ -272,11 +290,17 @@ def losses_of(output, numbers, batch, k, rollouts: Rollouts, settings, counts) -
     with torch.no_grad():
         margins = (rewards[0] - rewards[1]) * label
         sums = {
-            "grpo_loss": policy.item(), "kl": kl.item(), "bt_loss": bt.item(),
+            "grpo_loss": policy.item(),
+            "kl": kl.item(),
+            "bt_loss": bt.item(),
             "clipped": clip_share(log_probs, old, advantages, mask, *clip).item(),
-            "engine_gap": (gap.abs() * mask).sum().item(), "right": (margins > 0).sum().item(), "margin": margins.sum().item(),
-            "reward": rewards.sum().item(), "square": (rewards**2).sum().item(), "log_prob": (log_probs * mask).sum().item(),
-        }  # fmt: skip
+            "engine_gap": (gap.abs() * mask).sum().item(),
+            "right": (margins > 0).sum().item(),
+            "margin": margins.sum().item(),
+            "reward": rewards.sum().item(),
+            "square": (rewards**2).sum().item(),
+            "log_prob": (log_probs * mask).sum().item(),
+        }
         sums["ratio_max"] = policy_ratio(log_probs, old, mask).max().item()
     return policy + settings.kl_coef * kl + settings.bt_coef * bt, sums
 
@@ -303,7 +327,13 @@ def update(model, optimizer, mini: list[Rollouts], settings, ranks) -> dict[str,
     optimizer.step()
     optimizer.zero_grad()
     sums = ranks.sum(sums)
-    for name, count in (("clipped", "tokens"), ("engine_gap", "tokens"), ("log_prob", "tokens"), ("right", "bt"), ("margin", "bt")):
+    for name, count in (
+        ("clipped", "tokens"),
+        ("engine_gap", "tokens"),
+        ("log_prob", "tokens"),
+        ("right", "bt"),
+        ("margin", "bt"),
+    ):
         sums[name] /= counts[count]
     return {**sums, "ratio_max": ratio_max, **{f"grad_norm_{part}": norm for part, norm in norms.items()}}
 
@@ -350,20 +380,30 @@ def train(model, reference, engine, pairs, settings: Settings, ranks) -> None:
                     rollouts.reference = log_probs_now(model, rollouts, settings, ranks)
         parallel.set_learning_rate(optimizer, step, max(1, round(settings.warmup * total)))
         size = local_pairs // updates
-        done = [update(model, optimizer, batch[i : i + size], settings, ranks) for i in range(0, local_pairs, size)]  # 6
+        done = [
+            update(model, optimizer, batch[i : i + size], settings, ranks) for i in range(0, local_pairs, size)
+        ]  # 6
         engine.sync(parallel.trained_weights(model))  # 7 the engine samples the next batch from the new weights
         metrics = step_metrics(batch, done, settings, ranks)  # 8 log
-        metrics |= {"wait_share": (drawn - began) / (time.time() - began), "generate_seconds": generated - drawn,
-                    "update_seconds": time.time() - generated, "step_seconds": time.time() - began}  # fmt: skip
+        metrics |= {
+            "wait_share": (drawn - began) / (time.time() - began),
+            "generate_seconds": generated - drawn,
+            "update_seconds": time.time() - generated,
+            "step_seconds": time.time() - began,
+        }
         stopping = ranks.any(stop.requested)
         if step == total or stopping or (settings.save_every and step % settings.save_every == 0):
             parallel.save_checkpoint(settings.out, step, model, optimizer, ranks, settings.keep)
         if ranks.is_main:
             write_samples(os.path.join(settings.out, "samples.jsonl"), step, batch[0], model.processor.tokenizer)
-        log.step(step, metrics, f"step {step:4d}/{total}  R {metrics['rollout_reward']:.3f} (quality {metrics['quality']:.3f} "
-                 f"format {metrics['format']:.2f} length {metrics['length']:.2f})  flat groups {metrics['flat_groups']:.2f}  "
-                 f"BT {metrics['bt_loss']:.3f}  pair accuracy {metrics['pair_accuracy']:.3f}  KL {metrics['kl']:.1e}  "
-                 f"|g| {metrics['grad_norm_total']:.2f}  {metrics['cot_tokens']:.0f} tokens  {metrics['step_seconds']:.1f} s")  # fmt: skip
+        log.step(
+            step,
+            metrics,
+            f"step {step:4d}/{total}  R {metrics['rollout_reward']:.3f} (quality {metrics['quality']:.3f} "
+            f"format {metrics['format']:.2f} length {metrics['length']:.2f})  flat groups {metrics['flat_groups']:.2f}  "
+            f"BT {metrics['bt_loss']:.3f}  pair accuracy {metrics['pair_accuracy']:.3f}  KL {metrics['kl']:.1e}  "
+            f"|g| {metrics['grad_norm_total']:.2f}  {metrics['cot_tokens']:.0f} tokens  {metrics['step_seconds']:.1f} s",
+        )
         if stopping:
             ranks.print(f"stopped after step {step}; the same command with --resume goes on")
             raise KeyboardInterrupt
@@ -383,20 +423,31 @@ def step_metrics(batch: list[Rollouts], updates: list[dict], settings, ranks) ->
     count, num_groups, flat = sums.pop("rollouts"), sums.pop("groups"), sums.pop("flat")
     metrics = {name: value / count for name, value in sums.items()} | {"flat_groups": flat / num_groups}
     mean = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
-    metrics |= {"pair_accuracy": mean.pop("right"), "clip_share": mean.pop("clipped"), "mean_log_prob": mean.pop("log_prob")}
+    metrics |= {
+        "pair_accuracy": mean.pop("right"),
+        "clip_share": mean.pop("clipped"),
+        "mean_log_prob": mean.pop("log_prob"),
+    }
     metrics["reward_mean"] = mean.pop("reward") * len(updates) / count
     metrics["reward_std"] = max(0.0, mean.pop("square") * len(updates) / count - metrics["reward_mean"] ** 2) ** 0.5
     return metrics | mean | {"ratio_max": max(u["ratio_max"] for u in updates)}
 
 
 def write_samples(path: str, step: int, rollouts: Rollouts, tokenizer) -> None:
-    """Appends the best and the worst CoT of the first pair's first video, with their rewards: read them while it trains."""
+    """Appends the best and the worst CoT of the first pair's first video, with their rewards: read them while it
+    trains."""
     order = sorted(range(len(rollouts.cots[0])), key=lambda i: rollouts.rewards[0][i].total)
     with open(path, "a", encoding="utf-8") as file:
         for i in (order[0], order[-1]):
-            line = {"step": step, "video": rollouts.pair.video_a, "prompt": rollouts.pair.prompt, "truth": rollouts.pair.annotation_a,
-                    "advantage": round(float(rollouts.advantages[0, i]), 3), **dataclasses.asdict(rollouts.rewards[0][i]),
-                    "cot": decode_cot(tokenizer, rollouts.cots[0][i])}  # fmt: skip
+            line = {
+                "step": step,
+                "video": rollouts.pair.video_a,
+                "prompt": rollouts.pair.prompt,
+                "truth": rollouts.pair.annotation_a,
+                "advantage": round(float(rollouts.advantages[0, i]), 3),
+                **dataclasses.asdict(rollouts.rewards[0][i]),
+                "cot": decode_cot(tokenizer, rollouts.cots[0][i]),
+            }
             file.write(json.dumps(line) + "\n")
 
 
@@ -406,8 +457,10 @@ def check(settings: Settings, ranks) -> None:
         if getattr(settings, name) is None:
             raise InputError(f"--{name} is missing; see --help.")
     if settings.batch_pairs % settings.mini_pairs or settings.mini_pairs % ranks.world:
-        raise InputError(f"--mini-pairs {settings.mini_pairs} must divide --batch-pairs {settings.batch_pairs} and be a multiple "
-                         f"of the {ranks.world} ranks.")  # fmt: skip
+        raise InputError(
+            f"--mini-pairs {settings.mini_pairs} must divide --batch-pairs {settings.batch_pairs} and be a multiple "
+            f"of the {ranks.world} ranks."
+        )
 
 
 def main(argv=None) -> None:
@@ -418,28 +471,48 @@ def main(argv=None) -> None:
     pairs = parallel.readable_pairs(data.read_pairs(settings.data, video_root=settings.video_root), settings, ranks)
     for pair in pairs:
         if not pair.annotation_a or not pair.annotation_b:
-            raise InputError(f"{settings.data}, line {pair.row}: has no video_1_scores / video_2_scores in `answer`; stage 2 "
-                             "rewards CoTs by them (README, 'Data formats').")  # fmt: skip
+            raise InputError(
+                f"{settings.data}, line {pair.row}: has no video_1_scores / video_2_scores in `answer`; stage 2 "
+                "rewards CoTs by them (README, 'Data formats')."
+            )
     model = DeScore.from_pretrained(settings.model, dtype=parallel.load_dtype(settings.train, ranks))
     model.settings.update(fps=settings.fps, max_pixels=settings.max_pixels)
-    model.make_trainable(settings.train, vision=False, lora_r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=0.0)
+    model.make_trainable(
+        settings.train, vision=False, lora_r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=0.0
+    )
     if settings.gradient_checkpointing:
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     reference = None
     if settings.kl_coef > 0 and settings.train == "full":  # with LoRA the reference is the model without its adapter
-        reference = DeScore.from_pretrained(settings.model, dtype=parallel.load_dtype("lora", ranks)).eval().requires_grad_(False)
+        reference = (
+            DeScore.from_pretrained(settings.model, dtype=parallel.load_dtype("lora", ranks))
+            .eval()
+            .requires_grad_(False)
+        )
         parallel.shard(reference, ranks)
     own = model.backbone if ranks.world == 1 else None  # under FSDP the transformers engine needs an unsharded copy
-    engine = make_engine(settings.engine, settings.model, model.processor, ranks, own, settings.seed,
-                         rows_per_batch=settings.rows_per_batch)  # fmt: skip
+    engine = make_engine(
+        settings.engine,
+        settings.model,
+        model.processor,
+        ranks,
+        own,
+        settings.seed,
+        rows_per_batch=settings.rows_per_batch,
+    )
     parallel.shard(model, ranks)
     train(model, reference, engine, pairs, settings, ranks)
     model.settings.update(parallel.reward_scale(settings.out))
     parallel.save_model(model, os.path.join(settings.out, "model"), ranks)
     if ranks.is_main:
-        panels = {"rollout reward R": ["rollout_reward", "quality", "format", "length"], "pair accuracy": ["pair_accuracy"],
-                  "BT loss (Eq. 10)": ["bt_loss"], "groups with no spread, clipped tokens": ["flat_groups", "clip_share"],
-                  "KL to the reference": ["kl"], "gradient norms": ["grad_norm_llm", "grad_norm_head"]}  # fmt: skip
+        panels = {
+            "rollout reward R": ["rollout_reward", "quality", "format", "length"],
+            "pair accuracy": ["pair_accuracy"],
+            "BT loss (Eq. 10)": ["bt_loss"],
+            "groups with no spread, clipped tokens": ["flat_groups", "clip_share"],
+            "KL to the reference": ["kl"],
+            "gradient norms": ["grad_norm_llm", "grad_norm_head"],
+        }
         parallel.draw_curves(settings.out, panels, os.path.join(settings.out, "curves.png"), "Stage 2: GRPO + BT")
     ranks.print(f"wrote {settings.out}/model, metrics.jsonl, samples.jsonl and curves.png")
     ranks.finish(engine)

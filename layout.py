@@ -1,4 +1,4 @@
-"""Laying tokens out: prompts and CoTs -> the tensors of one forward. What stands where, who sees whom, which position is which.
+"""Laying tokens out: prompts and CoTs -> the tensors of one forward. What stands where, who sees whom, at which place.
 
     [ prefix (video + prompt) | cot_1 q_1 | cot_2 q_2 | ... | padding ]          q = the query token <Reward>
 
@@ -13,8 +13,8 @@ def lay_out(backbone, prefixes: list[dict], responses: list[list[list[int]]]) ->
 
         [ prefix (video + prompt) | cot_1 q_1 | cot_2 q_2 | ... | padding ]
 
-    The G CoTs of a video share thousands of prefix tokens, so packing them encodes and back-propagates those once, not G
-    times. That equals G separate rows because each CoT sees what it would see alone:
+    The G CoTs of a video share thousands of prefix tokens, so packing them encodes and back-propagates those once, not
+    G times. That equals G separate rows because each CoT sees what it would see alone:
       * a block mask: position i may look at j <= i in the prefix or in its own CoT. For two CoTs of two tokens,
 
                     p p p  a a q  b b q          rows look, columns are looked at, x = allowed
@@ -34,11 +34,12 @@ def lay_out(backbone, prefixes: list[dict], responses: list[list[list[int]]]) ->
     Args:
         backbone: the Qwen3-VL, for its rule of 3-D positions (time, height, width) only.
         prefixes: from data.encode_prompt, one per row.
-        responses: responses[b] = the CoTs of row b as token ids, [] for "no CoT" (masked). EOS included if it was sampled;
-            the query follows the last token whatever it is, so a CoT cut off at the limit needs no special case.
+        responses: responses[b] = the CoTs of row b as token ids, [] for "no CoT" (masked). EOS included if it was
+            sampled; the query follows the last token whatever it is, so a CoT cut off at the limit needs no special
+            case.
     Returns:
-        input_ids (B, L); query_mask (B, L) bool; position_ids (3, B, L); attention_mask (B, L), or (B, 1, L, L) bool when a
-        row holds several CoTs; pixel_values_videos, video_grid_thw;
+        input_ids (B, L); query_mask (B, L) bool; position_ids (3, B, L); attention_mask (B, L), or (B, 1, L, L) bool
+        when a row holds several CoTs; pixel_values_videos, video_grid_thw;
         query_index (N,): where the queries are in the flattened B x L; response_index (N, T): where the position that
         PREDICTS each CoT token is (one before it); response_ids, response_mask (N, T).
     """
@@ -104,7 +105,7 @@ def lay_out(backbone, prefixes: list[dict], responses: list[list[list[int]]]) ->
 
 
 def block_mask(segment: torch.Tensor) -> torch.Tensor:
-    """segment (B, L): 0 prefix, k >= 1 the k-th CoT, -1 padding -> (B, 1, L, L) bool, True where attention is allowed."""
+    """segment (B, L): 0 prefix, k >= 1 the k-th CoT, -1 padding -> (B, 1, L, L) bool, True where it may look."""
     length = segment.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()  # (L, L)
     same_cot = segment[:, :, None] == segment[:, None, :]  # (B, L, L)

@@ -6,16 +6,16 @@ Everything is computed in fp32, whatever comes in: in bf16 a reward of 5.4 has s
 | function                  | paper                       | value at initialisation                                    |
 |---------------------------|-----------------------------|------------------------------------------------------------|
 | bt_loss                   | Eq. 3 (stage 1), Eq. 10 (RL)| ln 2 = 0.6931 when both rewards are equal                  |
-| btt_loss                  | not in the paper            | -ln((k-1)/(k+1)) = 0.4055: a tie, k = 5, equal rewards      |
+| btt_loss                  | not in the paper            | 0.4055 for a tie at k = 5 and equal rewards                |
 | draw_cot_mask             | "random CoT masking"        | masks a share p of the pairs                               |
 | group_advantages          | part of Eq. 7               | mean 0, std 1 in each group                                |
 | token_log_probs           | the policy's log-probs      | about -ln(vocabulary)                                      |
 | grpo_loss                 | Eq. 7                       | 0 on-policy when every group has mean advantage 0 (see it) |
 | kl_to_reference           | the KL term of Eq. 7        | 0 while the policy is the reference                        |
 
-A loss is averaged by a DENOMINATOR. On one batch that is its own count. When a batch is cut into micro-batches or spread
-over ranks, each piece must be divided by the count of the WHOLE batch, or short pieces weigh too much (README, difference
-7): the caller counts first and passes `denominator`; the pieces' losses then sum to the whole batch's loss.
+A loss is averaged by a DENOMINATOR. On one batch that is its own count. When a batch is cut into micro-batches or
+spread over ranks, each piece must be divided by the count of the WHOLE batch, or short pieces weigh too much (README,
+difference 7): the caller counts first and passes `denominator`; the pieces' losses then sum to the whole batch's loss.
 """
 
 import math
@@ -34,8 +34,8 @@ def bt_loss(
 
         L = -(1/B) Σ log σ(r_w − r_l)
 
-    r_w -> reward_chosen, r_l -> reward_rejected: any equal shape; Eq. 3 has (B,), Eq. 10 has (B, G), rollout i of the one
-    video against rollout i of the other. Averaged over all elements. The gradient pushes r_w up and r_l down by
+    r_w -> reward_chosen, r_l -> reward_rejected: any equal shape; Eq. 3 has (B,), Eq. 10 has (B, G), rollout i of the
+    one video against rollout i of the other. Averaged over all elements. The gradient pushes r_w up and r_l down by
     σ(r_l − r_w) each, so pairs already ranked right by a wide margin stop mattering. ln 2 at initialisation.
     """
     assert reward_chosen.shape == reward_rejected.shape, (reward_chosen.shape, reward_rejected.shape)
@@ -55,7 +55,7 @@ def btt_loss(
         P(A > B) = 1 / (1 + k e^(r_B − r_A))          = σ(r_A − r_B − ln k)
         P(tie)   = 1 − P(A > B) − P(B > A)            = (k² − 1) σ(r_A − r_B − ln k) σ(r_B − r_A − ln k)
 
-    r_A, r_B: reward_a, reward_b (B,). label (B,): +1 A better, -1 B better, 0 tie. k > 1 sets how wide "about equal" is:
+    r_A, r_B: reward_a, reward_b (B,). label (B,): +1 A better, -1 B better, 0 tie. k > 1 sets how wide a tie is:
     at equal rewards P(tie) = (k − 1)/(k + 1), 2/3 for k = 5. Averaged over pairs. As k -> 1 it becomes `bt_loss`.
     """
     assert reward_a.shape == reward_b.shape == label.shape, (reward_a.shape, reward_b.shape, label.shape)
@@ -74,7 +74,8 @@ def draw_cot_mask(num_pairs: int, probability: float, generator: torch.Generator
         m_n ~ Bernoulli(p),  n = 1..B;   m_n = 1: the query sees video and prompt only
 
     ONE draw per pair, shared by its two videos: comparing a video judged with its CoT to one judged without would teach
-    the head about masking, not about videos. The paper has p = 0.5. Returns (num_pairs,) bool. Never used in evaluation.
+    the head about masking, not about videos. The paper has p = 0.5. Returns (num_pairs,) bool. Never used in
+    evaluation.
     """
     return torch.rand(num_pairs, generator=generator) < probability
 
@@ -125,9 +126,9 @@ def grpo_loss(
         L_t = min( L_t, −A clip_dual )                                         (dual clip: bounds a bad token's pull)
         L   = (1 / number of tokens) Σ L_t
 
-    log π -> log_probs (N, T), with gradient; log π_old -> old_log_probs (N, T), detached; A -> advantages (N,), one per CoT;
-    mask (N, T): 1 (or a token's weight) on CoT tokens, EOS included, 0 on padding. Averaged over all tokens, so a long CoT weighs more than a
-    short one. Defaults: EasyR1's, which the released code uses.
+    log π -> log_probs (N, T), with gradient; log π_old -> old_log_probs (N, T), detached; A -> advantages (N,), one per
+    CoT; mask (N, T): 1 (or a token's weight) on CoT tokens, EOS included, 0 on padding. Averaged over all tokens, so a
+    long CoT weighs more than a short one. Defaults: EasyR1's, which the released code uses.
 
     "Loss 0, ratio 1: is it broken?" No. On-policy (one update per rollout batch) π_old IS π, so ρ = 1 and L = −mean(A),
     which is 0 up to differences in length, because advantages are centred. The GRADIENT is not 0: dρ/dθ = d log π/dθ,
@@ -143,13 +144,15 @@ def grpo_loss(
 
 
 def policy_ratio(log_probs: torch.Tensor, old_log_probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """ρ_t = π/π_old per token (N, T), exactly 1 at padding. The exponent is bounded at ±20 so that fp32 cannot overflow."""
+    """ρ_t = π/π_old per token (N, T), exactly 1 at padding. The exponent is bounded at ±20: fp32 cannot overflow."""
     difference = (log_probs.float() - old_log_probs.detach().float()) * (mask > 0)  # a mask may hold weights
     return difference.clamp(-20, 20).exp()
 
 
 def clip_share(log_probs, old_log_probs, advantages, mask, clip_low=0.2, clip_high=0.3) -> torch.Tensor:
-    """Number of tokens whose gradient the clip has cut off: ρ > 1 + clip_high with A > 0, or ρ < 1 − clip_low with A < 0.
+    """Number of tokens whose gradient the clip has cut off.
+
+    Those are the tokens with ρ > 1 + clip_high and A > 0, or with ρ < 1 − clip_low and A < 0.
 
     A count, not a share: divide by the tokens of the whole batch. 0 on-policy.
     """

@@ -31,7 +31,8 @@ def right(labels: np.ndarray, margins: np.ndarray, threshold: float = NOTHING_TI
 
 
 def accuracy_without_ties(labels, margins) -> float:
-    """Share of pairs with sign(r_A - r_B) = label, human ties dropped, equal scores wrong. README, "What the metrics mean".
+    """Share of pairs with sign(r_A - r_B) = label, human ties dropped, equal scores wrong. README, "What the metrics
+    mean".
 
     Example: labels [1, 1, -1, 0], margins [2, 0, -1, 5] -> right, wrong (equal), right, dropped -> 2/3.
     Raises InputError for empty input, only human ties, or a non-finite margin.

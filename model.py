@@ -56,9 +56,9 @@ class Output:
 class DeScore(nn.Module):
     """Qwen3-VL backbone + learnable query + linear head without bias. Rewards are unbounded; only differences count.
 
-    The query is a parameter put into `inputs_embeds`, not a row of the vocabulary: nothing is resized, no 1.2 GB embedding
-    gets an optimizer state for one row (README, difference 1), the sampler can never emit it, and a prompt that contains
-    the letters `<Reward>` is only text.
+    The query is a parameter put into `inputs_embeds`, not a row of the vocabulary: nothing is resized, no 1.2 GB
+    embedding gets an optimizer state for one row (README, difference 1), the sampler can never emit it, and a prompt
+    that contains the letters `<Reward>` is only text.
     """
 
     def __init__(self, backbone: Qwen3VLForConditionalGeneration, processor=None, settings: dict | None = None):
@@ -136,7 +136,8 @@ class DeScore(nn.Module):
                 parameter.data = parameter.data.float()
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The trained parameters by part: "llm", "vision", "head" (query and head). For optimizers and gradient norms."""
+        """The trained parameters by part: "llm", "vision", "head" (query and head). For optimizers and gradient
+        norms."""
         groups = {"llm": [], "vision": [], "head": []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
@@ -168,7 +169,8 @@ class DeScore(nn.Module):
 
     # -- using it -----------------------------------------------------------------------------------------------
     def encode(self, videos, prompts, source_fps: float | None = None) -> list[dict]:
-        """Videos (paths, data.Video, or (T, H, W, 3) arrays with `source_fps`) and prompts -> prefixes for `lay_out`."""
+        """Videos (paths, data.Video, or (T, H, W, 3) arrays with `source_fps`) and prompts -> prefixes for
+        `lay_out`."""
         if len(videos) != len(prompts):
             raise InputError(f"{len(videos)} videos but {len(prompts)} prompts; one prompt per video is needed.")
         fps, max_pixels = self.settings.get("fps", 2.0), self.settings.get("max_pixels", 448 * 448)
@@ -189,27 +191,35 @@ class DeScore(nn.Module):
 
     @torch.no_grad()
     def score_several(self, videos, prompts, thoughts: list[list], source_fps=None) -> torch.Tensor:
-        """Rewards (B, k) fp32: k CoTs for each video, packed behind one prefix, which is so encoded once, not k times."""
+        """Rewards (B, k) fp32: k CoTs for each video, packed behind one prefix, which is so encoded once, not k
+        times."""
         encode = lambda t: data.encode_cot(self.processor.tokenizer, t) if isinstance(t, str) else t or []  # noqa: E731
         was_training = self.training
         self.eval()
-        batch = lay_out(self.backbone, self.encode(videos, prompts, source_fps), [[encode(t) for t in row] for row in thoughts])
+        batch = lay_out(
+            self.backbone, self.encode(videos, prompts, source_fps), [[encode(t) for t in row] for row in thoughts]
+        )
         rewards = self(to_device(batch, self.query.device), want_log_probs=False).rewards
         self.train(was_training)
         return rewards.view(len(thoughts), -1)
 
-    def reward(self, videos, prompts, think=True, max_new_tokens=4096, source_fps=None, normalize=False, with_thoughts=False):
+    def reward(
+        self, videos, prompts, think=True, max_new_tokens=4096, source_fps=None, normalize=False, with_thoughts=False
+    ):
         """Think, then score: rewards (B,) fp32, and with `with_thoughts` also the B texts (None where not thought).
 
-        `think=False` skips the CoT, for speed: random CoT masking has trained the head for it. `normalize=True` subtracts
-        the mean and divides by the spread that rewards had at the end of training, saved with the checkpoint: a rough common
-        scale (about 0 +- 1) for using DeScore beside other rewards. Only differences mean anything either way.
+        `think=False` skips the CoT, for speed: random CoT masking has trained the head for it. `normalize=True`
+        subtracts the mean and divides by the spread that rewards had at the end of training, saved with the checkpoint:
+        a rough common scale (about 0 +- 1) for using DeScore beside other rewards. Only differences mean anything
+        either way.
         """
         thoughts = self.think(videos, prompts, max_new_tokens, source_fps=source_fps) if think else [None] * len(videos)
         rewards = self.score(videos, prompts, thoughts, source_fps)
         if normalize:
             if not self.settings.get("reward_std"):
-                raise InputError("normalize=True: the checkpoint holds no reward_mean and reward_std; train it with this code.")
+                raise InputError(
+                    "normalize=True: the checkpoint holds no reward_mean and reward_std; train it with this code."
+                )
             rewards = (rewards - self.settings["reward_mean"]) / self.settings["reward_std"]
         return (rewards, thoughts) if with_thoughts else rewards
 
@@ -217,10 +227,10 @@ class DeScore(nn.Module):
     def save_pretrained(self, path: str, state: dict | None = None, merge: bool = True) -> None:
         """Writes a folder that transformers and vLLM open as a plain Qwen3-VL, plus the query and the head.
 
-        Files: config.json, model*.safetensors, tokenizer and processor; reward_head/head.safetensors (query, head.weight);
-        descore.json (sizes, sampling settings). `merge=True` folds LoRA into the weights, in fp32, so the next stage cannot
-        lose it (README, difference 17). `merge=False` writes only what was trained: adapter_model.safetensors (PEFT's layout),
-        trained.safetensors (vision tower), and the base model's path.
+        Files: config.json, model*.safetensors, tokenizer and processor; reward_head/head.safetensors (query,
+        head.weight); descore.json (sizes, sampling settings). `merge=True` folds LoRA into the weights, in fp32, so the
+        next stage cannot lose it (README, difference 17). `merge=False` writes only what was trained:
+        adapter_model.safetensors (PEFT's layout), trained.safetensors (vision tower), and the base model's path.
         `state`: this model's whole state dict on the CPU, gathered by parallel.py when the model is sharded.
         """
         from huggingface_hub import save_torch_state_dict
@@ -274,7 +284,9 @@ class DeScore(nn.Module):
             with open(settings_path, encoding="utf-8") as file:
                 settings = json.load(file)
         elif not new_head:
-            raise InputError(f"{path}: has no {SETTINGS_FILE}, so no reward head; give --model a folder that cold_start.py wrote.")
+            raise InputError(
+                f"{path}: has no {SETTINGS_FILE}, so no reward head; give --model a folder that cold_start.py wrote."
+            )
         is_adapter = settings.get("kind") == "adapter"
         backbone = load_backbone(settings["base_model"] if is_adapter else path, dtype)
         try:
@@ -286,7 +298,9 @@ class DeScore(nn.Module):
             sizes = backbone.config.text_config
             for key, have in (("hidden_size", sizes.hidden_size), ("layers", sizes.num_hidden_layers)):
                 if settings.get(key) != have:
-                    raise InputError(f"{path}: the head was trained on a base with {key} {settings.get(key)}, this one has {have}.")
+                    raise InputError(
+                        f"{path}: the head was trained on a base with {key} {settings.get(key)}, this one has {have}."
+                    )
             if is_adapter:
                 model._load_adapter(path)
             head = os.path.join(path, HEAD_FILE)
@@ -309,10 +323,11 @@ class DeScore(nn.Module):
 
 
 def import_released(path: str) -> DeScore:
-    """Opens a checkpoint of the authors' code: a Hugging Face folder with a `<Reward>` row, and `rm_head.pth` beside it.
+    """Opens a checkpoint of the authors' code: a Hugging Face folder with a `<Reward>` row, and `rm_head.pth` beside
+    it.
 
-    The row becomes our query, rm_head.weight our head. Nothing is unpickled but plain tensors (weights_only). Their prompt
-    and the place of the CoT differ from ours, so rewards will be near theirs, not equal.
+    The row becomes our query, rm_head.weight our head. Nothing is unpickled but plain tensors (weights_only). Their
+    prompt and the place of the CoT differ from ours, so rewards will be near theirs, not equal.
     """
     file = os.path.join(path, "rm_head.pth")
     try:
@@ -326,7 +341,9 @@ def import_released(path: str) -> DeScore:
     row = processor.tokenizer.get_added_vocab().get("<Reward>")
     model = DeScore(backbone, processor, {"base_model": str(path)})
     if len(weights) != 1 or weights[0].shape != model.head.weight.shape or row is None:
-        raise InputError(f"{path}: needs one rm_head.weight of shape {tuple(model.head.weight.shape)} and a <Reward> token.")
+        raise InputError(
+            f"{path}: needs one rm_head.weight of shape {tuple(model.head.weight.shape)} and a <Reward> token."
+        )
     with torch.no_grad():
         model.query.copy_(backbone.get_input_embeddings().weight[row])
         model.head.weight.copy_(weights[0])
@@ -334,7 +351,8 @@ def import_released(path: str) -> DeScore:
 
 
 def merge_lora(state: dict[str, torch.Tensor], scaling: dict[str, float], whole=lambda tensor: tensor):
-    """This model's state dict -> (Hugging Face name, tensor) of the backbone, adapters folded in: W + (alpha/r) B A, fp32.
+    """This model's state dict -> (Hugging Face name, tensor) of the backbone, adapters folded in: W + (alpha/r) B A,
+    fp32.
 
     A generator: a caller that sends the weights on needs room for one layer, not for a second model. `whole` turns a
     shard into the whole tensor, where the model is sharded.
@@ -366,7 +384,9 @@ def load_backbone(path: str, dtype: torch.dtype) -> Qwen3VLForConditionalGenerat
         raise InputError(f"{path}: cannot be opened as a Qwen3-VL checkpoint ({first_line(error)}).") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(str(name) for name in info[kind]):
-            raise InputError(f"{path}: {len(names)} {kind.replace('_', ' ')}, e.g. {names[0]}; is it the right base model?")
+            raise InputError(
+                f"{path}: {len(names)} {kind.replace('_', ' ')}, e.g. {names[0]}; is it the right base model?"
+            )
     return backbone
 
 
@@ -390,7 +410,9 @@ def load_strictly(model: nn.Module, tensors: dict, file: str, expected) -> None:
     for name, value in tensors.items():
         if name not in own or own[name].shape != value.shape:
             have = tuple(own[name].shape) if name in own else "none"
-            raise InputError(f"{file}: {name} is {tuple(value.shape)}, the model's is {have}; is it the right base model?")
+            raise InputError(
+                f"{file}: {name} is {tuple(value.shape)}, the model's is {have}; is it the right base model?"
+            )
         with torch.no_grad():
             own[name].copy_(value)
 
@@ -413,8 +435,8 @@ class SeededSampling(LogitsProcessor):
 
         argmax_v (logit_v / temperature + g_v),  g_v ~ Gumbel(0, 1)   is a draw from softmax(logits / temperature)
 
-    With transformers' own sampling the draw for a row depends on its batch-mates; here a CoT depends on its own seed only,
-    so results do not change with the batch size or the number of ranks.
+    With transformers' own sampling the draw for a row depends on its batch-mates; here a CoT depends on its own seed
+    only, so results do not change with the batch size or the number of ranks.
     """
 
     def __init__(self, seeds: list[int], temperature: float):
@@ -456,9 +478,18 @@ def sample_cots(
         "video_grid_thw": torch.cat([row["video_grid_thw"] for row in rows]).to(device),
     }
     config = GenerationConfig(  # everything named, or the checkpoint's own generation_config would fill the gaps
-        do_sample=False, num_beams=1, repetition_penalty=1.0, temperature=1.0, top_p=1.0, top_k=50, max_new_tokens=max_new_tokens, use_cache=True,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, suppress_tokens=banned_tokens(tokenizer),
-    )  # fmt: skip
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        max_new_tokens=max_new_tokens,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        suppress_tokens=banned_tokens(tokenizer),
+    )
     sampling = LogitsProcessorList([SeededSampling(flat_seeds, temperature)] if temperature > 0 else [])
     was_training = backbone.training
     backbone.eval()
@@ -478,7 +509,9 @@ def decode_cot(tokenizer, cot: list[int]) -> str:
 def main(argv=None) -> None:
     """Converts a checkpoint of the authors' code into a DeScore folder."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--import-released", required=True, metavar="DIR", help="folder with config.json and rm_head.pth")
+    parser.add_argument(
+        "--import-released", required=True, metavar="DIR", help="folder with config.json and rm_head.pth"
+    )
     parser.add_argument("--out", required=True, help="DeScore folder to write")
     args = parser.parse_args(argv)
     import_released(args.import_released).save_pretrained(args.out)

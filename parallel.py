@@ -1,10 +1,11 @@
-"""One process or many: start, sharding, sums over ranks, checkpoints, settings, logs. The only file that knows of ranks.
+"""One process or many: start, sharding, sums over ranks, checkpoints, settings, logs. The only file that knows of
+ranks.
 
     python x.py                          one process, CPU or one GPU, no process group
     torchrun --nproc_per_node 8 x.py     one process per GPU (NCCL), or per CPU share (gloo); weights sharded with FSDP2
 
-Rule for all scripts: a function marked COLLECTIVE must be called by every rank, in the same order, or the others wait for
-ever. So never under `if rank == 0`, and never behind a condition that can differ between ranks.
+Rule for all scripts: a function marked COLLECTIVE must be called by every rank, in the same order, or the others wait
+for ever. So never under `if rank == 0`, and never behind a condition that can differ between ranks.
 """
 
 import argparse
@@ -47,7 +48,9 @@ def parse(settings_class, doc: str, argv=None):
         many = typing.get_origin(kind) is list
         if isinstance(kind, types.UnionType) or many:  # "str | None" -> str, list[str] -> str
             kind = typing.get_args(kind)[0]
-        text = field.metadata["help"].replace("%", "%%") + ("" if field.default is None else f" (default {field.default})")
+        text = field.metadata["help"].replace("%", "%%") + (
+            "" if field.default is None else f" (default {field.default})"
+        )
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=text)
         else:
@@ -58,7 +61,8 @@ def parse(settings_class, doc: str, argv=None):
 
 
 def cli(main) -> None:
-    """Runs a script's main(). Bad input: one sentence on stderr, exit code 2. Ctrl-C: exit code 130. Bugs: a traceback."""
+    """Runs a script's main(). Bad input: one sentence on stderr, exit code 2. Ctrl-C: exit code 130. Bugs: a
+    traceback."""
     try:
         main()
     except InputError as error:
@@ -140,7 +144,8 @@ class Ranks:
 
 
 def start(seed: int, log_with: str | None = None, out: str | None = None) -> Ranks:
-    """COLLECTIVE: starts the process group under torchrun, finds the device, seeds every generator alike on all ranks."""
+    """COLLECTIVE: starts the process group under torchrun, finds the device, seeds every generator alike on all
+    ranks."""
     ranks = Ranks(log_with, out)
     random.seed(seed), np.random.seed(seed % 2**32), torch.manual_seed(seed)
     return ranks
@@ -150,7 +155,8 @@ def start(seed: int, log_with: str | None = None, out: str | None = None) -> Ran
 # 3. FSDP2: the model cut into shards, one block at a time
 # ---------------------------------------------------------------------------------------------------------------
 def shard(model, ranks: Ranks):
-    """COLLECTIVE: each rank keeps 1/world of every weight, gradient and optimizer state; a block is whole only while used.
+    """COLLECTIVE: each rank keeps 1/world of every weight, gradient and optimizer state; a block is whole only while
+    used.
 
     fp32 master weights, bf16 compute on GPUs, gradients reduced in fp32. The query and the head are left out: a few
     thousand numbers that stay whole and fp32 on every rank, their gradients summed in `sync_gradients`.
@@ -174,14 +180,15 @@ def shard(model, ranks: Ranks):
 def backward(loss: torch.Tensor, ranks: Ranks) -> None:
     """COLLECTIVE under FSDP: adds d(sum of all ranks' losses)/dθ to the gradients.
 
-    Each loss is already divided by the count over ALL ranks and micro-batches, so ranks must be summed. FSDP averages over
-    ranks; times world makes that a sum.
+    Each loss is already divided by the count over ALL ranks and micro-batches, so ranks must be summed. FSDP averages
+    over ranks; times world makes that a sum.
     """
     (loss * ranks.world).backward()
 
 
 def sync_gradients(model, ranks: Ranks) -> None:
-    """COLLECTIVE: averages the gradients of query and head over ranks, as FSDP did for all others. After the last backward."""
+    """COLLECTIVE: averages the gradients of query and head over ranks, as FSDP did for all others. After the last
+    backward."""
     if ranks.world > 1:
         for parameter in (model.query, model.head.weight):
             if parameter.grad is None:
@@ -226,14 +233,16 @@ def full_state(model, ranks: Ranks) -> dict | None:
 def trained_weights(model):
     """COLLECTIVE: yields (Hugging Face name, whole tensor) of every backbone weight that training has changed.
 
-    For the rollout engine. One at a time: gathered from the shards, LoRA folded in, so no rank holds a second model. The
-    receiver must use up the generator on every rank.
+    For the rollout engine. One at a time: gathered from the shards, LoRA folded in, so no rank holds a second model.
+    The receiver must use up the generator on every rank.
     """
     state = {name: value.detach() for name, value in model.state_dict().items()}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     trained |= {f"{layer}.base_layer.weight" for layer in model.lora_layers()}
     chosen = {name: value for name, value in state.items() if name in trained or ".lora_" in name}
-    yield from merge_lora(chosen, model.lora_scaling(), whole=lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t)
+    yield from merge_lora(
+        chosen, model.lora_scaling(), whole=lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t
+    )
 
 
 def save_model(model, path: str, ranks: Ranks) -> None:
@@ -278,7 +287,8 @@ def make_optimizer(model, settings) -> torch.optim.AdamW:
 
 
 def set_learning_rate(optimizer, step: int, warmup_steps: int) -> float:
-    """Linear warm-up, then constant; `step` counts from 1. A function of the step alone: nothing to save for a resume."""
+    """Linear warm-up, then constant; `step` counts from 1. A function of the step alone: nothing to save for a
+    resume."""
     scale = min(1.0, step / warmup_steps)
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * scale
@@ -288,18 +298,22 @@ def set_learning_rate(optimizer, step: int, warmup_steps: int) -> float:
 def divide(num_pairs: int, settings, ranks: Ranks) -> tuple[int, int]:
     """(updates per epoch, pairs per update on each rank). The last, incomplete batch of an epoch is left out."""
     if settings.batch_pairs % (ranks.world * settings.micro_pairs):
-        raise InputError(f"--batch-pairs {settings.batch_pairs} is not a multiple of {ranks.world} ranks x --micro-pairs "
-                         f"{settings.micro_pairs}; change one of them.")  # fmt: skip
+        raise InputError(
+            f"--batch-pairs {settings.batch_pairs} is not a multiple of {ranks.world} ranks x --micro-pairs "
+            f"{settings.micro_pairs}; change one of them."
+        )
     if num_pairs < settings.batch_pairs:
-        raise InputError(f"{settings.data}: {num_pairs} pairs do not fill one batch; lower --batch-pairs ({settings.batch_pairs}).")
+        raise InputError(
+            f"{settings.data}: {num_pairs} pairs do not fill one batch; lower --batch-pairs ({settings.batch_pairs})."
+        )
     return num_pairs // settings.batch_pairs, settings.batch_pairs // ranks.world
 
 
 def readable_pairs(pairs: list, settings, ranks: Ranks) -> list:
     """COLLECTIVE: the pairs whose videos exist; with --skip-bad-videos, whose videos decode (each is tried once).
 
-    Skipped ones are counted and listed in OUT/skipped.jsonl. Without the flag a missing file is an InputError now, a broken
-    one when its turn comes.
+    Skipped ones are counted and listed in OUT/skipped.jsonl. Without the flag a missing file is an InputError now, a
+    broken one when its turn comes.
     """
     paths = sorted({path for pair in pairs for path in pair.videos})
     bad = {path: "no such file" for path in paths if not os.path.isfile(path)}
@@ -318,7 +332,9 @@ def readable_pairs(pairs: list, settings, ranks: Ranks) -> list:
     kept = [pair for pair in pairs if not bad.keys() & set(pair.videos)]
     if ranks.is_main and bad:
         with open(os.path.join(settings.out, "skipped.jsonl"), "a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"video": path, "reason": reason}) + "\n" for path, reason in sorted(bad.items()))
+            file.writelines(
+                json.dumps({"video": path, "reason": reason}) + "\n" for path, reason in sorted(bad.items())
+            )
         print(f"skipped {len(pairs) - len(kept)} pairs with {len(bad)} bad videos; see {settings.out}/skipped.jsonl")
     if not kept:
         raise InputError("no pair is left with two readable videos.")
@@ -328,7 +344,9 @@ def readable_pairs(pairs: list, settings, ranks: Ranks) -> list:
 # ---------------------------------------------------------------------------------------------------------------
 # 5. Checkpoints for resuming: trained weights, optimizer, random states, step
 # ---------------------------------------------------------------------------------------------------------------
-def save_checkpoint(out: str, step: int, model, optimizer, ranks: Ranks, keep: int = 2, more: dict | None = None) -> str:
+def save_checkpoint(
+    out: str, step: int, model, optimizer, ranks: Ranks, keep: int = 2, more: dict | None = None
+) -> str:
     """COLLECTIVE: writes OUT/checkpoints/step-N. Complete or absent: it gets its name only when all of it is on disk.
 
     Weights and optimizer go through torch.distributed.checkpoint, so another number of ranks can load them. The last
@@ -343,7 +361,9 @@ def save_checkpoint(out: str, step: int, model, optimizer, ranks: Ranks, keep: i
         shutil.rmtree(temporary, ignore_errors=True)
         os.makedirs(temporary)
     ranks.barrier()
-    dcp.save(_training_state(model, optimizer), checkpoint_id=os.path.join(temporary, "state"), no_dist=ranks.world == 1)
+    dcp.save(
+        _training_state(model, optimizer), checkpoint_id=os.path.join(temporary, "state"), no_dist=ranks.world == 1
+    )
     random_state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
     if ranks.device.type == "cuda":
         random_state["cuda"] = torch.cuda.get_rng_state(ranks.device)
@@ -361,7 +381,8 @@ def save_checkpoint(out: str, step: int, model, optimizer, ranks: Ranks, keep: i
 
 
 def load_checkpoint(out: str, model, optimizer, ranks: Ranks) -> dict:
-    """COLLECTIVE: loads the newest complete checkpoint under OUT in place. Returns its step.json, {"step": 0} if none."""
+    """COLLECTIVE: loads the newest complete checkpoint under OUT in place. Returns its step.json, {"step": 0} if
+    none."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
@@ -401,7 +422,8 @@ def _checkpoints(out):
 
 
 class StopSignal:
-    """Ctrl-C (or SIGTERM) asks for a stop at the end of the step, so that a checkpoint can be saved; twice stops at once."""
+    """Ctrl-C (or SIGTERM) asks for a stop at the end of the step, so that a checkpoint can be saved; twice stops at
+    once."""
 
     def __init__(self):
         self.requested = False
@@ -419,7 +441,8 @@ class StopSignal:
 # 6. Logs
 # ---------------------------------------------------------------------------------------------------------------
 class Log:
-    """metrics.jsonl (one JSON line per step), one dense line on the screen, and trackers if asked for. Rank 0 writes."""
+    """metrics.jsonl (one JSON line per step), one dense line on the screen, and trackers if asked for. Rank 0
+    writes."""
 
     def __init__(self, out: str, settings, ranks: Ranks, name: str, resumed_step: int = 0):
         self.path, self.ranks, self.started = os.path.join(out, "metrics.jsonl"), ranks, time.time()
@@ -436,7 +459,9 @@ class Log:
         """Writes one step's metrics; `line` is what the screen shows."""
         if self.ranks.is_main:
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "seconds": round(time.time() - self.started, 2), **metrics}) + "\n")
+                file.write(
+                    json.dumps({"step": step, "seconds": round(time.time() - self.started, 2), **metrics}) + "\n"
+                )
         self.ranks.accelerator.log(metrics, step=step)
         self.ranks.print(line)
 
@@ -453,7 +478,8 @@ def read_metrics(out: str) -> list[dict]:
 
 
 def reward_scale(out: str) -> dict[str, float]:
-    """Mean and spread of the head's rewards over the last quarter of the steps, for `DeScore.reward(normalize=True)`."""
+    """Mean and spread of the head's rewards over the last quarter of the steps, for
+    `DeScore.reward(normalize=True)`."""
     lines = [line for line in read_metrics(out) if "reward_std" in line]
     last = lines[-max(1, len(lines) // 4) :]
     mean = float(np.mean([line["reward_mean"] for line in last]))
@@ -470,7 +496,9 @@ def draw_curves(out: str, panels: dict[str, list[str]], path: str, title: str) -
 
     lines = read_metrics(out)
     columns = min(3, len(panels))
-    figure, axes = plt.subplots(-(-len(panels) // columns), columns, figsize=(4.6 * columns, 3.2 * -(-len(panels) // columns)))
+    figure, axes = plt.subplots(
+        -(-len(panels) // columns), columns, figsize=(4.6 * columns, 3.2 * -(-len(panels) // columns))
+    )
     for axis in np.ravel(axes)[len(panels) :]:
         axis.axis("off")
     for axis, (panel, names) in zip(np.ravel(axes), panels.items()):

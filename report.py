@@ -420,13 +420,16 @@ def write_best_and_worst(path: str, groups: dict[str, list[tuple[float, str]]]) 
 # 5. Several evaluations side by side, as in the paper's Fig. 1b and Table 1
 # ---------------------------------------------------------------------------------------------------------------
 def compare_runs(runs: list[str], out: str) -> str:
-    """["LABEL=GLOB of report.json files", ...] -> a table, one row per label, two columns per benchmark; and a figure."""
+    """["LABEL=GLOB of report.json files", ...] -> a table, one row per label, two columns per benchmark; and a
+    figure."""
     found, benchmarks = {}, []  # label -> {benchmark: numbers}
     for run in runs:
         label, _, pattern = run.partition("=")
         paths = sorted(glob.glob(pattern))
         if not paths:
-            raise InputError(f"--runs {run}: no such report; give LABEL=GLOB, e.g. 'DeScore=runs/eval/stage2/*/report.json'.")
+            raise InputError(
+                f"--runs {run}: no such report; give LABEL=GLOB, e.g. 'DeScore=runs/eval/stage2/*/report.json'."
+            )
         for path in paths:
             with open(path, encoding="utf-8") as file:
                 numbers = json.load(file)
@@ -456,7 +459,11 @@ def draw_runs(path: str, found: dict, benchmarks: list[str]) -> None:
     figure, axis = plt.subplots(figsize=(2.5 + 2.2 * len(benchmarks), 3.8))
     width = 0.8 / len(found)
     for k, (label, reports) in enumerate(found.items()):
-        have = [(i, reports[n]) for i, n in enumerate(benchmarks) if reports.get(n, {}).get("accuracy_without_ties") is not None]
+        have = [
+            (i, reports[n])
+            for i, n in enumerate(benchmarks)
+            if reports.get(n, {}).get("accuracy_without_ties") is not None
+        ]
         values = [n["accuracy_without_ties"] for _, n in have]
         low, high = zip(*([n["accuracy_without_ties_interval"] or [v, v] for (_, n), v in zip(have, values)]))
         places = [i - 0.4 + width * (k + 0.5) for i, _ in have]
@@ -466,7 +473,11 @@ def draw_runs(path: str, found: dict, benchmarks: list[str]) -> None:
             axis.text(place, 0.02, f"{value:.2f}", ha="center", fontsize=8, color="white")
     axis.axhline(0.5, color="grey", linestyle="--", linewidth=1)
     axis.set_xticks(range(len(benchmarks)), benchmarks)
-    axis.set(ylim=(0, 1), ylabel="accuracy without ties", title="Agreement with the labels (bars: 95 % bootstrap; dashed: chance)")
+    axis.set(
+        ylim=(0, 1),
+        ylabel="accuracy without ties",
+        title="Agreement with the labels (bars: 95 % bootstrap; dashed: chance)",
+    )
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=8, ncols=len(found), loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
     figure.tight_layout()

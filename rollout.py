@@ -1,8 +1,8 @@
 """Sampling chains of thought: G per video, by transformers' generate or by vLLM, behind one signature.
 
     engine = make_engine("transformers" | "vllm", ...)
-    cots = engine.generate(prefixes, seeds, max_new_tokens, temperature)    # [prefix][sample] -> token ids, EOS included
-    engine.sync(named_weights)                                              # after every update
+    cots = engine.generate(prefixes, seeds, max_new_tokens, temperature)    # [prefix][sample] -> token ids, EOS
+    included engine.sync(named_weights)                                              # after every update
 
 As a command it collects the CoTs that stage 1 learns from, by the base model itself, one per video:
 
@@ -44,7 +44,8 @@ class TransformersEngine:
         self.backbone, self.processor, self.shared, self.rows_per_batch = backbone, processor, shared, rows_per_batch
 
     def generate(self, prefixes, seeds, max_new_tokens, temperature=1.0) -> list[list[list[int]]]:
-        """len(seeds[i]) CoTs for prefix i: token ids, EOS included unless cut off. Each depends on its own seed only."""
+        """len(seeds[i]) CoTs for prefix i: token ids, EOS included unless cut off. Each depends on its own seed
+        only."""
         cots, per_batch = [], max(1, self.rows_per_batch // max(len(row) for row in seeds))
         for i in range(0, len(prefixes), per_batch):
             part = slice(i, i + per_batch)
@@ -52,7 +53,8 @@ class TransformersEngine:
         return cots
 
     def sync(self, named_weights) -> None:
-        """Takes over new weights: (Hugging Face name, whole tensor) of everything trained. COLLECTIVE through its argument."""
+        """Takes over new weights: (Hugging Face name, whole tensor) of everything trained. COLLECTIVE through its
+        argument."""
         own = dict(self.backbone.named_parameters())
         for name, value in named_weights:  # walked through even when shared: gathering is collective
             if not self.shared:
@@ -65,26 +67,43 @@ class TransformersEngine:
 class VLLMEngine:
     """One vLLM engine per process, in this process, beside the trainer. README, "vLLM"."""
 
-    def __init__(self, path: str, seed: int, max_model_len: int, memory: float = 0.4, dtype: str = "auto", on_cpu=False):
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process, so weights can be handed over
+    def __init__(
+        self, path: str, seed: int, max_model_len: int, memory: float = 0.4, dtype: str = "auto", on_cpu=False
+    ):
+        os.environ.setdefault(
+            "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
+        )  # the engine in this process, so weights can be handed over
         try:
             from vllm import LLM
         except ImportError as error:
             raise InputError("--engine vllm: vllm is not installed; pip install -r requirements-vllm.txt.") from error
         limit = AutoConfig.from_pretrained(path).text_config.max_position_embeddings
-        distributed = torch.distributed.is_initialized()  # must be so BEFORE the engine starts, or it makes its own group
-        options = {"kv_cache_memory_bytes": 64 << 20, "block_size": 32} if on_cpu else {"gpu_memory_utilization": memory}
+        distributed = (
+            torch.distributed.is_initialized()
+        )  # must be so BEFORE the engine starts, or it makes its own group
+        options = (
+            {"kv_cache_memory_bytes": 64 << 20, "block_size": 32} if on_cpu else {"gpu_memory_utilization": memory}
+        )
         state = torch.get_rng_state()  # the engine reseeds the global generators
         self.llm = LLM(
-            model=path, dtype=dtype, max_model_len=min(max_model_len, limit), seed=seed, enforce_eager=on_cpu,
-            limit_mm_per_prompt={"image": 0, "video": 1}, enable_prefix_caching=True, logprobs_mode="processed_logprobs",
-            distributed_executor_backend="external_launcher" if distributed else None, enable_sleep_mode=not on_cpu, **options,
-        )  # fmt: skip
+            model=path,
+            dtype=dtype,
+            max_model_len=min(max_model_len, limit),
+            seed=seed,
+            enforce_eager=on_cpu,
+            limit_mm_per_prompt={"image": 0, "video": 1},
+            enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs",
+            distributed_executor_backend="external_launcher" if distributed else None,
+            enable_sleep_mode=not on_cpu,
+            **options,
+        )
         torch.set_rng_state(state)
         self.tokenizer, self.on_cpu, self.asleep = self.llm.get_tokenizer(), on_cpu, False
 
     def generate(self, prefixes, seeds, max_new_tokens, temperature=1.0) -> list[list[list[int]]]:
-        """As TransformersEngine.generate. One request per CoT: each has its own seed, and prefix caching shares the video."""
+        """As TransformersEngine.generate. One request per CoT: each has its own seed, and prefix caching shares the
+        video."""
         from vllm import SamplingParams
 
         self._wake()
@@ -93,17 +112,34 @@ class VLLMEngine:
         for prefix, row in zip(prefixes, seeds, strict=True):
             video = prefix["video"]
             metadata = {**video.metadata(), "do_sample_frames": False}  # our frames: never resampled
-            prompt = {"prompt_token_ids": prefix["short_ids"], "multi_modal_data": {"video": [(video.frames, metadata)]}}
+            prompt = {
+                "prompt_token_ids": prefix["short_ids"],
+                "multi_modal_data": {"video": [(video.frames, metadata)]},
+            }
             for seed in row:
                 requests.append(prompt)
-                parameters.append(SamplingParams(temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_new_tokens,
-                                                 seed=seed % 2**31, logit_bias=banned, logprobs=0, detokenize=False))  # fmt: skip
+                parameters.append(
+                    SamplingParams(
+                        temperature=temperature,
+                        top_p=1.0,
+                        top_k=0,
+                        max_tokens=max_new_tokens,
+                        seed=seed % 2**31,
+                        logit_bias=banned,
+                        logprobs=0,
+                        detokenize=False,
+                    )
+                )
         outputs = iter(self.llm.generate(requests, parameters, use_tqdm=False))
         samples = [[next(outputs) for _ in row] for row in seeds]
         for prefix, row in zip(prefixes, samples):
             if list(row[0].prompt_token_ids) != prefix["input_ids"].tolist():
-                raise InputError("vLLM expanded the video to other prompt tokens than the trainer; check both versions.")
-        self.log_probs = [[[next(iter(t.values())).logprob for t in s.outputs[0].logprobs] for s in row] for row in samples]
+                raise InputError(
+                    "vLLM expanded the video to other prompt tokens than the trainer; check both versions."
+                )
+        self.log_probs = [
+            [[next(iter(t.values())).logprob for t in s.outputs[0].logprobs] for s in row] for row in samples
+        ]
         if not self.on_cpu:
             self.llm.sleep(level=1)  # gives the GPU's memory to the update; its CPU build cannot sleep
             self.asleep = True
@@ -133,7 +169,9 @@ def make_engine(name: str, path: str, processor, ranks, backbone=None, seed=0, m
     """
     on_cpu = ranks.device.type == "cpu"
     if name == "vllm":
-        return VLLMEngine(path, seed + ranks.rank, max_model_len, dtype="float32" if on_cpu else "bfloat16", on_cpu=on_cpu)
+        return VLLMEngine(
+            path, seed + ranks.rank, max_model_len, dtype="float32" if on_cpu else "bfloat16", on_cpu=on_cpu
+        )
     if name != "transformers":
         raise InputError(f"--engine {name}: choose transformers or vllm.")
     if backbone is not None:
@@ -232,10 +270,11 @@ def opened(batch: list[Item], s) -> tuple[list[data.Video], list[str]]:
 
 
 def think_phase(load_engine, items: list[Item], s, ranks) -> tuple[dict, list[dict]]:
-    """COLLECTIVE: writes the CoTs. Records {video, prompt, thoughts: k texts, tokens: k lengths, ended: k of EOS reached}.
+    """COLLECTIVE: writes the CoTs. Records {video, prompt, thoughts: k texts, tokens: k lengths, ended: k of EOS
+    reached}.
 
-    load_engine() -> (engine, processor), called only if there is something to do. Each CoT has a random stream of its own,
-    from (seed, video, prompt, k), so it depends neither on the batch nor on the rank.
+    load_engine() -> (engine, processor), called only if there is something to do. Each CoT has a random stream of its
+    own, from (seed, video, prompt, k), so it depends neither on the batch nor on the rank.
     """
 
     def work(loaded, batch):
@@ -319,7 +358,9 @@ def main(argv=None) -> None:
 
     def load_engine():
         processor = AutoProcessor.from_pretrained(settings.model)
-        engines.append(make_engine(settings.engine, settings.model, processor, ranks, rows_per_batch=settings.batch_size))
+        engines.append(
+            make_engine(settings.engine, settings.model, processor, ranks, rows_per_batch=settings.batch_size)
+        )
         return engines[0], processor
 
     thoughts, _ = think_phase(load_engine, list(items.values()), work, ranks)

@@ -284,13 +284,17 @@ def _make_split(out: pathlib.Path, seed: int, number: int, split: str, pairs: in
     return str(out / f"{split}.csv")
 
 
-def make_data(out, seed: int = 0, sizes: dict | None = None, seconds: int = 4, progress=True, processes: int = 1) -> dict:
+def make_data(
+    out, seed: int = 0, sizes: dict | None = None, seconds: int = 4, progress=True, processes: int = 1
+) -> dict:
     """Writes <split>.csv and videos/<split>/<row><a|b>.mp4 under `out`. -> {split: path of its CSV}
 
     `sizes` overrides the number of pairs of a split; 0 leaves it out. The result does not depend on `processes`.
     """
     sizes = {split: settings[1] for split, settings in SPLITS.items()} | (sizes or {})
-    jobs = [(pathlib.Path(out), seed, n, split, sizes[split], seconds) for n, split in enumerate(SPLITS) if sizes[split]]
+    jobs = [
+        (pathlib.Path(out), seed, n, split, sizes[split], seconds) for n, split in enumerate(SPLITS) if sizes[split]
+    ]
     bar, written = tqdm(total=sum(job[4] for job in jobs), desc="pairs", disable=not progress), {}
 
     def note(job, path):
@@ -612,7 +616,9 @@ def main(argv=None) -> None:
         base.add_argument(f"--{flag}", type=int, default=default, help=f"{meaning} (default {default})")
     args, start = parser.parse_args(argv), time.time()
     if args.command == "data":
-        for path in make_data(args.out, args.seed, {split: getattr(args, split) for split in SPLITS}, processes=2).values():
+        for path in make_data(
+            args.out, args.seed, {split: getattr(args, split) for split in SPLITS}, processes=2
+        ).values():
             pairs = data.read_pairs(path)
             print(f"{path}: {len(pairs)} pairs, {np.mean([p.label == 0 for p in pairs]):.0%} ties")
     else:

@@ -80,7 +80,12 @@ def run(*command, env=None, ranks=1, check=True):
     if ranks > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     done = subprocess.run(
-        [*start, *map(str, command)], cwd=ROOT, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=240
+        [*start, *map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     if check:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

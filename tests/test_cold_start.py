@@ -18,7 +18,10 @@ from model import DeScore
 def pairs(world):
     """Pairs with CoTs."""
     pairs = data.read_pairs(world["train_cold_start"])
-    return [dataclasses.replace(p, cot_a=f"<think>one {i}</think>", cot_b=f"<think>two {i}</think>") for i, p in enumerate(pairs)]
+    return [
+        dataclasses.replace(p, cot_a=f"<think>one {i}</think>", cot_b=f"<think>two {i}</think>")
+        for i, p in enumerate(pairs)
+    ]
 
 
 @pytest.fixture
@@ -41,17 +44,26 @@ def test_one_mask_draw_per_pair_and_a_masked_cot_is_absent(pairs, model, process
     reference = cold_start.score_pairs(model, items(without, processor), settings)
     assert torch.allclose(torch.stack(masked), torch.stack(reference), atol=1e-6)
     unmasked = cold_start.score_pairs(model, batch, settings)
-    assert not torch.allclose(unmasked[0][0], masked[0][0], atol=1e-4) and torch.allclose(unmasked[0][1], masked[0][1], atol=1e-5)
+    assert not torch.allclose(unmasked[0][0], masked[0][0], atol=1e-4) and torch.allclose(
+        unmasked[0][1], masked[0][1], atol=1e-5
+    )
 
 
 def test_validation_never_masks(pairs, model, processor, settings, monkeypatch):
     calls = []
     real = cold_start.score_pairs
-    monkeypatch.setattr(cold_start, "score_pairs", lambda m, i, s, masks=None: calls.append(masks) or real(m, i, s, masks))
+    monkeypatch.setattr(
+        cold_start, "score_pairs", lambda m, i, s, masks=None: calls.append(masks) or real(m, i, s, masks)
+    )
     settings = dataclasses.replace(settings, mask_probability=1.0)
     accuracy = cold_start.validate(model, data.EncodedPairs(pairs, processor), settings, parallel.Ranks())
     assert calls == [None] * len(pairs)
-    right = sum(((a - b) * p.label > 0).item() for p in pairs if p.label for a, b in [real(model, items([p], processor, 1), settings)])
+    right = sum(
+        ((a - b) * p.label > 0).item()
+        for p in pairs
+        if p.label
+        for a, b in [real(model, items([p], processor, 1), settings)]
+    )
     assert accuracy == pytest.approx(right / sum(p.label != 0 for p in pairs))
 
 
@@ -81,7 +93,9 @@ def with_cots(world, tmp_path_factory):
         writer.writeheader()
         for row in rows:
             paths = [f"{root}/{v}" for v in data.parse_literal(row["videos"])]
-            writer.writerow({**row, "videos": repr(paths), "CoT_A": "<think>one</think>", "CoT_B": "<think>two two</think>"})
+            writer.writerow(
+                {**row, "videos": repr(paths), "CoT_A": "<think>one</think>", "CoT_B": "<think>two two</think>"}
+            )
     return {"train_cold_start": str(path)}
 
 
@@ -105,12 +119,18 @@ def test_four_steps_are_two_and_resume_and_two(with_cots, base_dir, tmp_path):
     assert (tmp_path / "whole" / "curves.png").stat().st_size > 5000
     start = DeScore.from_pretrained(base_dir, new_head=True).state_dict()
     changed = {name for name in start if not torch.equal(start[name], one[name])}
-    assert {"query", "head.weight"} <= changed and any(".visual." in n for n in changed) and any("q_proj" in n for n in changed)
+    assert (
+        {"query", "head.weight"} <= changed
+        and any(".visual." in n for n in changed)
+        and any("q_proj" in n for n in changed)
+    )
     assert not any("lm_head" in n or "embed_tokens" in n for n in changed)  # LoRA's targets only
 
 
 def test_learning_and_btt(with_cots, base_dir, tmp_path):
-    cold_start.main(arguments(with_cots, base_dir, tmp_path, epochs=6, max_steps=18, lr=3e-3, loss="btt", mask_probability=0))
+    cold_start.main(
+        arguments(with_cots, base_dir, tmp_path, epochs=6, max_steps=18, lr=3e-3, loss="btt", mask_probability=0)
+    )
     steps = parallel.read_metrics(str(tmp_path))
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.1 and steps[-1]["masked_share"] == 0
 

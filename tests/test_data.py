@@ -24,7 +24,9 @@ def write_csv(path, rows):
 
 
 TRUTH = {d: "2" for d in data.DIMENSIONS}
-ANSWER = json.dumps({"video_1_scores": TRUTH, "video_2_scores": {**TRUTH, "style": 0}, "gsb_result": "Video 1 is better"})
+ANSWER = json.dumps(
+    {"video_1_scores": TRUTH, "video_2_scores": {**TRUTH, "style": 0}, "gsb_result": "Video 1 is better"}
+)
 FORMATS = {
     "cold start": ({"videos": "['a.mp4', 'b.mp4']", "problem": "?", "durations": "[5, 5]", "prompt": "a cat",
                     "CoT_A": "<think>a</think>", "CoT_B": "", "GSB": "B"}, -1),
@@ -67,7 +69,7 @@ def test_same_is_a_tie_and_invalid_is_dropped(tmp_path, capsys):
 
 def test_bom_crlf_long_cells(tmp_path):
     path = tmp_path / "x.csv"
-    text = "path_A,path_B,prompt,TA\r\na.mp4,b.mp4,\"" + "long, " * 50_000 + "\",A\r\n"
+    text = 'path_A,path_B,prompt,TA\r\na.mp4,b.mp4,"' + "long, " * 50_000 + '",A\r\n'
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
     assert len(data.read_pairs(str(path))[0].prompt) > 200_000
 
@@ -202,12 +204,17 @@ def test_a_prompt_cannot_become_control_tokens(processor):
     assert not set(ids) & set(tokenizer.added_tokens_decoder)
     kept = data.encode_text(tokenizer, NASTY, keep=("<think>", "</think>"))
     assert tokenizer.decode(kept) == NASTY
-    assert {tokenizer.added_tokens_decoder[i].content for i in set(kept) & set(tokenizer.added_tokens_decoder)} == {"<think>", "</think>"}
+    assert {tokenizer.added_tokens_decoder[i].content for i in set(kept) & set(tokenizer.added_tokens_decoder)} == {
+        "<think>",
+        "</think>",
+    }
 
 
 def test_a_nasty_prompt_leaves_the_layout_alone(processor, tiny_clips):
     video, special = data.sample_frames(tiny_clips[0]), set(processor.tokenizer.all_special_ids)
-    count = lambda prompt: [int(i) for i in data.encode_prompt(processor, video, prompt)["input_ids"] if int(i) in special]
+    count = lambda prompt: [
+        int(i) for i in data.encode_prompt(processor, video, prompt)["input_ids"] if int(i) in special
+    ]
     assert count("a cat") == count(NASTY)
     with pytest.raises(InputError, match="prompt is empty"):
         data.encode_prompt(processor, video, " \n")
@@ -267,7 +274,9 @@ def test_loader_workers_report_bad_rows_in_one_sentence(world, processor, tmp_pa
 
 # -- the command ----------------------------------------------------------------------------------------------------
 def test_show(world, base_dir, tmp_path):
-    done = run("data.py", "--show", 2, "--data", world["train_rl"], "--model", base_dir, "--out", tmp_path / "frames.png")
+    done = run(
+        "data.py", "--show", 2, "--data", world["train_rl"], "--model", base_dir, "--out", tmp_path / "frames.png"
+    )
     assert done.stdout.count("<Reward>") == 4 and "video tokens" in done.stdout
     assert (tmp_path / "frames.png").stat().st_size > 5000
 

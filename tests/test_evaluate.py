@@ -16,6 +16,7 @@ import pytest
 import safetensors.numpy
 
 import evaluate
+import rollout
 from data import InputError, PreferencePair
 from evaluate import accuracy_with_ties, accuracy_without_ties
 
@@ -219,14 +220,14 @@ def test_another_number_of_ranks_goes_on(tmp_path):
     run(tmp_path, first, OneRank(0, 3))
     run(tmp_path, rest)
     assert sorted(first + second + rest) == sorted(f"v{k}" for k in range(10))
-    assert len(evaluate.read_log(str(tmp_path), "rewards")) == 10
+    assert len(rollout.read_log(str(tmp_path), "rewards")) == 10
 
 
 def test_a_bad_video_is_named_with_its_row_or_skipped_alone(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(InputError, match="row 6: v4: is broken"):
         run(tmp_path / "a", [], bad={"v4"})
-    assert len(evaluate.read_log(str(tmp_path / "a"), "rewards")) == 4  # v0 .. v2, and v3 of its own batch, are kept
+    assert len(rollout.read_log(str(tmp_path / "a"), "rewards")) == 4  # v0 .. v2, and v3 of its own batch, are kept
     (tmp_path / "b").mkdir()
     records, skipped = run(tmp_path / "b", [], bad={"v4", "v8"}, skip_bad_videos=True)
     assert len(records) == 8 and [(s["video"], s["row"]) for s in skipped] == [("v4", 6), ("v8", 10)]
@@ -235,7 +236,7 @@ def test_a_bad_video_is_named_with_its_row_or_skipped_alone(tmp_path):
 def test_a_damaged_line_in_the_middle_is_an_error(tmp_path):
     (tmp_path / "rewards.jsonl").write_text('{"video": "v0"}\n{"video"\n')
     with pytest.raises(InputError, match="line 1"):
-        evaluate.read_log(str(tmp_path), "rewards")
+        rollout.read_log(str(tmp_path), "rewards")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -415,7 +416,7 @@ def clips_csv(tmp_path, tiny_clips, no_figure):
 
 
 def rewards_in(out):
-    return [r["reward"] for _, r in sorted(evaluate.read_log(str(out), "rewards").items())]
+    return [r["reward"] for _, r in sorted(rollout.read_log(str(out), "rewards").items())]
 
 
 def judge(model, data, out, *flags):
@@ -464,7 +465,7 @@ def test_sampled_thoughts_average_and_do_not_depend_on_the_batch(tmp_path, tiny_
     two = judge(tiny_model_dir, clips_csv, tmp_path / "a", "--thoughts", 2, "--batch-size", 3)
     one = judge(tiny_model_dir, clips_csv, tmp_path / "b", "--thoughts", 2, "--batch-size", 1)
     np.testing.assert_allclose(one, two, atol=1e-5, rtol=0)
-    for record in evaluate.read_log(str(tmp_path / "a"), "rewards").values():
+    for record in rollout.read_log(str(tmp_path / "a"), "rewards").values():
         assert record["reward"] == pytest.approx(sum(record["rewards"]) / 2) and len(record["rewards"]) == 2
 
 
@@ -488,7 +489,7 @@ def test_best_of_and_one_video(tmp_path, tiny_model_dir, tiny_clips, capsys):
     videos, dpo = write_csv(tmp_path / "videos.csv", ["path", "prompt"], rows), tmp_path / "dpo.csv"
     model = ["--model", tiny_model_dir, *FEW, "--no-think"]
     evaluate.main([*model, "--best-of", videos, "--make-pairs", str(dpo), "--out", str(tmp_path / "out")])
-    rewards = {key[0]: r["reward"] for key, r in evaluate.read_log(str(tmp_path / "out"), "rewards").items()}
+    rewards = {key[0]: r["reward"] for key, r in rollout.read_log(str(tmp_path / "out"), "rewards").items()}
     with open(tmp_path / "out" / "best_of.csv", newline="") as file:
         ranked = list(csv.DictReader(file))
     assert [r["path"] for r in ranked] == sorted(rewards, key=rewards.get, reverse=True)
@@ -510,5 +511,5 @@ def test_the_score_that_a_cot_states(tmp_path, tiny_model_dir, clips_csv):
     before = (tmp_path / "thoughts.jsonl").read_text()
     evaluate.main([*flags, "--score-from", "text"])
     assert (tmp_path / "thoughts.jsonl").read_text() == before
-    assert {r["reward"] for r in evaluate.read_log(str(tmp_path), "text_rewards").values()} == {3.0}
+    assert {r["reward"] for r in rollout.read_log(str(tmp_path), "text_rewards").values()} == {3.0}
     assert (tmp_path / "report.json").exists() and (tmp_path / "text" / "report.json").exists()

@@ -69,7 +69,9 @@ class Scripted:
 
 @pytest.fixture
 def settings(world, tmp_path):
-    return grpo.Settings(data=world["train_rl"], rollouts=3, batch_pairs=2, mini_pairs=2, out=str(tmp_path), max_new_tokens=12)
+    return grpo.Settings(
+        data=world["train_rl"], rollouts=3, batch_pairs=2, mini_pairs=2, out=str(tmp_path), max_new_tokens=12
+    )
 
 
 @pytest.fixture
@@ -120,7 +122,10 @@ def update_gradients(model, batch, settings):
     model.make_trainable("full", vision=False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     taken, zero = {}, optimizer.zero_grad
-    optimizer.zero_grad = lambda: (taken.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}), zero())
+    optimizer.zero_grad = lambda: (
+        taken.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}),
+        zero(),
+    )
     sums = grpo.update(model, optimizer, batch, settings, parallel.Ranks())
     return taken, sums
 
@@ -143,7 +148,8 @@ def test_packed_plain_and_split_forwards_make_the_same_update(batch, model, sett
 
 def test_a_group_is_split_to_stay_under_the_token_budget(batch, model, settings):
     tokens = lambda packing, g: sum(
-        len(p["input_ids"]) * (1 if packing else g) + max(sum(len(c) + 1 for c in row[i : i + g]) for i in range(0, 3, g))
+        len(p["input_ids"]) * (1 if packing else g)
+        + max(sum(len(c) + 1 for c in row[i : i + g]) for i in range(0, 3, g))
         for p, row in zip(batch[0].prefixes, batch[0].cots)
     )
     for packing in (True, False):
@@ -203,8 +209,12 @@ def test_engine_gap_is_measured_and_can_be_weighed(batch, model, settings):
         (now,) = grpo.log_probs_now(model, r, settings, ranks)
         r.engine_log_probs = [[(now[v * 3 + i][: len(r.cots[v][i])] + 0.2).tolist() for i in range(3)] for v in (0, 1)]
     plain, sums = update_gradients(model, batch, dataclasses.replace(settings, bt_coef=0.0, max_grad_norm=1e9))
-    weighed, _ = update_gradients(model, batch, dataclasses.replace(settings, bt_coef=0.0, max_grad_norm=1e9, engine_cap=2.0))
-    capped, _ = update_gradients(model, batch, dataclasses.replace(settings, bt_coef=0.0, max_grad_norm=1e9, engine_cap=0.5))
+    weighed, _ = update_gradients(
+        model, batch, dataclasses.replace(settings, bt_coef=0.0, max_grad_norm=1e9, engine_cap=2.0)
+    )
+    capped, _ = update_gradients(
+        model, batch, dataclasses.replace(settings, bt_coef=0.0, max_grad_norm=1e9, engine_cap=0.5)
+    )
     assert sums["engine_gap"] == pytest.approx(0.2, abs=1e-4)
     name = "backbone.lm_head.weight"
     assert torch.allclose(weighed[name], plain[name] * 0.818731, atol=1e-6)  # e^-.2
@@ -231,7 +241,9 @@ def test_script_runs_logs_saves_and_resumes(world, tiny_model_dir, tmp_path):
     parts = go("parts", 3, "--resume")
     clock = ("seconds", "share")
     for a, b in zip(whole, parts, strict=True):
-        assert {k: v for k, v in a.items() if not k.endswith(clock)} == {k: v for k, v in b.items() if not k.endswith(clock)}
+        assert {k: v for k, v in a.items() if not k.endswith(clock)} == {
+            k: v for k, v in b.items() if not k.endswith(clock)
+        }
     load = lambda out: model_module.DeScore.from_pretrained(str(tmp_path / out / "model")).state_dict()
     one, two = load("whole"), load("parts")
     assert all(torch.equal(one[name], two[name]) for name in one)  # bit for bit

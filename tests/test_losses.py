@@ -22,7 +22,9 @@ def test_bt_loss_eq3():
     assert losses.bt_loss(torch.zeros(4), torch.zeros(4)).item() == pytest.approx(math.log(2))  # at initialisation
     chosen, rejected = torch.randn(7), torch.randn(7)
     before = chosen.clone()
-    assert losses.bt_loss(chosen, rejected).item() == pytest.approx(naive_bt(chosen.tolist(), rejected.tolist()), rel=1e-5)
+    assert losses.bt_loss(chosen, rejected).item() == pytest.approx(
+        naive_bt(chosen.tolist(), rejected.tolist()), rel=1e-5
+    )
     assert torch.equal(chosen, before)
 
 
@@ -140,7 +142,9 @@ def test_grpo_loss_ignores_padding_and_splits_by_denominator():
     whole = losses.grpo_loss(log_probs, old, advantages, mask)
     poisoned = torch.where(mask.bool(), log_probs, torch.full_like(log_probs, 50.0))
     assert losses.grpo_loss(poisoned, old, advantages, mask).item() == pytest.approx(whole.item())
-    pieces = [losses.grpo_loss(*(x[n : n + 1] for x in (log_probs, old, advantages, mask)), denominator=4) for n in (0, 1)]
+    pieces = [
+        losses.grpo_loss(*(x[n : n + 1] for x in (log_probs, old, advantages, mask)), denominator=4) for n in (0, 1)
+    ]
     assert sum(pieces).item() == pytest.approx(whole.item(), rel=1e-6)
 
 

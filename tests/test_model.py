@@ -86,7 +86,9 @@ def test_packed_equals_plain_in_rewards_log_probs_and_gradients(model, prefixes)
 def test_packing_any_number_and_length(model, prefixes, cots):
     one = model(lay_out(model.backbone, prefixes[:1], cots))
     many = model(lay_out(model.backbone, *flat(prefixes[:1], cots)))
-    assert torch.allclose(one.rewards, many.rewards, atol=1e-5) and torch.allclose(one.log_probs, many.log_probs, atol=1e-4)
+    assert torch.allclose(one.rewards, many.rewards, atol=1e-5) and torch.allclose(
+        one.log_probs, many.log_probs, atol=1e-4
+    )
 
 
 # -- one forward, both objectives -----------------------------------------------------------------------------------
@@ -331,11 +333,17 @@ def test_loading_is_strict(tiny_model_dir, base_dir, tmp_path):
         (folder / "descore.json").write_text(json.dumps(settings | values))
 
     assert "query" in broken("no query", lambda f: edit(f, "reward_head/head.safetensors", lambda t: t.pop("query")))
-    assert "extra" in broken("extra", lambda f: edit(f, "reward_head/head.safetensors", lambda t: t.update(more=torch.ones(1))))
-    assert "base model" in broken("size", lambda f: edit(f, "reward_head/head.safetensors", lambda t: t.update(query=torch.ones(8))))
+    assert "extra" in broken(
+        "extra", lambda f: edit(f, "reward_head/head.safetensors", lambda t: t.update(more=torch.ones(1)))
+    )
+    assert "base model" in broken(
+        "size", lambda f: edit(f, "reward_head/head.safetensors", lambda t: t.update(query=torch.ones(8)))
+    )
     assert "hidden_size" in broken("other base", lambda f: edit_json(f, hidden_size=4096))
     assert "missing keys" in broken("hole", lambda f: edit(f, "model.safetensors", lambda t: t.pop(sorted(t)[3])))
-    assert "unexpected keys" in broken("odd", lambda f: edit(f, "model.safetensors", lambda t: t.update(odd=torch.ones(1))))
+    assert "unexpected keys" in broken(
+        "odd", lambda f: edit(f, "model.safetensors", lambda t: t.update(odd=torch.ones(1)))
+    )
     with pytest.raises(InputError, match="no reward head"):
         DeScore.from_pretrained(base_dir)
     with pytest.raises(InputError, match="cannot be opened"):
@@ -369,7 +377,9 @@ def test_import_of_a_released_checkpoint(model, prefixes, processor, tmp_path):
     import copy
 
     released = copy.deepcopy(processor)
-    released.tokenizer.add_special_tokens({"additional_special_tokens": ["<Reward>"]}, replace_extra_special_tokens=False)
+    released.tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<Reward>"]}, replace_extra_special_tokens=False
+    )
     row = released.tokenizer.convert_tokens_to_ids("<Reward>")
     batch = lay_out(model.backbone, prefixes[:1], [[[70, 71]]])
     expected = model(batch).rewards

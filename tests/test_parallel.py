@@ -49,9 +49,21 @@ def test_two_ranks_equal_one_in_stage_2(world, tiny_model_dir, tmp_path):
     grpo.main([*flags, "--out", str(tmp_path / "one")])
     run("grpo.py", *flags, "--out", tmp_path / "two", ranks=2)
     one, two = (parallel.read_metrics(str(tmp_path / name)) for name in ("one", "two"))
-    names = ["rollout_reward", "quality", "cot_tokens", "grpo_loss", "bt_loss", "kl", "grad_norm_llm", "grad_norm_head", "mean_log_prob"]
+    names = [
+        "rollout_reward",
+        "quality",
+        "cot_tokens",
+        "grpo_loss",
+        "bt_loss",
+        "kl",
+        "grad_norm_llm",
+        "grad_norm_head",
+        "mean_log_prob",
+    ]
     same_metrics(one[:1], two[:1], names, 2e-4)
-    same_metrics(one[1:], two[1:], ["rollout_reward", "cot_tokens", "bt_loss"], 2e-3)  # sampled from the updated weights
+    same_metrics(
+        one[1:], two[1:], ["rollout_reward", "cot_tokens", "bt_loss"], 2e-3
+    )  # sampled from the updated weights
     a, b = (DeScore.from_pretrained(str(tmp_path / name / "model")).state_dict() for name in ("one", "two"))
     assert all(torch.allclose(a[name], b[name], atol=2e-4) for name in a)
 

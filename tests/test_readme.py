@@ -38,7 +38,9 @@ def test_every_file_exists():
 
 def commands():
     joined = TEXT.replace("\\\n", " ")
-    for line in re.findall(r"^(?:python|torchrun) .*$", joined, flags=re.MULTILINE) + re.findall(r"`((?:python|torchrun) [^`]+)`", joined):
+    for line in re.findall(r"^(?:python|torchrun) .*$", joined, flags=re.MULTILINE) + re.findall(
+        r"`((?:python|torchrun) [^`]+)`", joined
+    ):
         words = shlex.split(line.split("  #")[0], comments=True)
         script = next((word for word in words if word.endswith(".py")), None)
         if script:
@@ -60,8 +62,25 @@ def test_every_command_has_a_script_and_known_flags():
 
 
 def test_every_flag_that_is_named_exists():
-    known = set().union(*(flags_of(m.Settings) for m in SCRIPTS.values())) | {"--show", "--index-url", "--import-released", "--runs", "--local-dir", "--repo-type"}
-    known |= {"--nproc_per_node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--local-dir", "--repo-type", "--quick", "--only", "--plan"}
+    known = set().union(*(flags_of(m.Settings) for m in SCRIPTS.values())) | {
+        "--show",
+        "--index-url",
+        "--import-released",
+        "--runs",
+        "--local-dir",
+        "--repo-type",
+    }
+    known |= {
+        "--nproc_per_node",
+        "--nnodes",
+        "--rdzv-backend",
+        "--rdzv-endpoint",
+        "--local-dir",
+        "--repo-type",
+        "--quick",
+        "--only",
+        "--plan",
+    }
     assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]*", TEXT)) - known
 
 
@@ -80,7 +99,11 @@ def test_make_targets():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"`?make (\w+)", TEXT):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
-    for script, words in [(m, re.findall(r"--[a-z][\w-]*", line)) for line in makefile.splitlines() for m in re.findall(r"(\w+\.py)", line)]:
+    for script, words in [
+        (m, re.findall(r"--[a-z][\w-]*", line))
+        for line in makefile.splitlines()
+        for m in re.findall(r"(\w+\.py)", line)
+    ]:
         if script in SCRIPTS:
             assert not set(words) - flags_of(SCRIPTS[script].Settings), (script, words)
 

@@ -3,7 +3,6 @@
 import csv
 import json
 
-import pytest
 import torch
 
 import data
@@ -60,5 +59,8 @@ def test_engine_takes_over_trained_weights(model, base_dir, prefixes):
 
 
 def test_task_seed_is_stable():
-    assert rollout.task_seed(0, "a.mp4", "p", 1) == rollout.task_seed(0, "a.mp4", "p", 1) != rollout.task_seed(0, "a.mp4", "p", 2)
-
+    assert (
+        rollout.task_seed(0, "a.mp4", "p", 1)
+        == rollout.task_seed(0, "a.mp4", "p", 1)
+        != rollout.task_seed(0, "a.mp4", "p", 2)
+    )

@@ -5,14 +5,13 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from conftest import ROOT
 
 pytestmark = pytest.mark.vllm
 vllm = pytest.importorskip("vllm", reason="vllm is not installed; pip install -r requirements-vllm.txt")
 
-SCRIPT = '''
+SCRIPT = """
 import json, os, sys
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", TORCHDYNAMO_DISABLE="1", HF_HUB_OFFLINE="1")
 import torch, data, parallel, rollout
@@ -42,11 +41,17 @@ for round in range(3):  # the same videos again after each sync: stale caches wo
             parameter.data.add_(torch.randn_like(parameter) * 0.05)
     engine.sync(parallel.trained_weights(model))
 print("REPORT" + json.dumps(report))
-'''
+"""
 
 
 def test_engine_agrees_with_the_trainer_over_several_syncs(tiny_model_dir, tiny_clips):
-    done = subprocess.run([sys.executable, "-c", SCRIPT, tiny_model_dir, *tiny_clips[:2]], cwd=ROOT, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, tiny_model_dir, *tiny_clips[:2]],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("REPORT"))[6:])
     assert len(report) == 3 and all(r["same_seed_same_cot"] for r in report)
