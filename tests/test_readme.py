@@ -8,6 +8,7 @@ import shlex
 
 import pytest
 
+import bench
 import cold_start
 import evaluate
 import grpo
@@ -15,7 +16,7 @@ import rollout
 from conftest import ROOT
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-SCRIPTS = {"cold_start.py": cold_start, "grpo.py": grpo, "evaluate.py": evaluate, "rollout.py": rollout}
+SCRIPTS = {"cold_start.py": cold_start, "grpo.py": grpo, "evaluate.py": evaluate, "rollout.py": rollout, "bench.py": bench}
 
 
 def flags_of(settings):
