@@ -3,8 +3,7 @@
     CSV with true verdicts + OUT of stage 1   ->   OUT/model, a DeScore folder; metrics.jsonl, samples.jsonl, curves.png
 
     laptop   python grpo.py --model runs/stage1/model --data runs/data/train_rl.csv --out runs/stage2 --lr 1e-4 ...
-    8 GPUs   torchrun --nproc_per_node 8 grpo.py --model runs/stage1/model --data train_rl.csv --train full --engine
-    vllm
+    8 GPUs   torchrun --nproc_per_node 8 grpo.py --model runs/stage1/model --data train_rl.csv --engine vllm
 
 The defaults are the paper's. The loop in `train` is the paper's algorithm, step by step:
 
@@ -124,8 +123,7 @@ class RolloutReward:
 
 
 def format_reward(text: str) -> float:
-    """R_fmt: 1 if the text is `<think>...</think>` and then an `<answer>` with JSON verdicts on all dimensions, else
-    0."""
+    """R_fmt: 1 if the text is `<think>...</think>`, then an `<answer>` with JSON verdicts on all dimensions; else 0."""
     shape = re.fullmatch(
         r"\s*<think>(?:(?!</?think>).)+</think>\s*<answer>(?:(?!</?answer>).)+</answer>\s*", text, re.DOTALL
     )
@@ -134,8 +132,7 @@ def format_reward(text: str) -> float:
 
 
 def read_verdicts(text: str) -> dict[str, str]:
-    """{dimension: verdict} from the answer's `dimensional_scores`; {} if there is none. 2 and "2" are the same
-    verdict."""
+    """{dimension: verdict} from the answer's `dimensional_scores`, {} if there is none. 2 and "2" are the same."""
     scores = (data.extract_answer(text) or {}).get("dimensional_scores")
     return {d: str(v).strip().upper() for d, v in scores.items()} if isinstance(scores, dict) else {}
 
@@ -213,8 +210,7 @@ def judge(rollouts: Rollouts, tokenizer, settings) -> None:
 
 
 def forwards(model, rollouts: Rollouts, settings):
-    """Yields (rollout numbers i, batch) for each forward of a pair: both videos with the CoTs i, in the order A_i..,
-    B_i..
+    """Yields (rollout numbers i, batch) for each forward of a pair: the CoTs i of both videos, ordered A_i.., B_i..
 
     Packed: two rows, each with a prefix and its CoTs. Plain: a row per CoT.
     """
@@ -434,8 +430,7 @@ def step_metrics(batch: list[Rollouts], updates: list[dict], settings, ranks) ->
 
 
 def write_samples(path: str, step: int, rollouts: Rollouts, tokenizer) -> None:
-    """Appends the best and the worst CoT of the first pair's first video, with their rewards: read them while it
-    trains."""
+    """Appends the best and the worst CoT of the first pair's first video, with rewards: read them while it trains."""
     order = sorted(range(len(rollouts.cots[0])), key=lambda i: rollouts.rewards[0][i].total)
     with open(path, "a", encoding="utf-8") as file:
         for i in (order[0], order[-1]):
