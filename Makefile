@@ -24,8 +24,7 @@ STAGE1 = --model $(RUNS)/base --data $(D)/train_cots.csv --val $(D)/val_cots.csv
 	--epochs 3 --lr 5e-4 --lr-vision 3e-5 --lr-head 3e-3 --lora-r 16 --lora-alpha 32 --no-gradient-checkpointing --val-every 35 --save-every 0
 STAGE2 = --model $(RUNS)/stage1/model --data $(D)/train_rl.csv --seed $(SEED) --batch-pairs 6 --mini-pairs 6 --epochs 9 --max-steps 40 \
 	--lr 2e-4 --lr-head 1e-3 --length-low 10 --length-high 40 --no-gradient-checkpointing --rows-per-batch 96 --save-every 0 $(THINK)
-EVAL = $(PY) evaluate.py --root $(D) --batch-size 64 $(THINK)
-BENCHMARKS = in-domain genai-bench videogen-rewardbench
+EVAL = $(PY) evaluate.py --root $(D) --benchmark in-domain genai-bench videogen-rewardbench --batch-size 64 $(THINK)
 
 demo: setup
 	$(PY) toy.py data --out $(D) --seed $(SEED)
@@ -36,12 +35,10 @@ demo: setup
 	$(PY) cold_start.py $(STAGE1) --out $(RUNS)/stage1
 	$(PY) cold_start.py $(STAGE1) --out $(RUNS)/discriminative --mask-probability 1
 	$(PY) grpo.py $(STAGE2) --out $(RUNS)/stage2
-	for b in $(BENCHMARKS); do \
-	  $(EVAL) --model $(RUNS)/discriminative/model --benchmark $$b --out $(RUNS)/eval/discriminative/$$b --no-think && \
-	  $(EVAL) --model $(RUNS)/stage1/model --benchmark $$b --out $(RUNS)/eval/stage1/$$b && \
-	  $(EVAL) --model $(RUNS)/stage2/model --benchmark $$b --out $(RUNS)/eval/stage2/$$b && \
-	  $(EVAL) --model $(RUNS)/stage2/model --benchmark $$b --out $(RUNS)/eval/stage2/$$b --score-from text || exit 1; \
-	done
+	$(EVAL) --model $(RUNS)/discriminative/model --out $(RUNS)/eval/discriminative --no-think
+	$(EVAL) --model $(RUNS)/stage1/model --out $(RUNS)/eval/stage1
+	$(EVAL) --model $(RUNS)/stage2/model --out $(RUNS)/eval/stage2
+	$(EVAL) --model $(RUNS)/stage2/model --out $(RUNS)/eval/stage2 --score-from text
 	$(PY) report.py --out $(RUNS) --runs "discriminative=$(RUNS)/eval/discriminative/*/report.json" \
 	  "generative=$(RUNS)/eval/stage2/*/text/report.json" "DeScore stage 1=$(RUNS)/eval/stage1/*/report.json" \
 	  "DeScore stage 2=$(RUNS)/eval/stage2/*/report.json"

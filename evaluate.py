@@ -57,7 +57,9 @@ class Settings:
 
     model: str = parallel.arg(None, "checkpoint folder with backbone, query and head")
     data: str = parallel.arg(None, "CSV of preference pairs")
-    benchmark: str = parallel.arg(None, "a published benchmark, found in --root", list(BENCHMARKS))
+    benchmark: list[str] = parallel.arg(
+        None, "published benchmarks, found in --root; of several, each goes to OUT/NAME", list(BENCHMARKS)
+    )
     root: str = parallel.arg(None, "folder of the videos (and the benchmark's CSV); paths that leave it are refused")
     dimension: str = parallel.arg("TA", "label column: TA (text alignment, the paper's), VQ, MQ or Overall")
     genai_ties: str = parallel.arg("both", "which of GenAI-Bench's two tie votes to keep, as ties", list(GENAI_TIES))
@@ -156,9 +158,10 @@ def read_data(s: Settings) -> tuple[str, list[PreferencePair]]:
     """The CSV that the flags mean and its pairs, after --root and --genai-ties."""
     path = s.data or s.scores
     if s.benchmark:
-        names = [n for n in BENCHMARKS[s.benchmark] if os.path.isfile(os.path.join(s.root, n))]
+        (benchmark,) = s.benchmark  # main goes through them one by one
+        names = [n for n in BENCHMARKS[benchmark] if os.path.isfile(os.path.join(s.root, n))]
         if not names:
-            raise InputError(f"{s.root}: holds none of {', '.join(BENCHMARKS[s.benchmark])} (README, 'Benchmarks').")
+            raise InputError(f"{s.root}: holds none of {', '.join(BENCHMARKS[benchmark])} (README, 'Benchmarks').")
         path = os.path.join(s.root, names[0])
     pairs = data.read_pairs(path, s.dimension, s.root or None)
     if s.root:
@@ -269,10 +272,13 @@ def loaders(s: Settings, ranks):
     return load_model, load_engine
 
 
-def think_and_score(items: list[Item], s: Settings, ranks) -> tuple[dict, dict, list[dict]]:
-    """COLLECTIVE: both phases. Returns {(video, prompt): record} of rewards, of thoughts ({} without), the skipped."""
+def think_and_score(items: list[Item], s: Settings, ranks, load) -> tuple[dict, dict, list[dict]]:
+    """COLLECTIVE: both phases. Returns {(video, prompt): record} of rewards, of thoughts ({} without), the skipped.
+
+    `load`: the two functions of `loaders`.
+    """
     claim_out(s, ranks)
-    load_model, load_engine = loaders(s, ranks)
+    load_model, load_engine = load
     thoughts, unread = think_phase(load_engine, items, s, ranks) if s.think else ({}, [])
     rewards, unscored = score_phase(load_model, items, thoughts, s, ranks)
     skipped = unread + unscored
@@ -285,10 +291,10 @@ def think_and_score(items: list[Item], s: Settings, ranks) -> tuple[dict, dict, 
 # ---------------------------------------------------------------------------------------------------------------
 # 4. The script
 # ---------------------------------------------------------------------------------------------------------------
-def one_video(s: Settings, ranks) -> None:
+def one_video(s: Settings, ranks, load) -> None:
     """Prints CoT and reward of --video."""
     (video,), _ = opened([Item(s.video, s.prompt, 0)], s)
-    model, k = loaders(s, ranks)[0](), s.thoughts
+    model, k = load[0](), s.thoughts
     texts = model.think([video] * k, [s.prompt] * k, s.max_new_tokens, s.temperature, s.seed) if s.think else [None]
     rewards = [float(model.score([video], [s.prompt], [text])[0]) for text in texts]
     for text, reward in zip(texts, rewards):
@@ -307,7 +313,7 @@ def ranking(items: list[Item], rewards: dict) -> dict[str, list[tuple[float, str
     return {prompt: sorted(videos, key=lambda v: (-v[0], v[1])) for prompt, videos in groups.items()}
 
 
-def best_of(s: Settings, ranks) -> None:
+def best_of(s: Settings, ranks, load) -> None:
     """Ranks the videos of each prompt in --best-of."""
     items, root = {}, s.root or os.path.dirname(s.best_of)
     for line, row in read_table(s.best_of, ("path", "prompt")):
@@ -319,7 +325,7 @@ def best_of(s: Settings, ranks) -> None:
         items.setdefault((video, prompt), Item(video, prompt, line))
     if not items:
         raise InputError(f"{s.best_of}: holds no video.")
-    rewards, _, skipped = think_and_score(list(items.values()), s, ranks)
+    rewards, _, skipped = think_and_score(list(items.values()), s, ranks, load)
     if ranks.is_main:
         groups = ranking(list(items.values()), rewards)
         report.write_ranking(os.path.join(s.out, "best_of.csv"), groups)
@@ -328,7 +334,7 @@ def best_of(s: Settings, ranks) -> None:
             report.write_best_and_worst(s.make_pairs, groups)
 
 
-def judge_pairs(s: Settings, ranks) -> None:
+def judge_pairs(s: Settings, ranks, load) -> None:
     """Thinks and scores, or reads ready-made scores; writes the report."""
     path, pairs = read_data(s)
     root = s.root or os.path.dirname(path)
@@ -341,7 +347,7 @@ def judge_pairs(s: Settings, ranks) -> None:
     if s.scores or s.compare:
         scored = {file: read_scores(file, path, pairs, root) for file in s.compare or [s.scores]}
     else:
-        rewards, thoughts, skipped = think_and_score(items, s, ranks)
+        rewards, thoughts, skipped = think_and_score(items, s, ranks, load)
         none = {"reward": float("nan")}
         scored = {s.model: np.array([[rewards.get((v, p.prompt), none)["reward"] for v in p.videos] for p in pairs])}
     if not ranks.is_main:
@@ -357,7 +363,7 @@ def judge_pairs(s: Settings, ranks) -> None:
     names = names if len(set(names)) == len(names) else list(scored)
     judged = [measure(name, kept, r[complete]) for name, r in zip(names, scored.values())]
     for one in judged:
-        one.numbers.update(data=path, benchmark=s.benchmark)
+        one.numbers.update(data=path, benchmark=s.benchmark[0] if s.benchmark else None)
         one.numbers.update(skipped_pairs=len(pairs) - len(kept), skipped_videos=len(skipped))
         one.numbers["difference_to_first"] = difference(one, judged[0]) if one is not judged[0] else None
     if thoughts:
@@ -391,6 +397,8 @@ def check(s: Settings) -> None:
         "give only one of --video, --best-of, --scores, --compare": len(chosen) > 1,
         "give --data FILE or --benchmark NAME": not (s.video or s.best_of or s.scores or s.data or s.benchmark),
         "--data and --benchmark exclude each other": s.data and s.benchmark,
+        "--html and --make-pairs name one file, so give one --benchmark": len(s.benchmark or []) > 1
+        and (s.html or s.make_pairs),
         "--benchmark needs --root, the folder it was downloaded to": s.benchmark and not s.root,
         "--video needs --prompt, and --prompt needs --video": bool(s.video) != bool(s.prompt and s.prompt.strip()),
         "--thoughts, --batch-size, --max-new-tokens and --html-pairs must be at least 1": min(
@@ -439,10 +447,16 @@ def main(argv=None) -> None:
     ranks = parallel.start(s.seed)
     if not (s.scores or s.compare):
         s = resolve(s, ranks)
-    if not s.video:
-        make_folders(s)
     judge = one_video if s.video else best_of if s.best_of else judge_pairs
-    judge(s, ranks)
+    several, load = len(s.benchmark or []) > 1, loaders(s, ranks)  # the model is loaded once for all benchmarks
+    each = [
+        dataclasses.replace(s, benchmark=[name], out=os.path.join(s.out, name) if several else s.out)
+        for name in s.benchmark or []
+    ]
+    for one in each or [s]:
+        if not s.video:
+            make_folders(one)
+        judge(one, ranks, load)
     ranks.finish()
 
 

@@ -288,7 +288,7 @@ def test_genai_ties(tmp_path, ties, left):
     rows = [["a prompt", "m1", "m2", "a.mp4", "b.mp4", vote] for vote in votes]
     head = ["prompt", "left_model", "right_model", "left_video", "right_video", "vote_type"]
     write_csv(tmp_path / "genai-bench.csv", head, rows)
-    s = evaluate.Settings(benchmark="genai-bench", root=str(tmp_path), genai_ties=ties)
+    s = evaluate.Settings(benchmark=["genai-bench"], root=str(tmp_path), genai_ties=ties)
     assert len(evaluate.read_data(s)[1]) == left
 
 
@@ -446,6 +446,25 @@ def test_batch_size_changes_nothing_and_a_finished_run_needs_no_model(tmp_path, 
     assert log.read_bytes() == before
     monkeypatch.setattr(evaluate, "loaders", lambda *_: (pytest.fail, pytest.fail))
     judge(tiny_model_dir, clips_csv, tmp_path / "one")
+
+
+def test_several_benchmarks_load_the_model_once(tmp_path, tiny_model_dir, tiny_clips, capsys, monkeypatch, no_figure):
+    for name, path in zip("ab", tiny_clips):
+        shutil.copy(path, tmp_path / f"{name}.mp4")
+    head = ["prompt", "left_model", "right_model", "left_video", "right_video", "vote_type"]
+    write_csv(tmp_path / "genai-bench.csv", head, [["a cat", "m1", "m2", "a.mp4", "b.mp4", "leftvote"]])
+    head = ["path_A", "path_B", "prompt", "TA"]
+    write_csv(tmp_path / "videogen-rewardbench.csv", head, [["a.mp4", "b.mp4", "a dog", "B"]])
+    loaded, load = [], evaluate.DeScore.from_pretrained
+    monkeypatch.setattr(evaluate.DeScore, "from_pretrained", lambda *a: loaded.append(a) or load(*a))
+    names = ["genai-bench", "videogen-rewardbench"]
+    both = ["--model", tiny_model_dir, "--root", tmp_path, "--out", tmp_path / "out", *FEW, "--benchmark", *names]
+    assert "give one --benchmark" in fails(capsys, *both, "--html", tmp_path / "page.html")
+    evaluate.main([str(flag) for flag in both])
+    assert len(loaded) == 1
+    for name in names:
+        numbers = json.loads((tmp_path / "out" / name / "report.json").read_text())
+        assert numbers["benchmark"] == name and f"{name}.csv" in numbers["data"] and numbers["pairs"] == 1
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path, tiny_model_dir, clips_csv, capsys):
