@@ -19,18 +19,19 @@ test: setup
 SEED ?= 0
 D = $(RUNS)/data
 THINK = --max-new-tokens 112
+COTS = --temperature 0 --batch-size 120 $(THINK)
 # A tiny model wants larger steps than an 8B, and its CoTs are about 55 tokens long: so the length reward has its own range.
 STAGE1 = --model $(RUNS)/base --data $(D)/train_cots.csv --val $(D)/val_cots.csv --seed $(SEED) --batch-pairs 8 --micro-pairs 8 \
 	--epochs 3 --lr 5e-4 --lr-vision 3e-5 --lr-head 3e-3 --lora-r 16 --lora-alpha 32 --no-gradient-checkpointing --val-every 35 --save-every 0
 STAGE2 = --model $(RUNS)/stage1/model --data $(D)/train_rl.csv --seed $(SEED) --batch-pairs 6 --mini-pairs 6 --epochs 9 --max-steps 40 \
 	--lr 2e-4 --lr-head 1e-3 --length-low 10 --length-high 40 --no-gradient-checkpointing --rows-per-batch 96 --save-every 0 $(THINK)
-EVAL = $(PY) evaluate.py --root $(D) --benchmark in-domain genai-bench videogen-rewardbench --batch-size 64 $(THINK)
+EVAL = $(PY) evaluate.py --root $(D) --benchmark in-domain genai-bench videogen-rewardbench --batch-size 110 $(THINK)
 
 demo: setup
 	$(PY) toy.py data --out $(D) --seed $(SEED)
 	$(PY) toy.py base --out $(RUNS)/base --seed $(SEED)
-	$(PY) rollout.py --model $(RUNS)/base --data $(D)/train_cold_start.csv --out $(D)/train_cots.csv --seed $(SEED) $(THINK)
-	$(PY) rollout.py --model $(RUNS)/base --data $(D)/val_cold_start.csv --out $(D)/val_cots.csv --seed $(SEED) $(THINK)
+	$(PY) rollout.py --model $(RUNS)/base --data $(D)/train_cold_start.csv --out $(D)/train_cots.csv --seed $(SEED) $(COTS)
+	$(PY) rollout.py --model $(RUNS)/base --data $(D)/val_cold_start.csv --out $(D)/val_cots.csv --seed $(SEED) $(COTS)
 	$(PY) data.py --show 1 --data $(D)/train_cots.csv --model $(RUNS)/base --out $(RUNS)/frames.png
 	$(PY) cold_start.py $(STAGE1) --out $(RUNS)/stage1
 	$(PY) cold_start.py $(STAGE1) --out $(RUNS)/discriminative --mask-probability 1

@@ -67,6 +67,10 @@ class Settings:
     weight_decay: float = arg(0.0, "AdamW weight decay (not given in the paper)")
     max_grad_norm: float = arg(1.0, "gradients are scaled down to this L2 norm (paper: 1.0 in stage 2)")
     seed: int = arg(0, "decides order, masks, dropout and LoRA's start")
+    # ranks
+    shard_ranks: int = arg(0, "ranks that share one copy of the weights; 0: all; 8: inside nodes of 8 GPUs (hybrid)")
+    cpu_offload: bool = arg(False, "weights and optimizer wait in the host's memory: slow, but fits (needs torchrun)")
+    random_init: bool = arg(False, "random weights of --model's size, read from config.json: to measure, not to train")
     # output
     out: str = arg("runs/stage1", "output folder")
     val_every: int = arg(100, "steps between validations; 0: only at the end")
@@ -174,11 +178,8 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
                     torch.where(labels > 0, reward_b, reward_a),
                 )
                 loss = bt_loss(chosen, rejected, denominator=settings.batch_pairs)
-            if not torch.isfinite(loss):
-                rows = ", ".join(str(pair.row) for pair, _ in items)
-                raise InputError(
-                    f"{settings.data}: the loss is {loss.item()} at line {rows}; lower --lr or look at that row."
-                )
+            rows = [dataclasses.asdict(pair) for pair, _ in items]
+            parallel.require_finite(loss.item(), "loss", rows, settings, ranks)
             parallel.backward(loss, ranks)  # 5 backward
             with torch.no_grad():
                 margins, both = (reward_a - reward_b) * labels, torch.cat([reward_a, reward_b])
@@ -193,6 +194,8 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
                 )
         parallel.sync_gradients(model, ranks)
         norms = parallel.clip_gradients(model, settings.max_grad_norm)  # clip
+        rows = [dataclasses.asdict(pair) for (pair, _), _ in drawn]
+        parallel.require_finite(norms["total"], "gradient norm", rows, settings, ranks)
         lr_scale = parallel.set_learning_rate(optimizer, step, max(1, round(settings.warmup * total)))
         optimizer.step()  # update
         optimizer.zero_grad()
@@ -235,11 +238,17 @@ def main(argv=None) -> None:
     settings = parallel.parse(Settings, __doc__, argv)
     if settings.data is None:
         raise InputError("--data is missing; give a CSV of preference pairs.")
-    ranks = parallel.start(settings.seed, settings.log_with, settings.out)
+    ranks = parallel.start(settings.seed, settings.log_with, settings.out, settings.cpu_offload)
     os.makedirs(settings.out, exist_ok=True)
     pairs = prepare_pairs(settings.data, settings, ranks, need_cots=True)
     val_pairs = prepare_pairs(settings.val, settings, ranks, need_cots=False) if settings.val else []
-    model = DeScore.from_pretrained(settings.model, dtype=parallel.load_dtype(settings.train, ranks), new_head=True)
+    model = DeScore.from_pretrained(
+        settings.model,
+        dtype=parallel.load_dtype(settings.train, ranks),
+        new_head=True,
+        empty=ranks.world > 1,
+        random_init=settings.random_init,
+    )
     model.settings.update(base_model=settings.model, fps=settings.fps, max_pixels=settings.max_pixels)
     model.make_trainable(
         settings.train, settings.train_vision, settings.lora_r, settings.lora_alpha, settings.lora_dropout
@@ -248,7 +257,7 @@ def main(argv=None) -> None:
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     for part, parameters in model.parameter_groups().items():
         ranks.print(f"trained {part}: {sum(p.numel() for p in parameters):,} parameters")
-    parallel.shard(model, ranks)
+    parallel.shard(model, ranks, settings.shard_ranks, settings.cpu_offload)
     train(model, pairs, val_pairs, settings, ranks)
     model.settings.update(parallel.reward_scale(settings.out))
     parallel.save_model(model, os.path.join(settings.out, "model"), ranks)

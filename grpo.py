@@ -59,6 +59,8 @@ class Settings:
     max_new_tokens: int = arg(4096, "tokens per CoT at most (paper: 4096)")
     temperature: float = arg(1.0, "sampling temperature (paper: 1)")
     engine: str = arg("transformers", "who samples; vllm for real models", choices=["transformers", "vllm"])
+    engine_memory: float = arg(0.4, "share of a GPU's memory that vLLM may use; it sleeps during the update")
+    engine_tp: int = arg(1, "tensor parallel vLLM: ranks that hold one engine together")
     rows_per_batch: int = arg(64, "CoTs the transformers engine samples at a time")
     # rollout reward
     weight_quality: float = arg(0.7, "weight of R_qual (paper: .7)")
@@ -96,6 +98,10 @@ class Settings:
     weight_decay: float = arg(1e-2, "AdamW weight decay (paper: 1e-2)")
     max_grad_norm: float = arg(1.0, "gradients are scaled down to this L2 norm (paper: 1.0)")
     seed: int = arg(0, "decides order and samples")
+    # ranks
+    shard_ranks: int = arg(0, "ranks that share one copy of the weights; 0: all; 8: inside nodes of 8 GPUs (hybrid)")
+    cpu_offload: bool = arg(False, "weights and optimizer wait in the host's memory: slow, but fits (needs torchrun)")
+    random_init: bool = arg(False, "random weights of --model's size, read from config.json: to measure, not to train")
     # output
     out: str = arg("runs/stage2", "output folder")
     save_every: int = arg(10, "rollout batches between checkpoints; 0: only at the end")
@@ -179,6 +185,10 @@ class Rollouts:
     @property
     def num_tokens(self) -> int:
         return sum(len(cot) for row in self.cots for cot in row)
+
+    def record(self) -> dict:
+        """The pair and its CoTs for a file that a person reads."""
+        return {**dataclasses.asdict(self.pair), "cots": self.cots, "advantages": self.advantages.tolist()}
 
 
 def generate(items, engine, settings, step) -> list[Rollouts]:
@@ -312,14 +322,14 @@ def update(model, optimizer, mini: list[Rollouts], settings, ranks) -> dict[str,
             with ranks.autocast():
                 output = model(batch)  # ONE forward for log-probs and rewards
             loss, more = losses_of(output, numbers, batch, k, rollouts, settings, counts)
-            if not torch.isfinite(loss):
-                raise InputError(f"{settings.data}: the loss is {loss.item()} at line {rollouts.pair.row}; lower --lr.")
+            parallel.require_finite(loss.item(), "loss", [rollouts.record()], settings, ranks)
             parallel.backward(loss, ranks)
             ratio_max = max(ratio_max, more.pop("ratio_max"))
             for name, value in more.items():
                 sums[name] = sums.get(name, 0.0) + value
     parallel.sync_gradients(model, ranks)
     norms = parallel.clip_gradients(model, settings.max_grad_norm)
+    parallel.require_finite(norms["total"], "gradient norm", [r.record() for r in mini], settings, ranks)
     optimizer.step()
     optimizer.zero_grad()
     sums = ranks.sum(sums)
@@ -343,7 +353,7 @@ def train(model, reference, engine, pairs, settings: Settings, ranks) -> None:
     steps_per_epoch, local_pairs = parallel.divide(len(pairs), settings, ranks)
     total = min(settings.max_steps or 10**9, settings.epochs * steps_per_epoch)
     first = parallel.load_checkpoint(settings.out, model, optimizer, ranks)["step"] if settings.resume else 0
-    if first:
+    if first or settings.random_init:
         engine.sync(parallel.trained_weights(model))
     log = parallel.Log(settings.out, settings, ranks, "grpo", first)
     stop = parallel.StopSignal()
@@ -460,7 +470,7 @@ def check(settings: Settings, ranks) -> None:
 
 def main(argv=None) -> None:
     settings = parallel.parse(Settings, __doc__, argv)
-    ranks = parallel.start(settings.seed, settings.log_with, settings.out)
+    ranks = parallel.start(settings.seed, settings.log_with, settings.out, settings.cpu_offload)
     check(settings, ranks)
     os.makedirs(settings.out, exist_ok=True)
     pairs = parallel.readable_pairs(data.read_pairs(settings.data, video_root=settings.video_root), settings, ranks)
@@ -470,7 +480,8 @@ def main(argv=None) -> None:
                 f"{settings.data}, line {pair.row}: has no video_1_scores / video_2_scores in `answer`; stage 2 "
                 "rewards CoTs by them (README, 'Data formats')."
             )
-    model = DeScore.from_pretrained(settings.model, dtype=parallel.load_dtype(settings.train, ranks))
+    how = {"empty": ranks.world > 1, "random_init": settings.random_init}
+    model = DeScore.from_pretrained(settings.model, dtype=parallel.load_dtype(settings.train, ranks), **how)
     model.settings.update(fps=settings.fps, max_pixels=settings.max_pixels)
     model.make_trainable(
         settings.train, vision=False, lora_r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=0.0
@@ -480,11 +491,11 @@ def main(argv=None) -> None:
     reference = None
     if settings.kl_coef > 0 and settings.train == "full":  # with LoRA the reference is the model without its adapter
         reference = (
-            DeScore.from_pretrained(settings.model, dtype=parallel.load_dtype("lora", ranks))
+            DeScore.from_pretrained(settings.model, dtype=parallel.load_dtype("lora", ranks), **how)
             .eval()
             .requires_grad_(False)
         )
-        parallel.shard(reference, ranks)
+        parallel.shard(reference, ranks, settings.shard_ranks, settings.cpu_offload)
     own = model.backbone if ranks.world == 1 else None  # under FSDP the transformers engine needs an unsharded copy
     engine = make_engine(
         settings.engine,
@@ -494,8 +505,11 @@ def main(argv=None) -> None:
         own,
         settings.seed,
         rows_per_batch=settings.rows_per_batch,
+        memory=settings.engine_memory,
+        tp=settings.engine_tp,
+        dummy=settings.random_init,
     )
-    parallel.shard(model, ranks)
+    parallel.shard(model, ranks, settings.shard_ranks, settings.cpu_offload)
     train(model, reference, engine, pairs, settings, ranks)
     model.settings.update(parallel.reward_scale(settings.out))
     parallel.save_model(model, os.path.join(settings.out, "model"), ranks)

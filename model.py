@@ -14,10 +14,12 @@ The model knows nothing of ranks or sharding; parallel.py applies those from out
 import argparse
 import contextlib
 import dataclasses
+import glob
 import json
 import os
 import pickle
 import sys
+import zlib
 
 import torch
 from torch import nn
@@ -65,6 +67,7 @@ class DeScore(nn.Module):
         super().__init__()
         hidden = backbone.config.text_config.hidden_size
         self.backbone, self.processor, self.settings = backbone, processor, dict(settings or {})
+        self.weights = None  # where the values of a backbone that is still empty come from; see `fill`
         # The query starts as an average word (a foreign scale would disturb the first layers), the head near 0, so that
         # at the start all rewards are about equal and the loss is ln 2.
         self.query = nn.Parameter(backbone.get_input_embeddings().weight.detach().float().mean(dim=0).clone())  # (D,)
@@ -126,7 +129,8 @@ class DeScore(nn.Module):
 
             self.backbone.add_adapter(
                 LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=LORA_TARGETS)
-            )  # B starts at 0: at step 0 the adapted model is the base model
+            )
+            self._start_adapters()
         for name, parameter in self.named_parameters():  # after add_adapter, which freezes the whole backbone
             mine = name in ("query", "head.weight") or ".lora_" in name
             in_tower = name.startswith("backbone.model.visual.")
@@ -134,6 +138,17 @@ class DeScore(nn.Module):
         for parameter in self.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+
+    def _start_adapters(self) -> None:
+        """A uniform as in a linear layer, B 0: at step 0 the adapted model is the base model.
+
+        Each A is drawn from its own name and the seed, so one process and many ranks start alike.
+        """
+        for name, layer in self.lora_layers().items():
+            a, b = (part.to_empty(device=self.query.device)["default"].weight for part in (layer.lora_A, layer.lora_B))
+            generator = torch.Generator(a.device).manual_seed(torch.initial_seed() + zlib.crc32(name.encode()))
+            nn.init.kaiming_uniform_(a, a=5**0.5, generator=generator)
+            nn.init.zeros_(b)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The trained parameters by part: "llm", "vision", "head" (query and head). For optimizers and gradient
@@ -272,29 +287,37 @@ class DeScore(nn.Module):
         return {name: layer.scaling["default"] for name, layer in self.lora_layers().items()}
 
     @classmethod
-    def from_pretrained(cls, path: str, device="cpu", dtype=torch.float32, new_head: bool = False) -> "DeScore":
+    def from_pretrained(
+        cls, path: str, device="cpu", dtype=torch.float32, new_head=False, empty=False, random_init=False
+    ) -> "DeScore":
         """Opens a DeScore folder, or, with `new_head=True`, a plain Qwen3-VL to start stage 1 from.
 
         Strict: a missing or extra weight, another size, or a base model without a head is an InputError, never a random
-        head (README, difference 16). In evaluation mode, as transformers does it.
+        head (README, difference 16). In evaluation mode, as transformers does it. `empty=True`: the backbone stays on
+        the meta device, without memory, until `fill`; parallel.shard does that block by block. `random_init=True`: only
+        config.json and the processor are read, to measure the speed and memory of a size without its weights.
         """
         settings_path = os.path.join(path, SETTINGS_FILE)
         settings = {"base_model": str(path)}
         if os.path.isfile(settings_path):
             with open(settings_path, encoding="utf-8") as file:
                 settings = json.load(file)
-        elif not new_head:
+        elif not new_head and not random_init:
             raise InputError(
                 f"{path}: has no {SETTINGS_FILE}, so no reward head; give --model a folder that cold_start.py wrote."
             )
         is_adapter = settings.get("kind") == "adapter"
-        backbone = load_backbone(settings["base_model"] if is_adapter else path, dtype)
+        base, empty = settings["base_model"] if is_adapter else path, empty or random_init
+        backbone = empty_backbone(base, dtype) if empty else load_backbone(base, dtype)
         try:
             processor = AutoProcessor.from_pretrained(path)
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: the processor's files are missing or broken ({first_line(error)}).") from error
         model = cls(backbone, processor, settings)
-        if not new_head or os.path.isfile(settings_path):
+        if empty:
+            model.weights = RandomWeights(backbone) if random_init else Weights(base, backbone)
+            model.query = nn.Parameter(model.weights[EMBEDDING].to(dtype).float().mean(dim=0))
+        if not random_init and (not new_head or os.path.isfile(settings_path)):
             sizes = backbone.config.text_config
             for key, have in (("hidden_size", sizes.hidden_size), ("layers", sizes.num_hidden_layers)):
                 if settings.get(key) != have:
@@ -305,12 +328,24 @@ class DeScore(nn.Module):
                 model._load_adapter(path)
             head = os.path.join(path, HEAD_FILE)
             load_strictly(model, read_tensors(head), head, ("query", "head.weight"))
-        return model.to(device).eval()
+        return (model if empty else model.to(device)).eval()
+
+    @torch.no_grad()
+    def fill(self, module: nn.Module, device) -> None:
+        """Reads the parameters of `module`, a part of this model, that are still empty. Without any it does nothing."""
+        wanted = {id(parameter) for parameter in module.parameters() if parameter.is_meta}
+        for name, parameter in [(n, p) for n, p in self.backbone.named_parameters() if id(p) in wanted]:
+            owner, _, leaf = name.rpartition(".")
+            value = self.weights[name.replace(".base_layer.", ".")].to(device, parameter.dtype)
+            setattr(self.backbone.get_submodule(owner), leaf, nn.Parameter(value, parameter.requires_grad))
+        if wanted and self.backbone.config.tie_word_embeddings:
+            self.backbone.lm_head.weight = self.backbone.get_input_embeddings().weight
 
     def _load_adapter(self, path):
         from peft import LoraConfig
 
         self.backbone.add_adapter(LoraConfig.from_pretrained(path))
+        self._start_adapters()
         file = os.path.join(path, "adapter_model.safetensors")
         adapter = {
             k.replace("base_model.model.", "backbone.", 1).replace(".weight", ".default.weight"): v
@@ -320,6 +355,8 @@ class DeScore(nn.Module):
         file = os.path.join(path, TRAINED_FILE)
         trained = read_tensors(file)
         load_strictly(self, trained, file, list(trained))
+        if self.weights is not None:
+            self.weights.add(file, "backbone.")  # copied into an empty backbone they are lost: `fill` reads them again
 
 
 def import_released(path: str) -> DeScore:
@@ -382,21 +419,97 @@ def load_backbone(path: str, dtype: torch.dtype) -> Qwen3VLForConditionalGenerat
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: cannot be opened as a Qwen3-VL checkpoint ({first_line(error)}).") from error
+    refuse_odd_weights(path, info)
+    return backbone
+
+
+def refuse_odd_weights(path: str, found: dict) -> None:
+    """InputError if any of the three lists of names in `found` is not empty."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(str(name) for name in info[kind]):
+        if names := sorted(str(name) for name in found[kind]):
             raise InputError(
                 f"{path}: {len(names)} {kind.replace('_', ' ')}, e.g. {names[0]}; is it the right base model?"
             )
+
+
+def empty_backbone(path: str, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:
+    """The Qwen3-VL of a folder's config.json on the meta device: names, shapes and types, but no memory."""
+    from accelerate import init_empty_weights
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be opened as a Qwen3-VL checkpoint ({first_line(error)}).") from error
+    if config.model_type != "qwen3_vl":
+        raise InputError(f"{path}: is a {config.model_type} model; DeScore needs a Qwen3-VL (model_type qwen3_vl).")
+    with init_empty_weights(include_buffers=False):  # buffers, such as the rotary frequencies, are in no checkpoint
+        backbone = Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+    with contextlib.suppress(OSError):  # a base model may come without one
+        backbone.generation_config = GenerationConfig.from_pretrained(path)
     return backbone
+
+
+EMBEDDING = "model.language_model.embed_tokens.weight"
+
+
+class Weights:
+    """A folder's safetensors, read one tensor at a time, when asked for: `weights[name]`.
+
+    So each rank can read a block, keep its own rows of it, and go on: no host ever holds a whole 8B model.
+    """
+
+    def __init__(self, path: str, backbone):
+        from huggingface_hub import snapshot_download
+
+        folder = path if os.path.isdir(path) else snapshot_download(path, allow_patterns="*.safetensors")
+        self.places, shapes = {}, {}  # name -> (file, key); name -> shape
+        for file in sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))):
+            shapes |= self.add(file)
+        own = {name: tuple(value.shape) for name, value in backbone.state_dict().items()}
+        if backbone.config.tie_word_embeddings:
+            own.pop("lm_head.weight"), shapes.pop("lm_head.weight", None)
+        wrong = [name for name in own.keys() & shapes.keys() if own[name] != shapes[name]]
+        found = {"missing_keys": own.keys() - shapes.keys(), "unexpected_keys": shapes.keys() - own.keys()}
+        refuse_odd_weights(path, found | {"mismatched_keys": wrong})
+
+    def add(self, file: str, prefix: str = "") -> dict[str, tuple[int, ...]]:
+        """Names the tensors of a file, without `prefix`; they go before those of earlier files. Returns their shapes."""
+        with open_tensors(file) as tensors:
+            names = {key.removeprefix(prefix): key for key in tensors.keys()}
+            self.places |= {name: (file, key) for name, key in names.items()}
+            return {name: tuple(tensors.get_slice(key).get_shape()) for name, key in names.items()}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        file, key = self.places[name]
+        with open_tensors(file) as tensors:
+            return tensors.get_tensor(key)
+
+
+class RandomWeights:
+    """In place of `Weights`: normal with std .02, norms 1, biases 0; by name, so every rank draws the same."""
+
+    def __init__(self, backbone):
+        self.shapes = {name: value.shape for name, value in backbone.state_dict().items()}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if len(self.shapes[name]) == 1:
+            return torch.full(self.shapes[name], float("norm" in name and name.endswith("weight")))
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        return torch.randn(self.shapes[name], generator=generator) * 0.02
 
 
 def read_tensors(file: str) -> dict[str, torch.Tensor]:
     """A safetensors file; a missing or broken one is an InputError. (Nothing is ever unpickled.)"""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    with open_tensors(file) as tensors:
+        return {key: tensors.get_tensor(key) for key in tensors.keys()}
+
+
+def open_tensors(file: str):
+    """safetensors' handle, for `with`: reads single tensors."""
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(file)
+        return safe_open(file, "pt")
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file}: missing or not a safetensors file ({first_line(error)}).") from error
 

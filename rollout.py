@@ -20,6 +20,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import typing
 
 import numpy as np
@@ -57,8 +58,11 @@ class TransformersEngine:
         argument."""
         own = dict(self.backbone.named_parameters())
         for name, value in named_weights:  # walked through even when shared: gathering is collective
-            if not self.shared:
-                own[name].data.copy_(value)
+            if self.shared:
+                continue
+            if name not in own or own[name].shape != value.shape:
+                raise InputError(f"the rollout engine has no weight {name} of shape {tuple(value.shape)}.")
+            own[name].data.copy_(value)
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -68,7 +72,7 @@ class VLLMEngine:
     """One vLLM engine per process, in this process, beside the trainer. README, "vLLM"."""
 
     def __init__(
-        self, path: str, seed: int, max_model_len: int, memory: float = 0.4, dtype: str = "auto", on_cpu=False
+        self, path: str, seed: int, max_model_len: int, memory=0.4, dtype="auto", on_cpu=False, tp=1, dummy=False
     ):
         os.environ.setdefault(
             "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
@@ -84,6 +88,8 @@ class VLLMEngine:
         options = (
             {"kv_cache_memory_bytes": 64 << 20, "block_size": 32} if on_cpu else {"gpu_memory_utilization": memory}
         )
+        if dummy:
+            options["load_format"] = "dummy"  # --random-init: the trainer's weights come with the first sync
         state = torch.get_rng_state()  # the engine reseeds the global generators
         self.llm = LLM(
             model=path,
@@ -91,6 +97,7 @@ class VLLMEngine:
             max_model_len=min(max_model_len, limit),
             seed=seed,
             enforce_eager=on_cpu,
+            tensor_parallel_size=tp,
             limit_mm_per_prompt={"image": 0, "video": 1},
             enable_prefix_caching=True,
             logprobs_mode="processed_logprobs",
@@ -99,13 +106,27 @@ class VLLMEngine:
             **options,
         )
         torch.set_rng_state(state)
-        self.tokenizer, self.on_cpu, self.asleep = self.llm.get_tokenizer(), on_cpu, False
+        self.tokenizer, self.on_cpu, self.asleep, self.tp = self.llm.get_tokenizer(), on_cpu, False, tp
+        if tp > 1:
+            from vllm.distributed import get_tp_group
+
+            self.group = get_tp_group()
 
     def generate(self, prefixes, seeds, max_new_tokens, temperature=1.0) -> list[list[list[int]]]:
         """As TransformersEngine.generate. One request per CoT: each has its own seed, and prefix caching shares the
-        video."""
+        video. With tensor parallelism the ranks of a group sample for each other: all do the work of all, in shards."""
         from vllm import SamplingParams
 
+        if self.tp > 1:  # COLLECTIVE within the group
+            slim = [{key: prefix[key] for key in ("short_ids", "input_ids", "video")} for prefix in prefixes]
+            parts = [None] * self.tp
+            torch.distributed.all_gather_object(parts, (slim, seeds), group=self.group.cpu_group)
+            mine = self.group.rank_in_group
+            begin = sum(len(part[0]) for part in parts[:mine])
+            own = slice(begin, begin + len(prefixes))
+            prefixes, seeds = ([x for part in parts for x in part[k]] for k in (0, 1))
+        else:
+            own = slice(None)
         self._wake()
         banned = {token: -100.0 for token in banned_tokens(self.tokenizer)}
         requests, parameters = [], []
@@ -138,17 +159,20 @@ class VLLMEngine:
                     "vLLM expanded the video to other prompt tokens than the trainer; check both versions."
                 )
         self.log_probs = [
-            [[next(iter(t.values())).logprob for t in s.outputs[0].logprobs] for s in row] for row in samples
+            [[next(iter(t.values())).logprob for t in s.outputs[0].logprobs] for s in row] for row in samples[own]
         ]
         if not self.on_cpu:
             self.llm.sleep(level=1)  # gives the GPU's memory to the update; its CPU build cannot sleep
             self.asleep = True
-        return [[list(s.outputs[0].token_ids) for s in row] for row in samples]
+        return [[list(s.outputs[0].token_ids) for s in row] for row in samples[own]]
 
     def sync(self, named_weights) -> None:
-        """Hands new weights to the engine and empties its caches, which hold what the old weights computed."""
+        """Hands new weights to the engine and empties its caches, which hold what the old weights computed.
+
+        Raises InputError unless every weight has arrived: vLLM itself only warns.
+        """
         self._wake()
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_weights)})
+        self.llm.collective_rpc(_reload, args=(named_weights,))
         assert self.llm.reset_prefix_cache(), "vLLM could not reset its prefix cache: requests still running"
         self.llm.llm_engine.reset_encoder_cache()  # without it a repeated video kills the engine
 
@@ -162,18 +186,50 @@ class VLLMEngine:
         self.llm.llm_engine.engine_core.shutdown()
 
 
-def make_engine(name: str, path: str, processor, ranks, backbone=None, seed=0, max_model_len=12288, rows_per_batch=64):
+def _reload(worker, named_weights) -> None:
+    """Runs in vLLM's worker, which is this process: loads the weights, then checks that each has reached a parameter."""
+    model, sent, arrived = worker.model_runner.get_model(), [], set()
+    load = model.load_weights
+
+    def noting():
+        for name, value in named_weights:
+            sent.append(name)
+            yield name, value
+
+    def load_and_note(weights):
+        arrived.update(load(weights))
+        return arrived
+
+    model.load_weights = load_and_note
+    try:
+        worker.model_runner.reload_weights(weights_iterator=noting())
+    finally:
+        del model.load_weights  # the class's own again
+    wanted = model.hf_to_vllm_mapper.apply_list(sent)
+    for packed, parts in model.packed_modules_mapping.items():  # vLLM holds q, k and v in one matrix, gate and up too
+        wanted = [re.sub(rf"\.({'|'.join(parts)})\.", f".{packed}.", name) for name in wanted]
+    if missing := sorted(set(wanted) - arrived):
+        raise InputError(f"vLLM did not take {len(missing)} trained weights, e.g. {missing[0]}; check its version.")
+
+
+def make_engine(
+    name: str, path: str, processor, ranks, backbone=None, seed=0, max_model_len=12288, rows_per_batch=64, **vllm
+):
     """COLLECTIVE: "transformers" or "vllm", on the weights of the Hugging Face folder `path`.
 
-    `backbone`: an unsharded one that is already there, for the transformers engine to use as it is.
+    `backbone`: an unsharded one that is already there, for the transformers engine to use as it is. `vllm`: memory (its
+    share of the GPU), tp (ranks that hold one engine together), dummy (start without weights).
     """
     on_cpu = ranks.device.type == "cpu"
     if name == "vllm":
-        return VLLMEngine(
-            path, seed + ranks.rank, max_model_len, dtype="float32" if on_cpu else "bfloat16", on_cpu=on_cpu
-        )
+        if ranks.world % vllm.get("tp", 1):
+            raise InputError(f"--engine-tp {vllm['tp']} does not divide the {ranks.world} ranks.")
+        dtype, group = "float32" if on_cpu else "bfloat16", ranks.rank // vllm.get("tp", 1)
+        return VLLMEngine(path, seed + group, max_model_len, dtype=dtype, on_cpu=on_cpu, **vllm)
     if name != "transformers":
         raise InputError(f"--engine {name}: choose transformers or vllm.")
+    if vllm.get("dummy") and backbone is None:
+        raise InputError("--random-init on several ranks needs --engine vllm.")
     if backbone is not None:
         return TransformersEngine(backbone, processor, shared=True, rows_per_batch=rows_per_batch)
     backbone = load_backbone(path, torch.float32 if on_cpu else torch.bfloat16).to(ranks.device).eval()

@@ -104,13 +104,13 @@ def _words(value) -> str:
     return " ".join(value) if isinstance(value, tuple) else value
 
 
-def cot_text(wish: dict, seen: dict) -> str:
-    """The ideal chain of thought and answer, in the layout that `data.INSTRUCTION_AFTER` asks for.
+def cot_text(wish: dict, seen: dict, verdict: dict | None = None) -> str:
+    """The chain of thought and answer, in the layout that `data.INSTRUCTION_AFTER` asks for; ideal without `verdict`.
 
     Asked and shown stand side by side in one line, so a verdict is a comparison of neighbours: a tiny transformer can
     learn that in a few hundred steps, and not from prose.
     """
-    verdict = annotate(wish, seen)
+    verdict = verdict or annotate(wish, seen)
     asked = {n: f"asked {_words(wish[n])}" if wish[n] else "not asked" for n in DIMENSIONS}
     lines = [f"{n}: {asked[n]}; shown {_words(seen[n])}; verdict {verdict[n]}" for n in DIMENSIONS]
     rated = sum(v != "N/A" for v in verdict.values())
@@ -409,6 +409,7 @@ def build_model(processor, seed: int = 0, hidden=128, layers=3, heads=4, vision_
 # ---- 5. `toy.py base`: pre-training in two phases, first the eyes, then the words ----------------------------
 GRID = [[4, 4, 4]]  # patches of a clip along time, height, width: 8 frames in pairs, 64 = 4 x 16 pixels
 LR = 2e-3  # AdamW's; Muon's is ten times that
+SLIPS = 0.1  # share of verdicts drawn at random in the last fifth of the steps: a base whose samples RL can improve
 MATCH = 0.45  # share of the asked values that the clip shows: about half of the verdicts are "2"
 
 
@@ -471,16 +472,18 @@ def see(visual, frames: np.ndarray) -> torch.Tensor:
     return torch.cat([out.pooler_output, *out.deepstack_features], -1)
 
 
-def language_batch(processor, seen: list[dict], captions: float, before: list[int], after: list[int], rng):
+def language_batch(processor, seen: list[dict], captions: float, slips: float, before: list[int], after: list[int], rng):
     """Clips that exist already -> ids (B, L) of prompt and CoT, and learn (B, L), true on the CoT and its EOS.
 
     Where nothing is asked (a share `captions`) the CoT is a caption: "shown" can only come from the pixels.
+    A share `slips` of the verdicts is drawn at random, as texts in the wild contain errors.
     """
     rows = []
     for values in seen:
         wish = mix(rng, random_wish(rng, 0.88 * (rng.random() >= captions)), values, MATCH, MATCH)
         prompt = before + processor.tokenizer(prompt_text(wish))["input_ids"] + after
-        rows.append((prompt, data.encode_cot(processor.tokenizer, cot_text(wish, values))))
+        verdict = {n: "012"[rng.integers(3)] if rng.random() < slips else v for n, v in annotate(wish, values).items()}
+        rows.append((prompt, data.encode_cot(processor.tokenizer, cot_text(wish, values, verdict))))
     ids = torch.full((len(rows), max(len(p) + len(c) for p, c in rows)), processor.tokenizer.pad_token_id)
     learn = torch.zeros(ids.shape, dtype=torch.bool)
     for row, (prompt, cot) in enumerate(rows):
@@ -512,7 +515,8 @@ def pretrain_language(model, processor, seen: list[dict], frames, steps: int, ba
     verdicts = torch.tensor([processor.tokenizer(f" {verdict}")["input_ids"][0] for verdict in "012"])
     for step in bar:
         picks, captions = rng.integers(len(seen), size=batch), 1.0 if step < 0.08 * steps else 0.05
-        ids, learn = language_batch(processor, [seen[k] for k in picks], captions, one[:cut], one[cut + 1 :], rng)
+        slips = SLIPS if step > 0.8 * steps else 0.0
+        ids, learn = language_batch(processor, [seen[k] for k in picks], captions, slips, one[:cut], one[cut + 1 :], rng)
         # Up to the video all rows are equal, then positions count on by one: one row's positions serve all. Padding is
         # on the right, where causal attention never looks, so no attention mask is needed either.
         types = (ids[:1] == model.config.video_token_id).int() * 2

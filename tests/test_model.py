@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import data
 import layout
@@ -416,3 +417,51 @@ def test_normalized_rewards_and_thoughts(model, tiny_clips):
     assert torch.allclose(model.reward(*arguments, think=False, normalize=True), (plain - 2) / 4)
     rewards, thoughts = model.reward(*arguments, max_new_tokens=3, with_thoughts=True)
     assert thoughts == model.think(*arguments, max_new_tokens=3) and rewards.shape == (2,)
+
+
+def test_an_empty_model_is_read_part_by_part_and_equals_the_whole(model, tiny_model_dir, tmp_path):
+    """What sharded loading builds on: nothing is in memory before `fill`, and `fill` of a part reads that part only."""
+    model.make_trainable("lora", vision=True, lora_r=4, lora_alpha=8)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01 * parameter.requires_grad)  # the vision tower too
+    model.save_pretrained(str(tmp_path), merge=False)
+    for folder in (tiny_model_dir, str(tmp_path)):
+        whole = DeScore.from_pretrained(folder).state_dict()
+        empty = DeScore.from_pretrained(folder, empty=True)
+        on_disk = [p for name, p in empty.named_parameters() if name.startswith("backbone.") and ".lora_" not in name]
+        assert on_disk and all(p.is_meta for p in on_disk)
+        block = empty.backbone.model.language_model.layers[0]
+        empty.fill(block, "cpu")
+        assert not any(p.is_meta for p in block.parameters()) and sum(p.is_meta for p in on_disk) == len(on_disk)
+        empty.fill(empty, "cpu")
+        for name, value in empty.state_dict().items():
+            assert torch.equal(value, whole[name]), name
+    query = DeScore.from_pretrained(tiny_model_dir, new_head=True, empty=True).query
+    assert torch.equal(query, DeScore.from_pretrained(tiny_model_dir).query)
+
+
+def test_empty_loading_is_strict(tiny_model_dir, tmp_path):
+    folder = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    file = str(folder / "model.safetensors")
+    tensors, name = load_file(file), "model.language_model.norm.weight"
+    for broken, says in (
+        ({k: v for k, v in tensors.items() if k != name}, "1 missing keys"),
+        ({**tensors, "more": torch.zeros(1)}, "1 unexpected keys, e.g. more"),
+        ({**tensors, name: torch.zeros(3)}, "1 mismatched keys"),
+    ):
+        save_file(broken, file)
+        with pytest.raises(InputError, match=says):
+            DeScore.from_pretrained(str(folder), empty=True)
+
+
+def test_random_init_needs_no_weights_and_is_the_same_on_every_rank(base_dir, prefixes, tmp_path):
+    folder = shutil.copytree(base_dir, tmp_path / "sizes", ignore=shutil.ignore_patterns("*.safetensors"))
+    models = [DeScore.from_pretrained(str(folder), random_init=True) for _ in "ab"]
+    for one in models:
+        one.fill(one, "cpu")
+    a, b = (one.backbone.state_dict() for one in models)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    with torch.no_grad():
+        rewards = models[0](lay_out(models[0].backbone, prefixes[:1], [[[5, 6, 7]]])).rewards
+    assert torch.isfinite(rewards).all()

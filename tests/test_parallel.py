@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -28,25 +29,52 @@ def test_two_ranks_equal_one_in_stage_1(world, base_dir, tmp_path):
     """FSDP2 over two gloo ranks, micro-batches on one: the same losses, gradient norms and weights; resume on one rank."""
     flags = ["--model", base_dir, "--data", world["train_cold_start"], "--val", world["val_cold_start"], "--batch-pairs", "4",
              "--lr", "1e-3", "--workers", "0", "--mask-probability", "1", "--lora-r", "4", "--lora-dropout", "0",
-             "--epochs", "4"]  # fmt: skip
-    cold_start.main([*flags, "--out", str(tmp_path / "one"), "--max-steps", "2"])
-    run("cold_start.py", *flags, "--out", tmp_path / "two", "--max-steps", "2", ranks=2)
-    one, two = (parallel.read_metrics(str(tmp_path / name)) for name in ("one", "two"))
-    same_metrics(one, two, ["loss", "accuracy", "margin", "grad_norm_llm", "grad_norm_vision", "grad_norm_head"], 1e-4)
+             "--epochs", "9"]  # fmt: skip
+    out = {name: tmp_path / name for name in ("one", "two", "killed", "hybrid")}
+    cold_start.main([*flags, "--out", str(out["one"]), "--max-steps", "4"])
+    run("cold_start.py", *flags, "--out", out["two"], "--max-steps", "4", ranks=2)
+    # Two copies of one shard each instead of one copy in two shards: the weights' place changes nothing.
+    run("cold_start.py", *flags, "--out", out["hybrid"], "--max-steps", "4", "--shard-ranks", "1", "--cpu-offload", ranks=2)
+    one, two, hybrid = (parallel.read_metrics(str(out[name])) for name in ("one", "two", "hybrid"))
+    names = ["loss", "accuracy", "margin", "grad_norm_llm", "grad_norm_vision", "grad_norm_head"]
+    same_metrics(one, two, names, 1e-4)
+    same_metrics(two, hybrid, names, 1e-4)
     assert one[-1]["val_accuracy"] == two[-1]["val_accuracy"]
-    a, b = (DeScore.from_pretrained(str(tmp_path / name / "model")).state_dict() for name in ("one", "two"))
-    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
-    # a checkpoint of two ranks goes on with one
-    cold_start.main([*flags, "--out", str(tmp_path / "two"), "--max-steps", "3", "--resume"])
-    assert [line["step"] for line in parallel.read_metrics(str(tmp_path / "two"))] == [1, 2, 3]
+    a, b = (DeScore.from_pretrained(str(out[name] / "model")).state_dict() for name in ("one", "two"))
+    assert all(torch.allclose(a[name], b[name], atol=2e-4) for name in a)
+    # kill -9 of both ranks, then --resume: bit for bit the run that nobody killed
+    again = [*flags, "--out", out["killed"], "--max-steps", "4", "--save-every", "1", "--keep", "9"]
+    kill_after_step(2, out["killed"], *again)
+    run("cold_start.py", *again, "--resume", ranks=2)
+    c = DeScore.from_pretrained(str(out["killed"] / "model")).state_dict()
+    assert all(torch.equal(b[name], c[name]) for name in b)
+    # and a checkpoint of two ranks goes on with one
+    cold_start.main([*flags, "--out", str(out["two"]), "--max-steps", "5", "--resume"])
+    assert [line["step"] for line in parallel.read_metrics(str(out["two"]))] == [1, 2, 3, 4, 5]
+
+
+def kill_after_step(step, out, *flags):
+    """Starts cold_start.py on two ranks; SIGKILL to both as soon as the checkpoint of `step` is there."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "cold_start.py"]
+    process = subprocess.Popen(
+        [*command, *map(str, flags)], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline, wanted = time.time() + 120, out / "checkpoints" / f"step-{step:06d}"
+    while not wanted.is_dir() and time.time() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert wanted.is_dir() and not (out / "model").exists()
 
 
 def test_two_ranks_equal_one_in_stage_2(world, tiny_model_dir, tmp_path):
-    """Unequal token counts per rank, an unsharded rollout engine beside the shards, several updates per rollout batch."""
+    """Packed groups on two ranks, a row per CoT on one: the same. Unequal token counts per rank, an unsharded rollout
+    engine beside the shards, several updates per rollout batch."""
     flags = ["--model", tiny_model_dir, "--data", world["train_rl"], "--batch-pairs", "4", "--mini-pairs", "2", "--rollouts", "2",
              "--max-new-tokens", "10", "--lr", "1e-3", "--workers", "0", "--length-low", "1", "--length-high", "9",
              "--kl-coef", "0.01", "--epochs", "9", "--max-steps", "2"]  # fmt: skip
-    grpo.main([*flags, "--out", str(tmp_path / "one")])
+    grpo.main([*flags, "--out", str(tmp_path / "one"), "--no-packing"])
     run("grpo.py", *flags, "--out", tmp_path / "two", ranks=2)
     one, two = (parallel.read_metrics(str(tmp_path / name)) for name in ("one", "two"))
     names = [
@@ -100,8 +128,17 @@ def test_clip_gradients():
     assert parallel.clip_gradients(model, 9.0)["total"] == pytest.approx(1.0)  # and nothing is scaled up
     assert model.b.grad.tolist() == pytest.approx([0.8])
     model.a.grad[0] = float("nan")
-    with pytest.raises(parallel.InputError, match="gradient norm is nan"):
-        parallel.clip_gradients(model, 1.0)
+    assert math.isnan(parallel.clip_gradients(model, 1.0)["total"])
+
+
+def test_what_is_not_finite_is_kept_with_its_rows(tmp_path):
+    settings, ranks = cold_start.Settings(data="pairs.csv", out=str(tmp_path)), parallel.Ranks()
+    rows = [{"row": 12, "prompt": "a cat"}, {"row": 3, "prompt": "a dog"}]
+    parallel.require_finite(1.5, "loss", rows, settings, ranks)
+    assert not os.listdir(tmp_path)
+    with pytest.raises(parallel.InputError, match="pairs.csv: the gradient norm is nan at line 3, 12 .*not_finite.jsonl"):
+        parallel.require_finite(float("nan"), "gradient norm", rows, settings, ranks)
+    assert [json.loads(line) for line in open(tmp_path / "not_finite.jsonl")] == rows
 
 
 def test_warm_up_is_a_function_of_the_step():
@@ -133,6 +170,53 @@ def test_checkpoints_on_disk_are_bounded(model, tmp_path):
     for step in range(1, 5):
         parallel.save_checkpoint(str(tmp_path), step, model, optimizer, parallel.Ranks(), keep=2)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-000003", "step-000004"]
+
+
+def test_a_kill_while_saving_leaves_the_checkpoint_before(model, tmp_path, monkeypatch):
+    model.make_trainable("head", vision=False)
+    optimizer, ranks = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), parallel.Ranks()
+    parallel.save_checkpoint(str(tmp_path), 1, model, optimizer, ranks)
+    for breaks in ("torch.save", "os.rename", "json.dump"):
+        with monkeypatch.context() as patch, pytest.raises(BaseException):  # the library wraps some of them
+            patch.setattr(breaks, lambda *_, **__: (_ for _ in ()).throw(InterruptedError))
+            parallel.save_checkpoint(str(tmp_path), 2, model, optimizer, ranks)
+        assert parallel.load_checkpoint(str(tmp_path), model, optimizer, ranks)["step"] == 1
+    parallel.save_checkpoint(str(tmp_path), 2, model, optimizer, ranks)  # what the kill left is no obstacle
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-000001", "step-000002"]
+
+
+def test_plan_counts_what_training_holds(base_dir):
+    """The states of the plan, byte for byte against a model after one update; and the 8B has its published size."""
+    plan = parallel.Plan(plan=base_dir, stage=1, train="full", gpus=1)
+    model = DeScore.from_pretrained(base_dir, new_head=True)
+    model.make_trainable("full", vision=True)
+    trained = [p for name, p in model.named_parameters() if name not in ("query", "head.weight")]
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
+    moments = [t for state in optimizer.state.values() for name, t in state.items() if name.startswith("exp_avg")]
+    weights, gradients, adam = list(parallel.plan_memory(parallel.model_config(base_dir), plan).values())[:3]
+    assert (weights, gradients, adam) == (size(trained), size(p.grad for p in trained), size(moments))
+    model.make_trainable("lora", vision=False, lora_r=4)
+    adapters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+    assert parallel.count_parameters(model.backbone.config, 4)["lora"] == adapters
+    sizes = parallel.count_parameters(parallel.model_config("8B"), 64)
+    assert round((sizes["llm"] + sizes["vision"]) / 1e9, 2) == 8.77
+
+
+def test_plan_moves_the_right_way(capsys):
+    config, total = parallel.model_config("8B"), {}
+    for gpus in (1, 8):
+        for train in ("lora", "full"):
+            plan = parallel.Plan(gpus=gpus, train=train)
+            total[gpus, train] = sum(parallel.plan_memory(config, plan).values())
+    assert total[1, "full"] > total[1, "lora"] > total[8, "lora"] and total[8, "full"] < total[1, "full"] / 3
+    slow, fast = (parallel.plan_time(config, parallel.Plan(gpus=n)) for n in (1, 8))
+    assert slow["update"] == pytest.approx(8 * fast["update"])
+    parallel.main(["--plan", "8B", "--gpus", "1", "--train", "full"])
+    assert "DOES NOT FIT" in capsys.readouterr().out
 
 
 def test_half_a_metrics_line_is_dropped(tmp_path):

@@ -3,6 +3,7 @@
 import csv
 import json
 
+import pytest
 import torch
 
 import data
@@ -54,6 +55,9 @@ def test_engine_takes_over_trained_weights(model, base_dir, prefixes):
     before = greedy()
     engine.sync(parallel.trained_weights(model))
     assert greedy() == own.generate(prefixes[:2], [[0], [0]], 8, temperature=0.0) != before
+    for wrong in (("model.nowhere", torch.zeros(1)), ("lm_head.weight", torch.zeros(1))):
+        with pytest.raises(data.InputError, match="no weight"):  # a name that fits nothing must not be passed over
+            engine.sync([wrong])
     batch = lay_out(model.backbone, prefixes[:1], [[[70, 71]]])
     assert torch.allclose(DeScore(engine.backbone)(batch).log_probs, model(batch).log_probs, atol=1e-4)
 
