@@ -125,8 +125,9 @@ def make_world(s: Settings) -> types.SimpleNamespace:
     torch.nn.init.normal_(model.head.weight, std=s.hidden**-0.5)  # rewards that differ: a BT loss that is not ln 2
     model.make_trainable("full", vision=False)
     reference = copy.deepcopy(model).requires_grad_(False)
-    for parameter in reference.backbone.parameters():
-        parameter.add_(0.02 * parameter.abs().mean() * torch.randn_like(parameter))
+    for name, parameter in reference.backbone.named_parameters():
+        if "visual" not in name:  # the tower is frozen in stage 2: policy and reference have the same
+            parameter.add_(0.02 * parameter.abs().mean() * torch.randn_like(parameter))
         parameter.data = parameter.data.bfloat16() if on_gpu else parameter.data  # as grpo.py loads it
     if s.gradient_checkpointing:
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
@@ -174,7 +175,12 @@ def case_of(world, layout: str, rollouts: grpo.Rollouts):
     settings = grpo.Settings(rollouts=group, packing=layout == "packed", kl_coef=1e-2)
     rollouts = dataclasses.replace(rollouts, splits=group // at_once)
     if layout == "plain forward":  # a row per CoT, no gradient: the FLOP/s that this model reaches here
-        return functools.partial(grpo.log_probs_now, world.model, rollouts, settings, world.ranks)
+
+        def forward():
+            rollouts.seen = {}
+            grpo.log_probs_now(world.model, rollouts, settings, world.ranks)
+
+        return forward
     return functools.partial(update_released if layout == "released" else update_ours, world, rollouts, settings)
 
 
@@ -182,6 +188,7 @@ def update_ours(world, rollouts: grpo.Rollouts, settings: grpo.Settings) -> floa
     """grpo.py's own update without the optimizer: reference pass, ONE forward, one backward. Returns the loss."""
     model, ranks = world.model, world.ranks
     model.zero_grad()
+    rollouts.seen = {}  # not what the round before saw
     rollouts.old = grpo.log_probs_now(model, rollouts, settings, ranks) if world.settings.old_pass else None
     rollouts.reference = grpo.log_probs_now(world.reference, rollouts, settings, ranks)
     counts, total = {"tokens": rollouts.num_tokens, "bt": settings.rollouts}, 0.0
@@ -222,6 +229,7 @@ def update_released(world, rollouts: grpo.Rollouts, settings: grpo.Settings) -> 
             output = Output(torch.zeros(2 * len(numbers), device=ranks.device), full_log_probs(model, batch))
         loss, _ = grpo.losses_of(output, numbers, batch, k, rollouts, policy_only, counts)
         parallel.backward(loss, ranks)
+        batch.pop("seen")  # every pass looks at the video itself
         with ranks.autocast():
             chosen, rejected = model(batch, want_log_probs=False).rewards.view(2, -1)  # the pair's label is +1
         bt = settings.bt_coef * bt_loss(chosen, rejected, denominator=counts["bt"])
@@ -251,15 +259,16 @@ def forward_flops(model: DeScore, prefix: dict, cots: list[int]) -> tuple[float,
 
 
 def count_flops(world, rollouts: grpo.Rollouts, packed: bool, forward_only: bool = False) -> float:
-    """FLOPs of one update: backward is twice a forward, the reference one more; the frozen tower runs forward only.
+    """FLOPs of one update: backward is twice a forward, the reference one more; the frozen tower runs forward only,
+    once for policy and reference together.
 
-    packed=True is the ideal: each prefix once, and the tower once a video (policy and reference have the same one).
+    packed=True is the ideal: each prefix once, and the tower once a video.
     """
     total, passes = 0.0, 1 if forward_only else 4 + world.settings.old_pass
     for prefix, cots in zip(rollouts.prefixes, rollouts.cots):
         for lengths in [[len(c) for c in cots]] if packed else [[len(c)] for c in cots]:
             llm, vision = forward_flops(world.model, prefix, lengths)
-            total += passes * llm + (1 if packed or forward_only else passes - 2) * vision
+            total += passes * llm + vision
     return total
 
 

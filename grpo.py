@@ -181,6 +181,7 @@ class Rollouts:
     splits: int = 1  # forwards for this pair, the same on every rank; divides G
     old: list = None  # per forward: log-probs (2g, T) when sampled, if they differ from the current ones
     reference: list = None  # per forward: log-probs (2g, T) under the reference
+    seen: dict = dataclasses.field(default_factory=dict)  # rows -> what the frozen tower saw, for all passes of a step
 
     @property
     def num_tokens(self) -> int:
@@ -233,7 +234,10 @@ def forwards(model, rollouts: Rollouts, settings):
         else:
             prefixes = [prefix for prefix in rollouts.prefixes for _ in numbers]
             batch = lay_out(model.backbone, prefixes, [[cot] for row in cots for cot in row])
-        yield numbers, to_device(batch, model.query.device)
+        rows = len(batch["video_grid_thw"])
+        batch = {**to_device(batch, model.query.device), "seen": rollouts.seen.get(rows)}
+        yield numbers, batch
+        rollouts.seen[rows] = batch.get("seen")
 
 
 def split(batch: list[Rollouts], settings, ranks) -> None:

@@ -43,6 +43,8 @@ LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|u
 # The head lies in a folder of its own: vLLM loads EVERY *.safetensors beside config.json as weights of the backbone.
 SETTINGS_FILE, HEAD_FILE, TRAINED_FILE = "descore.json", "reward_head/head.safetensors", "trained.safetensors"
 
+FAR_BELOW = torch.finfo(torch.bfloat16).min  # as a logit: never attended to
+
 
 @dataclasses.dataclass
 class Output:
@@ -76,15 +78,25 @@ class DeScore(nn.Module):
         self.logit_chunk = 1024  # positions whose (chunk, V) logits exist at a time: 0.6 GB in fp32 at V = 151,936
 
     def forward(self, batch: dict[str, torch.Tensor], want_log_probs: bool = True) -> Output:
-        """One pass: rewards at the queries, and log-probs of the CoT tokens. `batch` comes from `lay_out`."""
+        """One pass: rewards at the queries, and log-probs of the CoT tokens. `batch` comes from `lay_out`.
+
+        A batch may have an entry "seen", None at first: then what the vision tower saw is kept there, and a next pass
+        over the batch, be it of another model with the same tower, need not look again.
+        """
         embeds = self.backbone.get_input_embeddings()(batch["input_ids"])  # (B, L, D)
         embeds = torch.where(batch["query_mask"][..., None], self.query.to(embeds.dtype), embeds)
+        seen, grid, mask = batch.get("seen"), batch["video_grid_thw"], batch["attention_mask"]
+        if seen is None:
+            seen = self.backbone.model.get_video_features(batch["pixel_values_videos"], grid, return_dict=True)
+        if "seen" in batch:
+            batch["seen"] = seen
+        if mask.ndim == 4:  # added to the attention scores: as numbers once, not anew from booleans in every layer
+            mask = torch.zeros(mask.shape, dtype=embeds.dtype, device=mask.device).masked_fill_(~mask, FAR_BELOW)
         hidden = self.backbone.model(
             inputs_embeds=embeds,
-            attention_mask=batch["attention_mask"],
+            attention_mask=mask,
             position_ids=batch["position_ids"],
-            pixel_values_videos=batch["pixel_values_videos"],
-            video_grid_thw=batch["video_grid_thw"],
+            mm_encoder_outputs={"video": seen},
             use_cache=False,
         ).last_hidden_state.flatten(0, 1)  # (B * L, D)
         # fp32 for the head whatever the backbone computes in: a bf16 reward near 5 has steps of 0.03.

@@ -632,8 +632,11 @@ def main(argv=None) -> None:
         model.save_pretrained(args.out)  # before measuring: a failure there must not cost the training
         processor.save_pretrained(args.out)
         print(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters, loss {loss:.4f} nats a token")
-        for name, value in measure(model, processor, args.seed + 1000).items():
+        measured = measure(model, processor, args.seed + 1000)
+        for name, value in measured.items():
             print(f"  {name:22s} {value:.3f}")
+        with open(pathlib.Path(args.out) / "measured.json", "w", encoding="utf-8") as file:
+            json.dump(measured, file, indent=1)
     print(f"{time.time() - start:.0f} s")
 
 

@@ -10,7 +10,7 @@ import data
 import grpo
 import model as model_module
 import parallel
-from conftest import fails_in_one_sentence
+from conftest import refuses
 from data import InputError
 from rollout import TransformersEngine
 
@@ -268,9 +268,9 @@ def test_lora_reference_needs_no_second_model(world, tiny_model_dir, tmp_path):
     assert second["kl"] > 0
 
 
-def test_stage_2_needs_annotations(world, tiny_model_dir, tmp_path):
+def test_stage_2_needs_annotations(world, tiny_model_dir, tmp_path, capsys):
     with pytest.raises(InputError, match="video_1_scores"):
         grpo.main(["--model", tiny_model_dir, "--data", world["test_genai_bench"], "--out", str(tmp_path)])
     with pytest.raises(InputError, match="--mini-pairs"):
         grpo.main(["--model", tiny_model_dir, "--data", world["train_rl"], "--batch-pairs", "4", "--mini-pairs", "3"])
-    fails_in_one_sentence("grpo.py", "--gamma", "1", says="unrecognized arguments: --gamma 1")
+    refuses(capsys, grpo.main, "--gamma", "1", says="unrecognized arguments: --gamma 1")

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import data
+import grpo
 import layout
 import model as model_module
-from conftest import fails_in_one_sentence
+from conftest import refuses
 from data import InputError
 from losses import bt_loss, grpo_loss
 from model import DeScore, lay_out, sample_cots
@@ -115,6 +116,19 @@ def test_the_query_changes_nothing_before_it(model, prefixes):
         model.query.add_(1.0)
     after = model(batch)
     assert torch.equal(before.log_probs, after.log_probs) and not torch.equal(before.rewards, after.rewards)
+
+
+def test_the_frozen_tower_looks_once_at_a_batch(model, prefixes):
+    """An entry "seen" keeps what it saw, for the reference's pass and the policy's; the result is the same."""
+    looks = []
+    model.backbone.model.visual.register_forward_hook(lambda *_: looks.append(1))
+    batch = lay_out(model.backbone, prefixes[:2], [[[5, 6], [7]], [[8], [9, 10]]])
+    with torch.no_grad():
+        alone = [model(batch).log_probs for _ in range(2)]
+        assert len(looks) == 2
+        shared = [model(batch := {"seen": None, **batch}).log_probs, model(batch).log_probs]
+    assert len(looks) == 3
+    assert all(torch.equal(alone[0], other) for other in (*alone, *shared))
 
 
 def test_lm_head_in_chunks(model, prefixes):
@@ -351,9 +365,9 @@ def test_loading_is_strict(tiny_model_dir, base_dir, tmp_path):
         DeScore.from_pretrained(str(tmp_path), new_head=True)
 
 
-def test_a_directory_that_is_no_checkpoint_is_one_sentence(tmp_path, world):
-    fails_in_one_sentence("grpo.py", "--model", tmp_path, "--data", world["train_rl"], "--batch-pairs", 2, "--mini-pairs", 2,
-                          "--out", tmp_path / "out", says="no reward head")  # fmt: skip
+def test_a_directory_that_is_no_checkpoint_is_one_sentence(tmp_path, world, capsys):
+    flags = ["--model", tmp_path, "--data", world["train_rl"], "--batch-pairs", 2, "--mini-pairs", 2]
+    refuses(capsys, grpo.main, *flags, "--out", tmp_path / "out", says="no reward head")
 
 
 def test_query_is_bit_equal_to_a_vocabulary_row(model, prefixes):

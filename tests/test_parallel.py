@@ -15,7 +15,7 @@ import torch
 import cold_start
 import grpo
 import parallel
-from conftest import ROOT, fails_in_one_sentence, run
+from conftest import ROOT, refuses, run
 from model import DeScore
 
 
@@ -242,6 +242,7 @@ def test_settings_and_flags():
     assert error.value.code == 2
 
 
-def test_a_rank_count_that_does_not_divide_is_one_sentence(world, base_dir, tmp_path):
-    fails_in_one_sentence("cold_start.py", "--model", base_dir, "--data", world["train_cold_start"], "--mask-probability", "1",
-                          "--batch-pairs", "3", "--micro-pairs", "2", "--out", tmp_path, says="--batch-pairs 3 is not a multiple")  # fmt: skip
+def test_a_rank_count_that_does_not_divide_is_one_sentence(world, base_dir, tmp_path, capsys):
+    flags = ["--model", base_dir, "--data", world["train_cold_start"], "--mask-probability", "1", "--out", tmp_path]
+    says = "--batch-pairs 3 is not a multiple"
+    refuses(capsys, cold_start.main, *flags, "--batch-pairs", "3", "--micro-pairs", "2", says=says)
