@@ -13,6 +13,7 @@ One step:  1 draw pairs   2 mask CoTs   3 forward both videos   4 BT loss (Eq. 3
 """
 
 import dataclasses
+import itertools
 import math
 import os
 import time
@@ -121,12 +122,15 @@ def validate(model, dataset, settings, ranks) -> float:
     size, mine = len(dataset), []
     rounds = math.ceil(size / ranks.world)  # the same number of forwards on every rank, or FSDP waits for ever
     order = [min(i * ranks.world + ranks.rank, size - 1) for i in range(rounds)]
-    for i, item in enumerate(data.take(dataset, order, settings.workers)):
+    stream = data.take(dataset, order, settings.workers)
+    for first in range(0, rounds, settings.micro_pairs):
+        items = list(itertools.islice(stream, settings.micro_pairs))
         with ranks.autocast():
-            reward_a, reward_b = score_pairs(model, [item], settings)
-        if i * ranks.world + ranks.rank < size:  # the last round may repeat a pair: forward it, don't count it
-            mine.append((item[0].label, float(reward_a - reward_b)))
+            reward_a, reward_b = score_pairs(model, items, settings)
+        margins = (reward_a - reward_b).tolist()
+        mine += [(pair.label, margin) for (pair, _), margin in zip(items, margins)]
     model.train()
+    mine = mine[: len(range(ranks.rank, size, ranks.world))]  # a last round that repeats a pair is not counted
     labels, margins = zip(*ranks.gather_objects(mine))
     return accuracy_without_ties(labels, margins)
 

@@ -641,7 +641,10 @@ def plan_time(config, s: Plan) -> dict[str, float]:
     n, text = count_parameters(config, s.lora_r), config.text_config
     pairs = s.batch_pairs or (128 if s.stage == 2 else 32)
     group = s.rollouts if s.stage == 2 else 1
-    row, patches = s.video_tokens + (s.cot_tokens + 1) * group, s.video_tokens * config.vision_config.spatial_merge_size**2
+    row, patches = (
+        s.video_tokens + (s.cot_tokens + 1) * group,
+        s.video_tokens * config.vision_config.spatial_merge_size**2,
+    )
     in_layers = n["block"] * text.num_hidden_layers
     attention = 2 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * row**2  # Q K' and P V, causal
     lm_head = text.hidden_size * text.vocab_size * s.cot_tokens * group if s.stage == 2 else 0
@@ -675,12 +678,16 @@ def main(argv=None) -> None:
     for use, size in memory.items():
         print(f"  {size / 2**30:8.1f} GiB  {use}")
     room = s.gpu_gb * 1e9
-    print(f"  {total / 2**30:8.1f} GiB  in all, of {room / 2**30:.1f}: {'fits' if total < 0.95 * room else 'DOES NOT FIT'}")
+    print(
+        f"  {total / 2**30:8.1f} GiB  in all, of {room / 2**30:.1f}: {'fits' if total < 0.95 * room else 'DOES NOT FIT'}"
+    )
     if s.stage == 2:
         states = total - sum(size for use, size in memory.items() if "gathered" in use or "of one" in use)
         engine = s.engine_memory * room
         fits = "fits" if states + engine < 0.97 * room else "DOES NOT FIT"
-        print(f"  {(states + engine) / 2**30:8.1f} GiB  while sampling: states and {engine / 2**30:.1f} of vLLM: {fits}")
+        print(
+            f"  {(states + engine) / 2**30:8.1f} GiB  while sampling: states and {engine / 2**30:.1f} of vLLM: {fits}"
+        )
     for name, seconds in times.items():
         print(f"  {seconds:8.1f} s    {name} of one step, at {s.utilisation:.0%} of the peak rates")
 

@@ -458,7 +458,7 @@ KINDS = ("without_ties", "with_ties")
 
 
 def mean_and_spread(values: list) -> str:
-    """"0.812", or of several seeds "0.812 ± 0.021", the sample standard deviation; "-" if one of them is missing."""
+    """ "0.812", or of several seeds "0.812 ± 0.021", the sample standard deviation; "-" if one of them is missing."""
     if not values or any(value is None for value in values):
         return "-"
     return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
@@ -546,7 +546,9 @@ def main(argv=None) -> None:
     """Puts several evaluations, of one seed or of several, into one table and figure: OUT/results.md, OUT/results.png."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--runs", nargs="+", required=True, metavar="LABEL=GLOB", help="report.json files of each row")
-    parser.add_argument("--training", nargs="+", default=[], metavar="DIR", help="folders of whole runs, for a second table")
+    parser.add_argument(
+        "--training", nargs="+", default=[], metavar="DIR", help="folders of whole runs, for a second table"
+    )
     parser.add_argument("--out", required=True, help="folder to write")
     args = parser.parse_args(argv)
     print(compare_runs(args.runs, args.out, args.training))

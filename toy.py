@@ -472,7 +472,9 @@ def see(visual, frames: np.ndarray) -> torch.Tensor:
     return torch.cat([out.pooler_output, *out.deepstack_features], -1)
 
 
-def language_batch(processor, seen: list[dict], captions: float, slips: float, before: list[int], after: list[int], rng):
+def language_batch(
+    processor, seen: list[dict], captions: float, slips: float, before: list[int], after: list[int], rng
+):
     """Clips that exist already -> ids (B, L) of prompt and CoT, and learn (B, L), true on the CoT and its EOS.
 
     Where nothing is asked (a share `captions`) the CoT is a caption: "shown" can only come from the pixels.
@@ -516,7 +518,9 @@ def pretrain_language(model, processor, seen: list[dict], frames, steps: int, ba
     for step in bar:
         picks, captions = rng.integers(len(seen), size=batch), 1.0 if step < 0.08 * steps else 0.05
         slips = SLIPS if step > 0.8 * steps else 0.0
-        ids, learn = language_batch(processor, [seen[k] for k in picks], captions, slips, one[:cut], one[cut + 1 :], rng)
+        ids, learn = language_batch(
+            processor, [seen[k] for k in picks], captions, slips, one[:cut], one[cut + 1 :], rng
+        )
         # Up to the video all rows are equal, then positions count on by one: one row's positions serve all. Padding is
         # on the right, where causal attention never looks, so no attention mask is needed either.
         types = (ids[:1] == model.config.video_token_id).int() * 2

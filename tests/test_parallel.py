@@ -34,7 +34,18 @@ def test_two_ranks_equal_one_in_stage_1(world, base_dir, tmp_path):
     cold_start.main([*flags, "--out", str(out["one"]), "--max-steps", "4"])
     run("cold_start.py", *flags, "--out", out["two"], "--max-steps", "4", ranks=2)
     # Two copies of one shard each instead of one copy in two shards: the weights' place changes nothing.
-    run("cold_start.py", *flags, "--out", out["hybrid"], "--max-steps", "4", "--shard-ranks", "1", "--cpu-offload", ranks=2)
+    run(
+        "cold_start.py",
+        *flags,
+        "--out",
+        out["hybrid"],
+        "--max-steps",
+        "4",
+        "--shard-ranks",
+        "1",
+        "--cpu-offload",
+        ranks=2,
+    )
     one, two, hybrid = (parallel.read_metrics(str(out[name])) for name in ("one", "two", "hybrid"))
     names = ["loss", "accuracy", "margin", "grad_norm_llm", "grad_norm_vision", "grad_norm_head"]
     same_metrics(one, two, names, 1e-4)
@@ -136,7 +147,9 @@ def test_what_is_not_finite_is_kept_with_its_rows(tmp_path):
     rows = [{"row": 12, "prompt": "a cat"}, {"row": 3, "prompt": "a dog"}]
     parallel.require_finite(1.5, "loss", rows, settings, ranks)
     assert not os.listdir(tmp_path)
-    with pytest.raises(parallel.InputError, match="pairs.csv: the gradient norm is nan at line 3, 12 .*not_finite.jsonl"):
+    with pytest.raises(
+        parallel.InputError, match="pairs.csv: the gradient norm is nan at line 3, 12 .*not_finite.jsonl"
+    ):
         parallel.require_finite(float("nan"), "gradient norm", rows, settings, ranks)
     assert [json.loads(line) for line in open(tmp_path / "not_finite.jsonl")] == rows
 

@@ -16,7 +16,13 @@ import rollout
 from conftest import ROOT
 
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-SCRIPTS = {"cold_start.py": cold_start, "grpo.py": grpo, "evaluate.py": evaluate, "rollout.py": rollout, "bench.py": bench}
+SCRIPTS = {
+    "cold_start.py": cold_start,
+    "grpo.py": grpo,
+    "evaluate.py": evaluate,
+    "rollout.py": rollout,
+    "bench.py": bench,
+}
 
 
 def flags_of(settings):

@@ -222,7 +222,9 @@ def test_several_seeds_give_mean_and_standard_deviation(tmp_path):
         (folder / "eval" / "report.json").write_text(json.dumps(numbers))
         (folder / "base" / "measured.json").write_text(json.dumps(base))
         for part in ("stage1", "discriminative"):
-            (folder / part / "metrics.jsonl").write_text('{"step": 1, "val_accuracy": 0.5}\n{"step": 2, "val_accuracy": 0.75}\n')
+            (folder / part / "metrics.jsonl").write_text(
+                '{"step": 1, "val_accuracy": 0.5}\n{"step": 2, "val_accuracy": 0.75}\n'
+            )
         quality = [0.5] * 5 + [0.9] * 5 + [0.6 + 0.1 * seed] * 10
         lines = [{"step": k, "quality": q, "pair_accuracy": 0.8} for k, q in enumerate(quality)]
         (folder / "stage2" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
