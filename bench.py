@@ -60,6 +60,8 @@ class Settings:
     out: str = arg("runs/bench", "output folder")
     quick: bool = arg(False, "one cell of stage 2 (P : C = 4 : 1, G = 8), three points per line, three rounds")
     only: str = arg("stage2,stage1,scaling,decode,metric,rollout", "sections, separated by commas")
+    ratios: list[int] = arg((1, 4, 16), "stage 2: prefix tokens P / CoT tokens C")
+    groups: list[int] = arg((4, 8, 16), "stage 2: G, CoTs per video")
     repeats: int = arg(0, "timed rounds; 0: 5, or 3 with --quick")
     cot_tokens: int = arg(0, "C, tokens per CoT; 0: 64 on a CPU, 256 on a GPU")
     hidden: int = arg(0, "hidden size of the model; 0: 256 on a CPU, 1024 on a GPU")
@@ -310,8 +312,9 @@ def stage2(world) -> list[dict]:
     """One GRPO + BT update of one pair. "by tokens": what counting tokens allows (a backward is two forwards). "times
     the limit": seconds / (ideal FLOPs / plain forward's FLOP/s). "share of matmul": MFU against a matrix product."""
     c, quick = world.settings.cot_tokens, world.settings.quick
-    cells = [(4, 8)] if quick else [(ratio, group) for ratio in (1, 4, 16) for group in (4, 8, 16)]
-    rows = [{"P : C": f"{k} : 1", **row} for k, g in cells for row in run_cell(world, k * c, g, c, LAYOUTS)]
+    cells = [(4, 8)] if quick else [(k, g) for k in world.settings.ratios for g in world.settings.groups]
+    bar = world.ranks.progress(cells, desc="stage 2 cells")
+    rows = [{"P : C": f"{k} : 1", **row} for k, g in bar for row in run_cell(world, k * c, g, c, LAYOUTS)]
     state = "installed" if importlib.util.find_spec("trl") else "not installed"
     return rows + [{"layout": f"TRL's GRPOTrainer ({state}) cannot express this task: its documentation has text and "
                               "images, not video, and it has no second loss on the same forward."}]  # fmt: skip

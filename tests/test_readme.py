@@ -5,6 +5,7 @@ import importlib
 import pathlib
 import re
 import shlex
+import types
 
 import pytest
 
@@ -12,6 +13,7 @@ import bench
 import cold_start
 import evaluate
 import grpo
+import parallel
 import rollout
 from conftest import ROOT
 
@@ -22,6 +24,7 @@ SCRIPTS = {
     "evaluate.py": evaluate,
     "rollout.py": rollout,
     "bench.py": bench,
+    "parallel.py": types.SimpleNamespace(Settings=parallel.Plan),
 }
 
 
@@ -80,8 +83,8 @@ def test_every_flag_that_is_named_exists():
     known |= {
         "--nproc_per_node",
         "--nnodes",
-        "--rdzv-backend",
-        "--rdzv-endpoint",
+        "--rdzv_backend",
+        "--rdzv_endpoint",
         "--local-dir",
         "--repo-type",
         "--quick",
