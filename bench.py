@@ -487,7 +487,7 @@ def table(rows: list[dict]) -> str:
 
 
 def draw(results: dict, path: str) -> None:
-    """All sections as one PNG; the panels of sections that did not run stay empty."""
+    """All sections as one PNG; without the panels of sections that did not run."""
     figure, axes = plt.subplots(2, 3, figsize=(15, 8))
     axes = dict(zip(("speed", "memory", "G", "P", "C", "others"), axes.flat))
     timed = [row for row in results.get("stage2", []) if isinstance(row.get("seconds"), list)]
@@ -524,6 +524,7 @@ def draw(results: dict, path: str) -> None:
     axes["others"].barh(list(others), list(others.values()), log=bool(others))
     axes["others"].set_title("ours is x times faster (vllm: than transformers)")
     for axis in axes.values():
+        axis.set_visible(axis.has_data())
         axis.grid(alpha=0.3), axis.tick_params(labelsize=8), axis.title.set_fontsize(10)
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize=7)
