@@ -33,8 +33,8 @@ EVAL = $(PY) evaluate.py --root $(D) --benchmark in-domain genai-bench videogen-
 demo: setup
 	$(PY) toy.py data --out $(D) --seed $(SEED)
 	$(PY) toy.py base --out $(RUNS)/base --seed $(SEED)
-	$(PY) rollout.py --model $(RUNS)/base --data $(D)/train_cold_start.csv --out $(D)/train_cots.csv --seed $(SEED) $(COTS)
-	$(PY) rollout.py --model $(RUNS)/base --data $(D)/val_cold_start.csv --out $(D)/val_cots.csv --seed $(SEED) $(COTS)
+	$(PY) rollout.py --model $(RUNS)/base --seed $(SEED) $(COTS) --data $(D)/train_cold_start.csv $(D)/val_cold_start.csv \
+		--out $(D)/train_cots.csv $(D)/val_cots.csv
 	$(PY) data.py --show 1 --data $(D)/train_cots.csv --model $(RUNS)/base --out $(RUNS)/frames.png
 	$(PY) cold_start.py $(STAGE1) --out $(RUNS)/stage1
 	$(PY) cold_start.py $(STAGE1) --out $(RUNS)/discriminative --mask-probability 1

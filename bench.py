@@ -316,8 +316,8 @@ def stage2(world) -> list[dict]:
     bar = world.ranks.progress(cells, desc="stage 2 cells")
     rows = [{"P : C": f"{k} : 1", **row} for k, g in bar for row in run_cell(world, k * c, g, c, LAYOUTS)]
     state = "installed" if importlib.util.find_spec("trl") else "not installed"
-    return rows + [{"layout": f"TRL's GRPOTrainer ({state}) cannot express this task: its documentation has text and "
-                              "images, not video, and it has no second loss on the same forward."}]  # fmt: skip
+    return rows + [{"layout": f"TRL's GRPOTrainer ({state}) cannot express this task: it takes text and images, not video "
+                              "(huggingface/trl, issue 5373), and has no second loss on the same forward."}]  # fmt: skip
 
 
 def scaling(world) -> list[dict]:

@@ -251,48 +251,50 @@ class DeScore(nn.Module):
         return (rewards, thoughts) if with_thoughts else rewards
 
     # -- disk ---------------------------------------------------------------------------------------------------
-    def save_pretrained(self, path: str, state: dict | None = None, merge: bool = True) -> None:
+    def save_pretrained(self, path: str, merge=True, whole=lambda tensor: tensor, write=True) -> None:
         """Writes a folder that transformers and vLLM open as a plain Qwen3-VL, plus the query and the head.
 
         Files: config.json, model*.safetensors, tokenizer and processor; reward_head/head.safetensors (query,
         head.weight); descore.json (sizes, sampling settings). `merge=True` folds LoRA into the weights, in fp32, so the
         next stage cannot lose it (README, difference 17). `merge=False` writes only what was trained:
         adapter_model.safetensors (PEFT's layout), trained.safetensors (vision tower), and the base model's path.
-        `state`: this model's whole state dict on the CPU, gathered by parallel.py when the model is sharded.
+        A sharded model (parallel.save_model): `whole` gathers one tensor; `write=False` only takes part in gathering.
         """
-        from huggingface_hub import save_torch_state_dict
         from safetensors.torch import save_file
 
-        state = self.state_dict() if state is None else state
-        os.makedirs(os.path.dirname(os.path.join(path, HEAD_FILE)), exist_ok=True)
-        head = {key: state[key].contiguous() for key in ("query", "head.weight")}
-        save_file(head, os.path.join(path, HEAD_FILE))
-        if self.processor is not None:
-            self.processor.save_pretrained(path)
+        state = {name: value.detach() for name, value in self.state_dict().items()}
         text = self.backbone.config.text_config
         sizes = {"hidden_size": text.hidden_size, "layers": text.num_hidden_layers, "vocab_size": text.vocab_size}
         kind = "merged" if merge or not self.lora_layers() else "adapter"
+        head = {key: whole(state[key]).cpu().contiguous() for key in ("query", "head.weight")}
+        if write:
+            os.makedirs(os.path.dirname(os.path.join(path, HEAD_FILE)), exist_ok=True)
+            save_file(head, os.path.join(path, HEAD_FILE))
+            with open(os.path.join(path, SETTINGS_FILE), "w", encoding="utf-8") as file:
+                json.dump({**self.settings, "kind": kind, **sizes}, file, indent=1)
+            if self.processor is not None:
+                self.processor.save_pretrained(path)
         if kind == "merged":
-            self.backbone.config.save_pretrained(path)
-            self.backbone.generation_config.save_pretrained(path)
-            tensors = dict(merge_lora(state, self.lora_scaling()))
             if self.backbone.config.tie_word_embeddings:
-                tensors.pop("lm_head.weight", None)
-            save_torch_state_dict({k: v.contiguous() for k, v in tensors.items()}, path)
-        else:
+                state.pop("backbone.lm_head.weight", None)
+            write_tensors(path, merge_lora(state, self.lora_scaling(), whole), write)
+            if write:
+                self.backbone.config.save_pretrained(path)
+                self.backbone.generation_config.save_pretrained(path)
+            return
+        strip = len("backbone.")
+        adapter = {
+            f"base_model.model.{k[strip:].replace('.default', '')}": whole(v).cpu().contiguous()
+            for k, v in state.items() if ".lora_" in k
+        }  # fmt: skip
+        trained = {n for n, p in self.named_parameters() if p.requires_grad and ".lora_" not in n} - set(head)
+        trained = {k: whole(state[k]).cpu().contiguous() for k in sorted(trained)}
+        if write:
             config = self.backbone.peft_config["default"]
             config.base_model_name_or_path = self.settings.get("base_model")
             config.save_pretrained(path)
-            strip = len("backbone.")
-            adapter = {
-                f"base_model.model.{k[strip:].replace('.default', '')}": v.contiguous()
-                for k, v in state.items() if ".lora_" in k
-            }  # fmt: skip
             save_file(adapter, os.path.join(path, "adapter_model.safetensors"))
-            trained = {n for n, p in self.named_parameters() if p.requires_grad and ".lora_" not in n} - set(head)
-            save_file({k: state[k].contiguous() for k in sorted(trained)}, os.path.join(path, TRAINED_FILE))
-        with open(os.path.join(path, SETTINGS_FILE), "w", encoding="utf-8") as file:
-            json.dump({**self.settings, "kind": kind, **sizes}, file, indent=1)
+            save_file(trained, os.path.join(path, TRAINED_FILE))
 
     def lora_scaling(self) -> dict[str, float]:
         """Layer name in the state dict -> alpha / r."""
@@ -416,6 +418,42 @@ def merge_lora(state: dict[str, torch.Tensor], scaling: dict[str, float], whole=
         else:
             value = whole(value)
         yield key.removeprefix("backbone.").replace(".base_layer.", "."), value
+
+
+FILE_BYTES = 4 << 30  # a file of weights, at most
+
+
+def write_tensors(path: str, named_tensors, write=True) -> None:
+    """(name, tensor) one by one -> model*.safetensors in Hugging Face's layout, a file for every FILE_BYTES.
+
+    So the host needs room for one file, not for the model. `write=False`: only walks through.
+    """
+    from safetensors.torch import save_file
+
+    parts, size, part = [], 0, {}  # parts: the names in each file
+
+    def flush():
+        save_file(part, os.path.join(path, f"model-{len(parts) + 1:05d}.part"), metadata={"format": "pt"})
+        parts.append(list(part))
+        part.clear()
+
+    for name, tensor in named_tensors:
+        if not write:
+            continue
+        if part and sum(t.nbytes for t in part.values()) + tensor.nbytes > FILE_BYTES:
+            flush()
+        part[name], size = tensor.cpu().contiguous(), size + tensor.nbytes
+    if not write:
+        return
+    flush()
+    files = [f"model-{k + 1:05d}-of-{len(parts):05d}.safetensors" for k in range(len(parts))]
+    files = files if len(files) > 1 else ["model.safetensors"]
+    for k, file in enumerate(files):
+        os.replace(os.path.join(path, f"model-{k + 1:05d}.part"), os.path.join(path, file))
+    if len(files) > 1:
+        where = {name: file for file, names in zip(files, parts) for name in names}
+        with open(os.path.join(path, "model.safetensors.index.json"), "w", encoding="utf-8") as file:
+            json.dump({"metadata": {"total_size": size}, "weight_map": where}, file, indent=1)
 
 
 def load_backbone(path: str, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:

@@ -252,14 +252,9 @@ def require_finite(value: float, what: str, rows: list[dict], settings, ranks: R
     )
 
 
-def full_state(model, ranks: Ranks) -> dict | None:
-    """COLLECTIVE: the whole state dict on the CPU of rank 0; None elsewhere."""
-    if ranks.world == 1:
-        return {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    return state if ranks.is_main else None
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """COLLECTIVE: a shard -> the whole tensor, on every rank."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def trained_weights(model):
@@ -272,17 +267,16 @@ def trained_weights(model):
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     trained |= {f"{layer}.base_layer.weight" for layer in model.lora_layers()}
     chosen = {name: value for name, value in state.items() if name in trained or ".lora_" in name}
-    yield from merge_lora(
-        chosen, model.lora_scaling(), whole=lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t
-    )
+    yield from merge_lora(chosen, model.lora_scaling(), whole)
 
 
 def save_model(model, path: str, ranks: Ranks) -> None:
-    """COLLECTIVE: writes the Hugging Face folder. Atomic: a kill while saving leaves the old folder or the new one."""
-    state = full_state(model, ranks)
-    if ranks.is_main:
-        with replacing(path) as temporary:
-            model.save_pretrained(temporary, state)
+    """COLLECTIVE: writes the Hugging Face folder; rank 0 holds one file's worth of it (4 GiB) at a time.
+
+    Atomic: a kill while saving leaves the old folder or the new one.
+    """
+    with replacing(path) if ranks.is_main else contextlib.nullcontext() as temporary:
+        model.save_pretrained(temporary, whole=whole, write=ranks.is_main)
     ranks.barrier()
 
 
@@ -290,6 +284,8 @@ def save_model(model, path: str, ranks: Ranks) -> None:
 def replacing(path: str):
     """Yields a temporary folder beside `path`; renamed to `path` once complete."""
     temporary, old = f"{path}.tmp", f"{path}.old"
+    if os.path.isdir(old) and not os.path.isdir(path):
+        os.rename(old, path)  # a kill came between the two renames below
     for leftover in (temporary, old):
         shutil.rmtree(leftover, ignore_errors=True)
     os.makedirs(temporary)

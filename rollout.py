@@ -1,13 +1,13 @@
 """Sampling chains of thought: G per video, by transformers' generate or by vLLM, behind one signature.
 
     engine = make_engine("transformers" | "vllm", ...)
-    cots = engine.generate(prefixes, seeds, max_new_tokens, temperature)    # [prefix][sample] -> token ids, EOS
-    included engine.sync(named_weights)                                              # after every update
+    cots = engine.generate(prefixes, seeds, max_new_tokens, temperature)    # [prefix][sample] -> token ids, with EOS
+    engine.sync(named_weights)                                              # after every update
 
 As a command it collects the CoTs that stage 1 learns from, by the base model itself, one per video:
 
     python rollout.py --model runs/base --data pairs.csv --out pairs_with_cots.csv
-    torchrun --nproc_per_node 8 rollout.py --data pairs.csv --out pairs_with_cots.csv --engine vllm
+    torchrun --nproc_per_node 8 rollout.py --data train.csv val.csv --out train_cots.csv val_cots.csv --engine vllm
 
 Every CoT is written to OUT.thoughts/ as soon as it exists; the same command goes on where it was stopped.
 """
@@ -381,8 +381,8 @@ def claim_out(s, ranks) -> None:
 class Settings:
     """Collecting CoTs for stage 1."""
 
-    data: str = arg(None, "preference pairs, a CSV in any known format")
-    out: str = arg("pairs_with_cots.csv", "CSV to write: DeScore's cold-start columns")
+    data: list[str] = arg(None, "preference pairs, a CSV in any known format; of several, each has its own --out")
+    out: list[str] = arg(("pairs_with_cots.csv",), "CSV to write: DeScore's cold-start columns")
     model: str = arg("Qwen/Qwen3-VL-8B-Instruct", "the model that thinks: base model or DeScore folder")
     engine: str = arg("transformers", "who samples", choices=["transformers", "vllm"])
     dimension: str = arg("TA", "label column where a CSV has several: TA, VQ, MQ or Overall")
@@ -398,42 +398,50 @@ class Settings:
     thoughts, think, dtype = 1, True, "auto"  # what evaluate.py lets the user choose
 
 
-def main(argv=None) -> None:
-    settings = parallel.parse(Settings, __doc__, argv)
-    if settings.data is None:
-        raise InputError("--data is missing; give a CSV of preference pairs.")
-    ranks = parallel.start(settings.seed)
-    pairs = data.read_pairs(settings.data, settings.dimension, settings.video_root)
-    folder = os.path.dirname(os.path.abspath(settings.out))
-    work = dataclasses.replace(settings, out=settings.out + ".thoughts")  # where the lines go
+def collect(path: str, out: str, load_engine, settings: Settings, ranks) -> None:
+    """COLLECTIVE: the pairs of `path` -> `out`, with a CoT per video. OUT.thoughts/ keeps each CoT as it comes."""
+    folder, work = os.path.dirname(os.path.abspath(out)), dataclasses.replace(settings, out=out + ".thoughts")
+    pairs = data.read_pairs(path, settings.dimension, settings.video_root)
     os.makedirs(work.out, exist_ok=True)
     pairs = parallel.readable_pairs(pairs, work, ranks)
     items = {(video, pair.prompt): Item(video, pair.prompt, pair.row) for pair in pairs for video in pair.videos}
     claim_out(work, ranks)
-    engines = []
-
-    def load_engine():
-        processor = AutoProcessor.from_pretrained(settings.model)
-        engines.append(
-            make_engine(settings.engine, settings.model, processor, ranks, rows_per_batch=settings.batch_size)
-        )
-        return engines[0], processor
-
     thoughts, _ = think_phase(load_engine, list(items.values()), work, ranks)
     texts = {key: record["thoughts"][0] for key, record in thoughts.items()}
-    if ranks.is_main:
-        label = {1: "A", -1: "B", 0: "same"}
-        with open(settings.out + ".tmp", "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["videos", "problem", "prompt", "CoT_A", "CoT_B", "GSB"])
-            for pair in pairs:
-                videos = json.dumps([os.path.relpath(path, folder) for path in pair.videos])
-                cells = [texts[path, pair.prompt] for path in pair.videos]
-                writer.writerow([videos, pair.prompt, pair.prompt, *cells, label[pair.label]])
-        os.replace(settings.out + ".tmp", settings.out)
-        good = sum(data.extract_answer(texts[key]) is not None for key in items)
-        print(f"wrote {settings.out}: {len(pairs)} pairs; {good / len(items):.1%} of {len(items)} CoTs hold an answer")
-    ranks.finish(*engines)
+    if not ranks.is_main:
+        return
+    label = {1: "A", -1: "B", 0: "same"}
+    with open(out + ".tmp", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["videos", "problem", "prompt", "CoT_A", "CoT_B", "GSB"])
+        for pair in pairs:
+            videos = json.dumps([os.path.relpath(path, folder) for path in pair.videos])
+            cells = [texts[path, pair.prompt] for path in pair.videos]
+            writer.writerow([videos, pair.prompt, pair.prompt, *cells, label[pair.label]])
+    os.replace(out + ".tmp", out)
+    good = sum(data.extract_answer(texts[key]) is not None for key in items)
+    print(f"wrote {out}: {len(pairs)} pairs; {good / len(items):.1%} of {len(items)} CoTs hold an answer")
+
+
+def main(argv=None) -> None:
+    settings = parallel.parse(Settings, __doc__, argv)
+    if settings.data is None:
+        raise InputError("--data is missing; give a CSV of preference pairs.")
+    if len(settings.data) != len(settings.out) or len(set(settings.out)) != len(settings.out):
+        raise InputError(f"{len(settings.data)} --data want as many --out, all different; got {len(settings.out)}.")
+    for path in settings.data:  # a wrong second file should not cost the thinking over the first
+        data.read_pairs(path, settings.dimension, settings.video_root)
+    ranks = parallel.start(settings.seed)
+
+    @functools.cache  # one engine for all files, started for the first that needs it
+    def load_engine():
+        processor = AutoProcessor.from_pretrained(settings.model)
+        engine = make_engine(settings.engine, settings.model, processor, ranks, rows_per_batch=settings.batch_size)
+        return engine, processor
+
+    for path, out in zip(settings.data, settings.out):
+        collect(path, out, load_engine, settings, ranks)
+    ranks.finish(*([load_engine()[0]] if load_engine.cache_info().currsize else []))
 
 
 if __name__ == "__main__":

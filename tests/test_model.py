@@ -300,17 +300,23 @@ def test_lora_round_trip(model, prefixes, tmp_path, merge):
     assert torch.allclose(again(batch).log_probs, expected.log_probs, atol=1e-4)
 
 
-def test_merged_folder_is_a_plain_qwen3_vl(model, prefixes, tmp_path):
+@pytest.mark.parametrize("file_bytes", [4 << 30, 200_000])
+def test_merged_folder_is_a_plain_qwen3_vl(model, prefixes, tmp_path, monkeypatch, file_bytes):
+    """In one file of weights or in several, with an index."""
     from transformers import AutoProcessor, Qwen3VLForConditionalGeneration
 
     model.make_trainable("lora", vision=True, lora_r=4, lora_alpha=8)
     disturb(model)
+    monkeypatch.setattr(model_module, "FILE_BYTES", file_bytes)
     model.save_pretrained(str(tmp_path))
+    files = list(tmp_path.glob("*.safetensors"))
+    assert len(files) > 4 if file_bytes < 1e6 else [file.name for file in files] == ["model.safetensors"]
     plain, info = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     batch = lay_out(plain, prefixes[:1], [[[70, 71]]])
     assert torch.allclose(DeScore(plain)(batch).log_probs, model.eval()(batch).log_probs, atol=1e-4)
     AutoProcessor.from_pretrained(tmp_path)
+    assert torch.allclose(DeScore.from_pretrained(str(tmp_path))(batch).rewards, model(batch).rewards, atol=1e-5)
 
 
 def test_a_second_stage_keeps_the_first(model, prefixes, tmp_path):

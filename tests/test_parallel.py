@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,7 +73,8 @@ def test_two_ranks_equal_one_in_stage_2(world, tiny_model_dir, tmp_path):
              "--max-new-tokens", "10", "--lr", "1e-3", "--workers", "0", "--length-low", "1", "--length-high", "9",
              "--kl-coef", "0.01", "--epochs", "9", "--max-steps", "2"]  # fmt: skip
     grpo.main([*flags, "--out", str(tmp_path / "one"), "--no-packing"])
-    run("grpo.py", *flags, "--out", tmp_path / "two", "--shard-ranks", "1", "--cpu-offload", ranks=2)
+    two_ranks = [*flags, "--out", tmp_path / "two", "--shard-ranks", "1", "--cpu-offload", "--save-every", "1"]
+    run("grpo.py", *two_ranks, ranks=2)
     one, two = (parallel.read_metrics(str(tmp_path / name)) for name in ("one", "two"))
     names = [
         "rollout_reward",
@@ -91,6 +93,12 @@ def test_two_ranks_equal_one_in_stage_2(world, tiny_model_dir, tmp_path):
     )  # sampled from the updated weights
     a, b = (DeScore.from_pretrained(str(tmp_path / name / "model")).state_dict() for name in ("one", "two"))
     assert all(torch.allclose(a[name], b[name], atol=2e-4) for name in a)
+    # all that came after the first step is lost; --resume on two ranks: bit for bit the run that went through
+    shutil.rmtree(tmp_path / "two" / "model")
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "step-000002")
+    run("grpo.py", *two_ranks, "--resume", ranks=2)
+    c = DeScore.from_pretrained(str(tmp_path / "two" / "model")).state_dict()
+    assert all(torch.equal(b[name], c[name]) for name in b)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(world, base_dir, tmp_path):
@@ -160,6 +168,11 @@ def test_replacing_a_folder_is_atomic(tmp_path):
     assert os.listdir(path) == ["new"]  # the old folder is untouched
     with parallel.replacing(path) as folder:
         open(os.path.join(folder, "newer"), "w").close()
+    assert os.listdir(path) == ["newer"]
+    os.rename(path, path + ".old")  # killed between the two renames: the next save starts from the only good folder
+    with pytest.raises(RuntimeError):
+        with parallel.replacing(path):
+            raise RuntimeError("killed again")
     assert os.listdir(path) == ["newer"]
 
 

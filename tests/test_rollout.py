@@ -1,6 +1,5 @@
 """Collecting CoTs: resumable, each (video, prompt) once, and the vLLM engine where it is installed."""
 
-import csv
 import json
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 import data
 import parallel
 import rollout
-from conftest import run
+from conftest import refuses, run
 from model import DeScore, lay_out
 
 
@@ -34,12 +33,16 @@ def test_collecting_cots_writes_a_cold_start_csv_and_resumes(world, base_dir, tm
     assert len(known) == len(set(known)) == 14
 
 
-def test_two_ranks_collect_the_same(world, base_dir, tmp_path):
-    flags = ["--model", base_dir, "--data", world["val_cold_start"], "--max-new-tokens", "6"]
-    rollout.main([*flags, "--out", str(tmp_path / "one.csv")])
-    run("rollout.py", *flags, "--out", tmp_path / "two.csv", ranks=2)
-    read = lambda name: [row["CoT_A"] for row in csv.DictReader(open(tmp_path / name, encoding="utf-8"))]
-    assert read("one.csv") == read("two.csv")
+def test_two_ranks_collect_the_same(world, base_dir, tmp_path, capsys):
+    """Two ranks as one process; and several files with one engine as each by itself."""
+    flags = ["--model", base_dir, "--max-new-tokens", "6"]
+    names, one, two = ("train_cold_start", "val_cold_start"), [], []
+    for name in names:
+        one, two = [*one, tmp_path / f"one_{name}.csv"], [*two, tmp_path / f"two_{name}.csv"]
+        rollout.main([*flags, "--data", world[name], "--out", str(one[-1])])
+    run("rollout.py", *flags, "--data", *(world[name] for name in names), "--out", *two, ranks=2)
+    assert [path.read_text() for path in one] == [path.read_text() for path in two]
+    refuses(capsys, rollout.main, *flags, "--data", *(world[name] for name in names), says="as many --out")
 
 
 def test_engine_takes_over_trained_weights(model, base_dir, prefixes):
