@@ -41,8 +41,7 @@ demo: setup
 	$(PY) grpo.py $(STAGE2) --out $(RUNS)/stage2
 	$(EVAL) --model $(RUNS)/discriminative/model --out $(RUNS)/eval/discriminative --no-think
 	$(EVAL) --model $(RUNS)/stage1/model --out $(RUNS)/eval/stage1
-	$(EVAL) --model $(RUNS)/stage2/model --out $(RUNS)/eval/stage2
-	$(EVAL) --model $(RUNS)/stage2/model --out $(RUNS)/eval/stage2 --score-from text
+	$(EVAL) --model $(RUNS)/stage2/model --out $(RUNS)/eval/stage2 --score-from head text
 	$(PY) report.py --out $(RUNS) --training $(RUNS) $(call TABLE,$(RUNS))
 
 TABLE = --runs "discriminative=$(1)/eval/discriminative/*/report.json" "generative=$(1)/eval/stage2/*/text/report.json" \

@@ -72,8 +72,8 @@ class Settings:
     think: bool = parallel.arg(True, "write a CoT before scoring")
     thoughts: int = parallel.arg(1, "CoTs per video: 1 is greedy; more are sampled at temperature 1, rewards averaged")
     max_new_tokens: int = parallel.arg(4096, "CoT tokens at most (paper: 4096)")
-    score_from: str = parallel.arg(
-        "head", "head: DeScore's reward; text: the score that the CoT states", ["head", "text"]
+    score_from: list[str] = parallel.arg(
+        ("head",), "head: DeScore's reward; text: the score that the CoT states, in OUT/text", ["head", "text"]
     )
     temperature: float = parallel.arg(None, "sampling temperature (default: 0 for one CoT, 1 for several)")
     engine: str = parallel.arg("transformers", "who writes the CoTs; vllm for real models", ["transformers", "vllm"])
@@ -397,14 +397,14 @@ def check(s: Settings) -> None:
         "give only one of --video, --best-of, --scores, --compare": len(chosen) > 1,
         "give --data FILE or --benchmark NAME": not (s.video or s.best_of or s.scores or s.data or s.benchmark),
         "--data and --benchmark exclude each other": s.data and s.benchmark,
-        "--html and --make-pairs name one file, so give one --benchmark": len(s.benchmark or []) > 1
-        and (s.html or s.make_pairs),
+        "--html and --make-pairs name one file, so give one --benchmark and one --score-from":
+        max(len(s.benchmark or []), len(s.score_from)) > 1 and (s.html or s.make_pairs),
         "--benchmark needs --root, the folder it was downloaded to": s.benchmark and not s.root,
         "--video needs --prompt, and --prompt needs --video": bool(s.video) != bool(s.prompt and s.prompt.strip()),
         "--thoughts, --batch-size, --max-new-tokens and --html-pairs must be at least 1": min(
             s.thoughts, s.batch_size, s.max_new_tokens, s.html_pairs) < 1,
         "--fps must be positive and --max-pixels at least 1024": (s.fps or 1) <= 0 or (s.max_pixels or 1024) < 1024,
-        "--score-from text needs CoTs, so not --no-think": s.score_from == "text" and not s.think,
+        "--score-from text needs CoTs, so not --no-think": "text" in s.score_from and not s.think,
         "--thoughts above 1 and --no-think exclude each other": s.thoughts > 1 and not s.think,
         "--make-pairs needs rewards per video: use it with --model": s.make_pairs and (s.scores or s.compare),
         "give --model DIR": not s.model and not (s.scores or s.compare),
@@ -448,12 +448,15 @@ def main(argv=None) -> None:
     if not (s.scores or s.compare):
         s = resolve(s, ranks)
     judge = one_video if s.video else best_of if s.best_of else judge_pairs
-    several, load = len(s.benchmark or []) > 1, loaders(s, ranks)  # the model is loaded once for all benchmarks
-    each = [
-        dataclasses.replace(s, benchmark=[name], out=os.path.join(s.out, name) if several else s.out)
-        for name in s.benchmark or []
+    several, load = len(s.benchmark or []) > 1, loaders(s, ranks)  # the model is loaded once for all of them
+    each = [  # one report each: of one benchmark, from head or text
+        dataclasses.replace(
+            s, benchmark=[name] if name else None, out=os.path.join(s.out, name) if several else s.out, score_from=kind
+        )
+        for name in s.benchmark or [None]
+        for kind in s.score_from
     ]
-    for one in each or [s]:
+    for one in each:
         if not s.video:
             make_folders(one)
         judge(one, ranks, load)

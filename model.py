@@ -621,25 +621,20 @@ def banned_tokens(tokenizer) -> list[int]:
 def sample_cots(
     backbone, processor, prefixes: list[dict], seeds: list[list[int]], max_new_tokens: int, temperature: float = 1.0
 ) -> list[list[list[int]]]:
-    """Samples len(seeds[i]) CoTs for prefix i. temperature 0 is greedy.
+    """Samples len(seeds[i]) CoTs for prefix i, whose video and prompt are read once. temperature 0 is greedy.
 
     Returns [prefix][sample] -> token ids, the EOS included when it was reached, absent when cut off at max_new_tokens.
     """
     tokenizer, device = processor.tokenizer, next(backbone.parameters()).device
-    rows = [prefix for prefix, row_seeds in zip(prefixes, seeds, strict=True) for _ in row_seeds]
+    which = torch.tensor([i for i, row_seeds in enumerate(seeds) for _ in row_seeds], device=device)  # (rows,)
     flat_seeds = [seed for row_seeds in seeds for seed in row_seeds]
-    length = max(len(row["input_ids"]) for row in rows)
+    length = max(len(prefix["input_ids"]) for prefix in prefixes)
 
-    def left_pad(values, fill):  # generation continues at the right end, so all rows must end there
-        return torch.stack([torch.cat([v.new_full((length - len(v),), fill), v]) for v in values]).to(device)
+    def left_pad(name, fill):  # generation continues at the right end, so all rows must end there
+        rows = [prefix[name] if name in prefix else torch.ones_like(prefix["input_ids"]) for prefix in prefixes]
+        return torch.stack([torch.cat([row.new_full((length - len(row),), fill), row]) for row in rows]).to(device)
 
-    inputs = {
-        "input_ids": left_pad([row["input_ids"] for row in rows], tokenizer.pad_token_id),
-        "attention_mask": left_pad([torch.ones_like(row["input_ids"]) for row in rows], 0),
-        "mm_token_type_ids": left_pad([row["mm_token_type_ids"] for row in rows], 0),
-        "pixel_values_videos": torch.cat([row["pixel_values_videos"] for row in rows]).to(device),
-        "video_grid_thw": torch.cat([row["video_grid_thw"] for row in rows]).to(device),
-    }
+    ids, mask = left_pad("input_ids", tokenizer.pad_token_id), left_pad("attention_mask", 0)
     config = GenerationConfig(  # everything named, or the checkpoint's own generation_config would fill the gaps
         do_sample=False,
         num_beams=1,
@@ -657,7 +652,18 @@ def sample_cots(
     was_training = backbone.training
     backbone.eval()
     backbone.model.rope_deltas = None  # generate caches it on the model; a stale one belongs to other videos
-    tokens = backbone.generate(**inputs, generation_config=config, logits_processor=sampling)[:, length:].tolist()
+    cache = backbone(  # all of the prompt but its last token, from which generation starts
+        input_ids=ids[:, :-1], attention_mask=mask[:, :-1], mm_token_type_ids=left_pad("mm_token_type_ids", 0)[:, :-1],
+        pixel_values_videos=torch.cat([prefix["pixel_values_videos"] for prefix in prefixes]).to(device),
+        video_grid_thw=torch.cat([prefix["video_grid_thw"] for prefix in prefixes]).to(device),
+        use_cache=True, logits_to_keep=1,
+    ).past_key_values  # fmt: skip
+    cache.batch_select_indices(which)  # a copy of the prompt's keys and values for each of its CoTs
+    backbone.model.rope_deltas = backbone.model.rope_deltas[which]
+    tokens = backbone.generate(
+        input_ids=ids[which], attention_mask=mask[which], past_key_values=cache, generation_config=config,
+        logits_processor=sampling,
+    )[:, length:].tolist()  # fmt: skip
     backbone.train(was_training)
     ended = [row[: row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row for row in tokens]
     samples = iter(ended)

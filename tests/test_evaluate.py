@@ -532,3 +532,7 @@ def test_the_score_that_a_cot_states(tmp_path, tiny_model_dir, clips_csv):
     assert (tmp_path / "thoughts.jsonl").read_text() == before
     assert {r["reward"] for r in rollout.read_log(str(tmp_path), "text_rewards").values()} == {3.0}
     assert (tmp_path / "report.json").exists() and (tmp_path / "text" / "report.json").exists()
+    evaluate.main([*flags[:-3], str(tmp_path / "both"), *flags[-2:], "--score-from", "head", "text"])
+    for name in ("report.json", "text/report.json"):
+        one, both = (json.loads((folder / name).read_text()) for folder in (tmp_path, tmp_path / "both"))
+        assert one["accuracy_with_ties"] == both["accuracy_with_ties"]

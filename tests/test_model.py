@@ -218,6 +218,18 @@ def test_sampling_depends_on_the_seed_alone(model, prefixes, processor):
     assert [len(row) for row in many] == [2, 2, 2, 2]
 
 
+def test_sampling_reads_each_video_once(model, prefixes, processor):
+    seen, visual = [], model.backbone.model.visual
+    hook = visual.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    many = sample_cots(model.backbone, processor, prefixes[:3], [[1, 2, 3], [4], [5, 6]], 8)
+    hook.remove()
+    assert sum(len(grid) for kwargs in seen for name, grid in kwargs.items() if name == "grid_thw") == 3  # not 6
+    assert [len(row) for row in many] == [3, 1, 2]
+    one_by_one = [[sample_cots(model.backbone, processor, [prefix], [[seed]], 8)[0][0] for seed in row]
+                  for prefix, row in zip(prefixes, [[1, 2, 3], [4], [5, 6]])]  # fmt: skip
+    assert many == one_by_one
+
+
 def test_sampling_follows_softmax_and_stops(model, prefixes, processor):
     banned = model_module.banned_tokens(processor.tokenizer)
     assert model.backbone.config.video_token_id in banned and processor.tokenizer.eos_token_id not in banned

@@ -41,6 +41,12 @@ def test_every_name_in_the_map_exists(file, name):
     assert callable(module)
 
 
+@pytest.mark.parametrize("file, words", re.findall(r'`(tests/\w+\.py) -k "?([\w ]+)"?`', TEXT))
+def test_every_exercise_has_tests(file, words):
+    tests = re.findall(r"^def (test_\w+)", (ROOT / file).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert all(any(word in name for name in tests) for word in words.split(" or "))
+
+
 def test_every_file_exists():
     for path in re.findall(r"\]\((?!http)([\w./-]+)\)", TEXT) + re.findall(r"`((?:tests/)?[a-z_]+\.py)`", TEXT):
         assert (ROOT / path).exists(), path
