@@ -449,16 +449,17 @@ def encode_cot(tokenizer, cot: str | None) -> list[int]:
 # 4. A stream of encoded pairs
 # ---------------------------------------------------------------------------------------------------------------
 class FrameCache:
-    """Sampled frames on disk, so that a clip that is used in every epoch is decoded once. At most `gigabytes`, oldest
-    out.
+    """Sampled frames on disk, so that a clip that is used in every epoch is decoded once. At most `gigabytes` (and 1 %
+    for each process that writes), oldest out.
 
     The key holds path, size, time of change, fps and pixel budget: an edited clip is decoded again. Raw uint8 frames:
     16 s of 448 x 448 at 2 fps are 19 MB. Several processes may share a folder: files appear by renaming.
     """
 
     def __init__(self, folder: str, gigabytes: float):
-        self.folder, self.limit = folder, gigabytes * 1e9
+        self.folder, self.limit, self.written = folder, gigabytes * 1e9, 0  # bytes since the last look at the folder
         os.makedirs(folder, exist_ok=True)
+        self._shrink()
 
     def sample(self, path: str, fps: float, max_pixels: int) -> Video:
         """As sample_frames, from the cache where it can."""
@@ -478,11 +479,14 @@ class FrameCache:
         with open(temporary, "wb") as target:
             np.savez(target, frames=video.frames, times=np.array([video.source_fps, video.total_num_frames]),
                      indices=np.array(video.frame_indices))  # fmt: skip
+        self.written += os.path.getsize(temporary)
         os.replace(temporary, file)
-        self._shrink()
+        if self.written > self.limit / 100:  # listing a large folder takes longer than decoding a clip
+            self._shrink()
         return video
 
     def _shrink(self):
+        self.written = 0
         with contextlib.suppress(FileNotFoundError):  # another process may remove the same file
             files = sorted((e.stat().st_mtime, e.stat().st_size, e.path) for e in os.scandir(self.folder))
             total = sum(size for _, size, _ in files)

@@ -12,6 +12,7 @@ As a command it collects the CoTs that stage 1 learns from, by the base model it
 Every CoT is written to OUT.thoughts/ as soon as it exists; the same command goes on where it was stopped.
 """
 
+import concurrent.futures
 import contextlib
 import csv
 import dataclasses
@@ -32,6 +33,9 @@ import parallel
 from data import InputError
 from model import banned_tokens, decode_cot, load_backbone, sample_cots
 from parallel import arg
+
+# This rank's share of the cores. Read now: vLLM changes LOCAL_WORLD_SIZE when it starts.
+THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 class TransformersEngine:
@@ -318,11 +322,16 @@ def run_phase(name: str, items: list[Item], load_model, work, s, ranks) -> tuple
 
 
 def opened(batch: list[Item], s) -> tuple[list[data.Video], list[str]]:
-    """The batch's sampled frames and prompts; InputError for a broken video or a prompt of absurd length."""
+    """The batch's sampled frames and prompts; InputError for a broken video or a prompt of absurd length.
+
+    Decoded by as many threads as this rank has cores: decord works outside Python's lock.
+    """
     for item in batch:
         if len(item.prompt) > MAX_PROMPT:
             raise InputError(f"the prompt of {item.video} has {len(item.prompt):,} characters; at most {MAX_PROMPT:,}.")
-    return [data.sample_frames(i.video, s.fps, s.max_pixels) for i in batch], [i.prompt for i in batch]
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        videos = list(pool.map(lambda item: data.sample_frames(item.video, s.fps, s.max_pixels), batch))
+    return videos, [item.prompt for item in batch]
 
 
 def think_phase(load_engine, items: list[Item], s, ranks) -> tuple[dict, list[dict]]:
