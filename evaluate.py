@@ -449,7 +449,7 @@ def main(argv=None) -> None:
         s = resolve(s, ranks)
     judge = one_video if s.video else best_of if s.best_of else judge_pairs
     several, load = len(s.benchmark or []) > 1, loaders(s, ranks)  # the model is loaded once for all of them
-    each = [  # one report each: of one benchmark, from head or text
+    each = [  # one report each: of one benchmark, and with score_from ONE of head and text, as the phases expect
         dataclasses.replace(
             s, benchmark=[name] if name else None, out=os.path.join(s.out, name) if several else s.out, score_from=kind
         )
