@@ -35,15 +35,13 @@ from transformers import (
 
 import data
 from data import InputError
-from layout import lay_out
+from layout import SHARED_PREFIX, lay_out
 from losses import token_log_probs
 
 # LoRA on the LLM's linear layers; not on lm_head, the embeddings or the vision tower (whose layers have other names).
 LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 # The head lies in a folder of its own: vLLM loads EVERY *.safetensors beside config.json as weights of the backbone.
 SETTINGS_FILE, HEAD_FILE, TRAINED_FILE = "descore.json", "reward_head/head.safetensors", "trained.safetensors"
-
-FAR_BELOW = torch.finfo(torch.bfloat16).min  # as a logit: never attended to
 
 
 @dataclasses.dataclass
@@ -68,6 +66,8 @@ class DeScore(nn.Module):
     def __init__(self, backbone: Qwen3VLForConditionalGeneration, processor=None, settings: dict | None = None):
         super().__init__()
         hidden = backbone.config.text_config.hidden_size
+        # Here, so that every way to a backbone (weights, empty, random) gets it. The vision tower keeps SDPA.
+        backbone.model.language_model.set_attn_implementation(SHARED_PREFIX)
         self.backbone, self.processor, self.settings = backbone, processor, dict(settings or {})
         self.weights = None  # where the values of a backbone that is still empty come from; see `fill`
         # The query starts as an average word (a foreign scale would disturb the first layers), the head near 0, so that
@@ -85,16 +85,15 @@ class DeScore(nn.Module):
         """
         embeds = self.backbone.get_input_embeddings()(batch["input_ids"])  # (B, L, D)
         embeds = torch.where(batch["query_mask"][..., None], self.query.to(embeds.dtype), embeds)
-        seen, grid, mask = batch.get("seen"), batch["video_grid_thw"], batch["attention_mask"]
+        seen, grid = batch.get("seen"), batch["video_grid_thw"]
         if seen is None:
             seen = self.backbone.model.get_video_features(batch["pixel_values_videos"], grid, return_dict=True)
         if "seen" in batch:
             batch["seen"] = seen
-        if mask.ndim == 4:  # added to the attention scores: as numbers once, not anew from booleans in every layer
-            mask = torch.zeros(mask.shape, dtype=embeds.dtype, device=mask.device).masked_fill_(~mask, FAR_BELOW)
         hidden = self.backbone.model(
             inputs_embeds=embeds,
-            attention_mask=mask,
+            attention_mask=None,
+            spans=batch["spans"],
             position_ids=batch["position_ids"],
             mm_encoder_outputs={"video": seen},
             use_cache=False,
@@ -585,9 +584,10 @@ def first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
 
 
-def to_device(batch: dict[str, torch.Tensor], device) -> dict[str, torch.Tensor]:
-    """Moves a batch; tensors stay as they are."""
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+def to_device(batch: dict, device) -> dict:
+    """Moves a batch's tensors; the spans stay Python integers."""
+    moved = {key: value.to(device, non_blocking=True) for key, value in batch.items() if key != "spans"}
+    return {**moved, "spans": batch["spans"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------
