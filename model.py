@@ -46,10 +46,12 @@ SETTINGS_FILE, HEAD_FILE, TRAINED_FILE = "descore.json", "reward_head/head.safet
 
 @dataclasses.dataclass
 class Output:
-    """rewards (N,) fp32; log_probs (N, T) fp32, 0 at padding, or None if not asked for."""
+    """rewards (N,) fp32; log_probs (N, T) fp32, 0 at padding, or None if not asked for; video_features: what the
+    vision tower saw, for a next forward over the same videos."""
 
     rewards: torch.Tensor
     log_probs: torch.Tensor | None
+    video_features: object = None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -77,31 +79,32 @@ class DeScore(nn.Module):
         nn.init.normal_(self.head.weight, std=hidden**-1)
         self.logit_chunk = 1024  # positions whose (chunk, V) logits exist at a time: 0.6 GB in fp32 at V = 151,936
 
-    def forward(self, batch: dict[str, torch.Tensor], want_log_probs: bool = True) -> Output:
+    def forward(self, batch: dict, want_log_probs: bool = True, video_features=None) -> Output:
         """One pass: rewards at the queries, and log-probs of the CoT tokens. `batch` comes from `lay_out`.
 
-        A batch may have an entry "seen", None at first: then what the vision tower saw is kept there, and a next pass
-        over the batch, be it of another model with the same tower, need not look again.
+        video_features: those of an earlier Output for the same videos, so that the tower need not look again. Only
+        while the tower is frozen: a trained one must look in every forward. They go in and out openly, because FSDP
+        hands the forward a copy of the batch: what is written there, nobody sees.
         """
         embeds = self.backbone.get_input_embeddings()(batch["input_ids"])  # (B, L, D)
         embeds = torch.where(batch["query_mask"][..., None], self.query.to(embeds.dtype), embeds)
-        seen, grid = batch.get("seen"), batch["video_grid_thw"]
-        if seen is None:
-            seen = self.backbone.model.get_video_features(batch["pixel_values_videos"], grid, return_dict=True)
-        if "seen" in batch:
-            batch["seen"] = seen
+        if video_features is None:
+            video_features = self.backbone.model.get_video_features(
+                batch["pixel_values_videos"], batch["video_grid_thw"], return_dict=True
+            )
         hidden = self.backbone.model(
             inputs_embeds=embeds,
             attention_mask=None,
             spans=batch["spans"],
             position_ids=batch["position_ids"],
-            mm_encoder_outputs={"video": seen},
+            mm_encoder_outputs={"video": video_features},
             use_cache=False,
         ).last_hidden_state.flatten(0, 1)  # (B * L, D)
         # fp32 for the head whatever the backbone computes in: a bf16 reward near 5 has steps of 0.03.
         with torch.autocast(hidden.device.type, enabled=False):
             rewards = self.head(hidden[batch["query_index"]].float()).squeeze(-1)  # (N,)
-        return Output(rewards, self._response_log_probs(hidden, batch) if want_log_probs else None)
+        log_probs = self._response_log_probs(hidden, batch) if want_log_probs else None
+        return Output(rewards, log_probs, video_features)
 
     def _response_log_probs(self, hidden, batch):
         """log π of each CoT token: `lm_head` on CoT positions only, in chunks whose logits are recomputed in backward.

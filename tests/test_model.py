@@ -117,16 +117,16 @@ def test_the_query_changes_nothing_before_it(model, prefixes):
 
 
 def test_the_frozen_tower_looks_once_at_a_batch(model, prefixes):
-    """An entry "seen" keeps what it saw, for the reference's pass and the policy's; the result is the same."""
+    """What it saw comes back in the Output; handed to a next pass, the result is the same without another look."""
     looks = []
     model.backbone.model.visual.register_forward_hook(lambda *_: looks.append(1))
     batch = lay_out(model.backbone, prefixes[:2], [[[5, 6], [7]], [[8], [9, 10]]])
     with torch.no_grad():
-        alone = [model(batch).log_probs for _ in range(2)]
+        first, second = model(batch), model(batch)
         assert len(looks) == 2
-        shared = [model(batch := {"seen": None, **batch}).log_probs, model(batch).log_probs]
-    assert len(looks) == 3
-    assert all(torch.equal(alone[0], other) for other in (*alone, *shared))
+        shared = model(batch, video_features=first.video_features)
+    assert len(looks) == 2
+    assert torch.equal(first.log_probs, second.log_probs) and torch.equal(first.log_probs, shared.log_probs)
 
 
 def test_lm_head_in_chunks(model, prefixes):
