@@ -237,24 +237,27 @@ def update_released(world, rollouts: grpo.Rollouts, settings: grpo.Settings) -> 
     return total
 
 
-def forward_flops(model: DeScore, prefix: dict, cots: list[int]) -> tuple[float, float]:
-    """(LLM, vision tower): FLOPs of ONE forward of a video with CoTs of these lengths, nothing computed twice.
+def forward_flops(model: DeScore, prefix: dict, cots: list[int]) -> dict[str, float]:
+    """FLOPs of ONE forward of a video with CoTs of these lengths, nothing computed twice.
 
-    LLM: 2 * weights of its linear layers * tokens, lm_head at CoT positions only, and attention: 4 * width * layers for
-    each (query, key) that the drawing in `lay_out` allows: half of a causal square, not the whole. Tower: 2 * weights *
-    patches (mergers: patches / 4), and attention within each time step.
+    linear: 2 * weights of the LLM's linear layers * tokens; lm_head: likewise, at CoT positions only; attention: 4 *
+    width * layers for each (query, key) that the drawing in `lay_out` allows: half of a causal square, not the whole.
+    vision: 2 * weights * patches (mergers: patches / 4), and attention within each time step.
     """
     text, tower = model.backbone.config.text_config, model.backbone.model.visual
-    linear = sum(m.weight.numel() for m in model.backbone.model.language_model.modules() if hasattr(m, "in_features"))
+    layers = [m for m in model.backbone.model.language_model.modules() if isinstance(m, torch.nn.Linear)]
+    linear = sum(m.weight.numel() for m in layers)
     p, lengths = len(prefix["input_ids"]), [c + 1 for c in cots]  # + 1: the query
     seen = p * (p + 1) / 2 + sum(c * p + c * (c + 1) / 2 for c in lengths)
     attention = 4 * text.num_attention_heads * text.head_dim * text.num_hidden_layers * seen
-    llm = 2 * linear * (p + sum(lengths)) + attention + 2 * model.backbone.lm_head.weight.numel() * sum(cots)
     steps, height, width = prefix["video_grid_thw"][0].tolist()
     patches = steps * height * width
     weights = {n: w.numel() for n, w in tower.named_parameters() if w.ndim > 1 and "pos_embed" not in n}
     vision = sum(2 * w * (patches / 4 if "merger" in n else patches) for n, w in weights.items())
-    return llm, vision + 4 * tower.config.hidden_size * tower.config.depth * patches * patches / steps
+    vision += 4 * tower.config.hidden_size * tower.config.depth * patches * patches / steps
+    lm_head = 2 * model.backbone.lm_head.weight.numel() * sum(cots)
+    return {"linear": 2 * linear * (p + sum(lengths)), "attention": attention,
+            "lm_head": lm_head, "vision": vision}  # fmt: skip
 
 
 def count_flops(world, rollouts: grpo.Rollouts, packed: bool, forward_only: bool = False) -> float:
@@ -266,8 +269,9 @@ def count_flops(world, rollouts: grpo.Rollouts, packed: bool, forward_only: bool
     total, passes = 0.0, 1 if forward_only else 4 + world.settings.old_pass
     for prefix, cots in zip(rollouts.prefixes, rollouts.cots):
         for lengths in [[len(c) for c in cots]] if packed else [[len(c)] for c in cots]:
-            llm, vision = forward_flops(world.model, prefix, lengths)
-            total += passes * llm + vision
+            flops = forward_flops(world.model, prefix, lengths)
+            vision = flops.pop("vision")
+            total += passes * sum(flops.values()) + vision
     return total
 
 

@@ -53,15 +53,17 @@ def test_tokens_by_hand(rows):
 def test_flops_by_hand(world):
     """One video, one CoT: 2 * weights * tokens + attention + lm_head; hidden 32, 2 layers, 2 heads of 16, 1 KV head."""
     prefix = bench.make_prefix(world.processor, P, 0)
-    llm, vision = bench.forward_flops(world.model, prefix, [C])
+    one = bench.forward_flops(world.model, prefix, [C])
     layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 96  # q, k and v, o, and the three of the MLP
     tokens, words = P + C + 1, world.model.backbone.lm_head.weight.shape[0]
     pairs = tokens * (tokens + 1) / 2  # one CoT: plain causal attention
-    assert llm == 2 * 2 * layer * tokens + 4 * 32 * 2 * pairs + 2 * 32 * words * C
-    more, same = bench.forward_flops(world.model, prefix, [C, C])
+    assert one["linear"] == 2 * 2 * layer * tokens
+    assert one["attention"] == 4 * 32 * 2 * pairs and one["lm_head"] == 2 * 32 * words * C
+    two = bench.forward_flops(world.model, prefix, [C, C])
     row = C + 1  # a second CoT: its own tokens see the prefix and themselves
-    assert more - llm == 2 * 2 * layer * row + 4 * 32 * 2 * (row * P + row * (row + 1) / 2) + 2 * 32 * words * C
-    assert same == vision
+    assert two["linear"] - one["linear"] == 2 * 2 * layer * row
+    assert two["attention"] - one["attention"] == 4 * 32 * 2 * (row * P + row * (row + 1) / 2)
+    assert two["lm_head"] == 2 * one["lm_head"] and two["vision"] == one["vision"]
 
 
 def test_flops_agree_with_pytorch(world):
@@ -73,12 +75,10 @@ def test_flops_agree_with_pytorch(world):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         world.model(batch)
     linear = sum(count for op, count in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
-    llm, vision = bench.forward_flops(world.model, prefix, [C])
-    tokens, tower = P + C + 1, world.model.backbone.model.visual.config
+    flops, tower = bench.forward_flops(world.model, prefix, [C]), world.model.backbone.model.visual.config
     steps, height, width = prefix["video_grid_thw"][0].tolist()
-    llm -= 4 * 32 * 2 * tokens * (tokens + 1) / 2
-    vision -= 4 * tower.hidden_size * tower.depth * steps * (height * width) ** 2
-    assert linear == pytest.approx(llm + vision, rel=0.01)
+    flops["vision"] -= 4 * tower.hidden_size * tower.depth * steps * (height * width) ** 2
+    assert linear == pytest.approx(flops["linear"] + flops["lm_head"] + flops["vision"], rel=0.01)
 
 
 def test_prefix_has_the_length_asked_for(world):
