@@ -26,7 +26,11 @@ from data import InputError
 from losses import bt_loss, btt_loss, draw_cot_mask
 from metrics import accuracy_without_ties
 from model import DeScore, lay_out, to_device
-from parallel import arg
+from plumbing.checkpoint import save_model
+from plumbing.jobs import readable_pairs
+from plumbing.logs import Log, draw_curves, reward_scale
+from plumbing.resume import StopSignal, load_checkpoint, require_finite, save_checkpoint
+from plumbing.settings import arg, cli, parse
 
 
 @dataclasses.dataclass
@@ -44,7 +48,6 @@ class Settings:
     max_length: int = arg(6144, "tokens per sequence at most: video + prompt + CoT (paper: 6144)")
     workers: int = arg(2, "processes that decode ahead; 0: decode in this one")
     frame_cache: str | None = arg(None, "folder that keeps sampled frames, so that later epochs need not decode")
-    frame_cache_gb: float = arg(50.0, "size of --frame-cache at most; the least used go first")
     # model
     model: str = arg("Qwen/Qwen3-VL-8B-Instruct", "base model, folder or hub name; or a DeScore folder to go on from")
     train: str = arg("lora", "what of the LLM is trained (paper: lora)", choices=["lora", "full", "head"])
@@ -92,7 +95,7 @@ def prepare_pairs(path: str, settings: Settings, ranks, need_cots: bool) -> list
         ties = sum(pair.label == 0 for pair in pairs)
         pairs = [pair for pair in pairs if pair.label != 0]
         ranks.print(f"{path}: {len(pairs)} pairs; {ties} ties left out (--loss btt uses them)")
-    return parallel.readable_pairs(pairs, settings, ranks)
+    return readable_pairs(pairs, settings, ranks, data.sample_frames)
 
 
 def score_pairs(model, items, settings, masks=None):
@@ -106,7 +109,7 @@ def score_pairs(model, items, settings, masks=None):
             length = len(prefix["input_ids"]) + len(ids) + 1
             if length > settings.max_length:
                 raise InputError(
-                    f"row {pair.row}: {length} tokens (CoT {len(ids)}); raise --max-length or shorten the CoT."
+                    f"line {pair.line}: {length} tokens (CoT {len(ids)}); raise --max-length or shorten the CoT."
                 )
             prefixes.append(prefix)
             responses.append([ids])
@@ -138,15 +141,14 @@ def validate(model, dataset, settings, ranks) -> float:
 def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
     """The loop of stage 1."""
     optimizer = parallel.make_optimizer(model, settings)
-    cache = data.FrameCache(settings.frame_cache, settings.frame_cache_gb) if settings.frame_cache else None
     dataset, val_set = (
-        data.EncodedPairs(p, model.processor, settings.fps, settings.max_pixels, cache) for p in (pairs, val_pairs)
+        data.EncodedPairs(p, model.processor, settings.fps, settings.max_pixels, settings.frame_cache) for p in (pairs, val_pairs)
     )
     steps_per_epoch, local_pairs = parallel.divide(len(pairs), settings, ranks)
     total = min(settings.max_steps or 10**9, settings.epochs * steps_per_epoch)
-    first = parallel.load_checkpoint(settings.out, model, optimizer, ranks)["step"] if settings.resume else 0
-    log = parallel.Log(settings.out, settings, ranks, "cold_start", first)
-    stop = parallel.StopSignal()
+    first = load_checkpoint(settings.out, model, optimizer, ranks)["step"] if settings.resume else 0
+    log = Log(settings.out, settings, ranks, "cold_start", first)
+    stop = StopSignal()
 
     schedule = []  # this rank's pairs: (index, is its CoT masked), from the first step still to do
     for step in range(first, total):
@@ -183,7 +185,7 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
                 )
                 loss = bt_loss(chosen, rejected, denominator=settings.batch_pairs)
             rows = [dataclasses.asdict(pair) for pair, _ in items]
-            parallel.require_finite(loss.item(), "loss", rows, settings, ranks)
+            require_finite(loss.item(), "loss", rows, settings, ranks)
             parallel.backward(loss, ranks)  # 5 backward
             with torch.no_grad():
                 margins, both = (reward_a - reward_b) * labels, torch.cat([reward_a, reward_b])
@@ -199,7 +201,7 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
         parallel.sync_gradients(model, ranks)
         norms = parallel.clip_gradients(model, settings.max_grad_norm)  # clip
         rows = [dataclasses.asdict(pair) for (pair, _), _ in drawn]
-        parallel.require_finite(norms["total"], "gradient norm", rows, settings, ranks)
+        require_finite(norms["total"], "gradient norm", rows, settings, ranks)
         lr_scale = parallel.set_learning_rate(optimizer, step, max(1, round(settings.warmup * total)))
         optimizer.step()  # update
         optimizer.zero_grad()
@@ -220,7 +222,7 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
         }
         stopping = ranks.any(stop.requested)
         if step == total or stopping or (settings.save_every and step % settings.save_every == 0):
-            parallel.save_checkpoint(settings.out, step, model, optimizer, ranks, settings.keep)
+            save_checkpoint(settings.out, step, model, optimizer, ranks, settings.keep)
         if val_pairs and (step == total or (settings.val_every and step % settings.val_every == 0)):
             metrics["val_accuracy"] = validate(
                 model, val_set, settings, ranks
@@ -239,7 +241,7 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
 
 
 def main(argv=None) -> None:
-    settings = parallel.parse(Settings, __doc__, argv)
+    settings = parse(Settings, __doc__, argv)
     if settings.data is None:
         raise InputError("--data is missing; give a CSV of preference pairs.")
     ranks = parallel.start(settings.seed, settings.log_with, settings.out, settings.cpu_offload)
@@ -263,8 +265,8 @@ def main(argv=None) -> None:
         ranks.print(f"trained {part}: {sum(p.numel() for p in parameters):,} parameters")
     parallel.shard(model, ranks, settings.shard_ranks, settings.cpu_offload)
     train(model, pairs, val_pairs, settings, ranks)
-    model.settings.update(parallel.reward_scale(settings.out))
-    parallel.save_model(model, os.path.join(settings.out, "model"), ranks)
+    model.settings.update(reward_scale(settings.out))
+    save_model(model, os.path.join(settings.out, "model"), ranks)
     if ranks.is_main:
         panels = {
             "BT loss (Eq. 3)": ["loss"],
@@ -274,10 +276,10 @@ def main(argv=None) -> None:
             "gradient norms": ["grad_norm_llm", "grad_norm_vision", "grad_norm_head"],
             "seconds": ["step_seconds"],
         }
-        parallel.draw_curves(settings.out, panels, os.path.join(settings.out, "curves.png"), "Stage 1: cold start")
+        draw_curves(settings.out, panels, os.path.join(settings.out, "curves.png"), "Stage 1: cold start")
     ranks.print(f"wrote {settings.out}/model, metrics.jsonl and curves.png")
     ranks.finish()
 
 
 if __name__ == "__main__":
-    parallel.cli(main)
+    cli(main)

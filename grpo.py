@@ -28,11 +28,15 @@ import torch
 
 import data
 import parallel
-from data import DIMENSIONS, InputError
+from data import DIMENSIONS, InputError, read_verdicts
 from losses import bt_loss, clip_share, group_advantages, grpo_loss, kl_to_reference, policy_ratio
-from model import DeScore, decode_cot, lay_out, to_device
-from parallel import arg
-from rollout import make_engine, task_seed
+from model import DeScore, lay_out, to_device
+from plumbing.checkpoint import save_model
+from plumbing.jobs import readable_pairs, task_seed
+from plumbing.logs import Log, draw_curves, reward_scale
+from plumbing.resume import StopSignal, load_checkpoint, require_finite, save_checkpoint
+from plumbing.settings import arg, cli, parse
+from rollout import decode_cot, make_engine
 
 
 @dataclasses.dataclass
@@ -47,7 +51,6 @@ class Settings:
     max_pixels: int = arg(307_200, "pixels per frame at most (paper, stage 2: 307,200)")
     workers: int = arg(2, "processes that decode ahead; 0: decode in this one")
     frame_cache: str | None = arg(None, "folder that keeps sampled frames, so that later epochs need not decode")
-    frame_cache_gb: float = arg(50.0, "size of --frame-cache at most; the least used go first")
     # model
     model: str = arg(None, "a DeScore folder: OUT/model of stage 1")
     train: str = arg("full", "what of the LLM is trained (paper: full)", choices=["lora", "full"])
@@ -137,12 +140,6 @@ def format_reward(text: str) -> float:
     return float(shape is not None and all(verdicts.get(d) in ("0", "1", "2", "N/A") for d in DIMENSIONS))
 
 
-def read_verdicts(text: str) -> dict[str, str]:
-    """{dimension: verdict} from the answer's `dimensional_scores`, {} if there is none. 2 and "2" are the same."""
-    scores = (data.extract_answer(text) or {}).get("dimensional_scores")
-    return {d: str(v).strip().upper() for d, v in scores.items()} if isinstance(scores, dict) else {}
-
-
 def quality_reward(text: str, annotation: dict[str, str]) -> float:
     """R_qual: right verdicts / annotated dimensions. A dimension that the answer leaves out is wrong."""
     verdicts = read_verdicts(text)
@@ -196,7 +193,7 @@ def generate(items, engine, settings, step) -> list[Rollouts]:
     """2: G CoTs for each of the two videos of each pair."""
     prefixes = [prefix for _, both in items for prefix in both]
     seeds = [
-        [task_seed(settings.seed, step, pair.row, video, i) for i in range(settings.rollouts)]
+        [task_seed(settings.seed, step, pair.line, video, i) for i in range(settings.rollouts)]
         for pair, _ in items
         for video in (0, 1)
     ]
@@ -326,14 +323,14 @@ def update(model, optimizer, mini: list[Rollouts], settings, ranks) -> dict[str,
             with ranks.autocast():
                 output = model(batch)  # ONE forward for log-probs and rewards
             loss, more = losses_of(output, numbers, batch, k, rollouts, settings, counts)
-            parallel.require_finite(loss.item(), "loss", [rollouts.record()], settings, ranks)
+            require_finite(loss.item(), "loss", [rollouts.record()], settings, ranks)
             parallel.backward(loss, ranks)
             ratio_max = max(ratio_max, more.pop("ratio_max"))
             for name, value in more.items():
                 sums[name] = sums.get(name, 0.0) + value
     parallel.sync_gradients(model, ranks)
     norms = parallel.clip_gradients(model, settings.max_grad_norm)
-    parallel.require_finite(norms["total"], "gradient norm", [r.record() for r in mini], settings, ranks)
+    require_finite(norms["total"], "gradient norm", [r.record() for r in mini], settings, ranks)
     optimizer.step()
     optimizer.zero_grad()
     sums = ranks.sum(sums)
@@ -356,18 +353,17 @@ def train(model, reference, engine, pairs, settings: Settings, ranks) -> None:
     optimizer = parallel.make_optimizer(model, settings)
     steps_per_epoch, local_pairs = parallel.divide(len(pairs), settings, ranks)
     total = min(settings.max_steps or 10**9, settings.epochs * steps_per_epoch)
-    first = parallel.load_checkpoint(settings.out, model, optimizer, ranks)["step"] if settings.resume else 0
+    first = load_checkpoint(settings.out, model, optimizer, ranks)["step"] if settings.resume else 0
     if first or settings.random_init:
         engine.sync(parallel.trained_weights(model))
-    log = parallel.Log(settings.out, settings, ranks, "grpo", first)
-    stop = parallel.StopSignal()
+    log = Log(settings.out, settings, ranks, "grpo", first)
+    stop = StopSignal()
     schedule = []
     for step in range(first, total):
         epoch, place = divmod(step, steps_per_epoch)
         order = data.epoch_order(len(pairs), settings.seed, epoch)
         schedule += ranks.share(order[place * settings.batch_pairs : (place + 1) * settings.batch_pairs])
-    cache = data.FrameCache(settings.frame_cache, settings.frame_cache_gb) if settings.frame_cache else None
-    dataset = data.EncodedPairs(pairs, model.processor, settings.fps, settings.max_pixels, cache)
+    dataset = data.EncodedPairs(pairs, model.processor, settings.fps, settings.max_pixels, settings.frame_cache)
     stream = data.take(dataset, schedule, settings.workers)
     updates = settings.batch_pairs // settings.mini_pairs
     model.train()
@@ -403,7 +399,7 @@ def train(model, reference, engine, pairs, settings: Settings, ranks) -> None:
         }
         stopping = ranks.any(stop.requested)
         if step == total or stopping or (settings.save_every and step % settings.save_every == 0):
-            parallel.save_checkpoint(settings.out, step, model, optimizer, ranks, settings.keep)
+            save_checkpoint(settings.out, step, model, optimizer, ranks, settings.keep)
         if ranks.is_main:
             write_samples(os.path.join(settings.out, "samples.jsonl"), step, batch[0], model.processor.tokenizer)
         log.step(
@@ -473,15 +469,15 @@ def check(settings: Settings, ranks) -> None:
 
 
 def main(argv=None) -> None:
-    settings = parallel.parse(Settings, __doc__, argv)
+    settings = parse(Settings, __doc__, argv)
     ranks = parallel.start(settings.seed, settings.log_with, settings.out, settings.cpu_offload)
     check(settings, ranks)
     os.makedirs(settings.out, exist_ok=True)
-    pairs = parallel.readable_pairs(data.read_pairs(settings.data, video_root=settings.video_root), settings, ranks)
+    pairs = readable_pairs(data.read_pairs(settings.data, video_root=settings.video_root), settings, ranks, data.sample_frames)
     for pair in pairs:
         if not pair.annotation_a or not pair.annotation_b:
             raise InputError(
-                f"{settings.data}, line {pair.row}: has no video_1_scores / video_2_scores in `answer`; stage 2 "
+                f"{settings.data}, line {pair.line}: has no video_1_scores / video_2_scores in `answer`; stage 2 "
                 "rewards CoTs by them (README, 'Data formats')."
             )
     how = {"empty": ranks.world > 1, "random_init": settings.random_init}
@@ -515,8 +511,8 @@ def main(argv=None) -> None:
     )
     parallel.shard(model, ranks, settings.shard_ranks, settings.cpu_offload)
     train(model, reference, engine, pairs, settings, ranks)
-    model.settings.update(parallel.reward_scale(settings.out))
-    parallel.save_model(model, os.path.join(settings.out, "model"), ranks)
+    model.settings.update(reward_scale(settings.out))
+    save_model(model, os.path.join(settings.out, "model"), ranks)
     if ranks.is_main:
         panels = {
             "rollout reward R": ["rollout_reward", "quality", "format", "length"],
@@ -526,10 +522,10 @@ def main(argv=None) -> None:
             "KL to the reference": ["kl"],
             "gradient norms": ["grad_norm_llm", "grad_norm_head"],
         }
-        parallel.draw_curves(settings.out, panels, os.path.join(settings.out, "curves.png"), "Stage 2: GRPO + BT")
+        draw_curves(settings.out, panels, os.path.join(settings.out, "curves.png"), "Stage 2: GRPO + BT")
     ranks.print(f"wrote {settings.out}/model, metrics.jsonl, samples.jsonl and curves.png")
     ranks.finish(engine)
 
 
 if __name__ == "__main__":
-    parallel.cli(main)
+    cli(main)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from lab import toy
 import data
-import toy
 from conftest import fails_in_one_sentence, run
 from data import InputError
+from plumbing.frame_cache import FrameCache
 
 
 def write_csv(path, rows):
@@ -46,7 +47,7 @@ FORMATS = {
 def test_every_published_format(name, tmp_path):
     row, label = FORMATS[name]
     (pair,) = data.read_pairs(write_csv(tmp_path / "x.csv", [row]))
-    assert (pair.label, pair.prompt, pair.row) == (label, "a cat", 2)
+    assert (pair.label, pair.prompt, pair.line) == (label, "a cat", 2)
     assert pair.videos == (str(tmp_path / "a.mp4"), str(tmp_path / "b.mp4"))
 
 
@@ -64,7 +65,7 @@ def test_same_is_a_tie_and_invalid_is_dropped(tmp_path, capsys):
     rows = [{**FORMATS["cold start"][0], "GSB": label} for label in ("same", "invalid", "A")]
     pairs = data.read_pairs(write_csv(tmp_path / "x.csv", rows))
     assert [p.label for p in pairs] == [0, 1]
-    assert "left out 1 rows" in capsys.readouterr().err
+    assert "left out 1 lines" in capsys.readouterr().err
 
 
 def test_bom_crlf_long_cells(tmp_path):
@@ -164,16 +165,21 @@ def test_bad_videos_are_one_sentence(kind, tmp_path, tiny_clips):
 def test_frame_cache_decodes_once_and_is_bounded(tmp_path, tiny_clips, monkeypatch):
     calls, real = [], data.sample_frames
     monkeypatch.setattr(data, "sample_frames", lambda *a: calls.append(a[0]) or real(*a))
-    cache = data.FrameCache(str(tmp_path / "cache"), gigabytes=1)
-    first, again = (cache.sample(tiny_clips[0], 2.0, 4096) for _ in range(2))
+    dataset = data.EncodedPairs([], None, 2.0, 4096, str(tmp_path / "cache"))
+    first, again = (dataset.sample(tiny_clips[0]) for _ in range(2))
     assert len(calls) == 1 and np.array_equal(first.frames, again.frames) and first.metadata() == again.metadata()
+    cache = dataset.cache
     cache.sample(tiny_clips[0], 1.0, 4096)  # another fps is another entry
     assert len(calls) == 2
     for file in (tmp_path / "cache").iterdir():
         file.write_bytes(file.read_bytes()[:100])  # cut short: decoded again, not trusted
     cache.sample(tiny_clips[0], 2.0, 4096)
     assert len(calls) == 3
-    small = data.FrameCache(str(tmp_path / "small"), gigabytes=1e-4)  # 100 kB: about two clips
+    for file in (tmp_path / "cache").iterdir():
+        file.write_bytes(b"")  # a full disk leaves files of no bytes
+    cache.sample(tiny_clips[0], 2.0, 4096)
+    assert len(calls) == 4
+    small = FrameCache(str(tmp_path / "small"), 1e-4, cache.decode)  # 100 kB: about two clips
     for clip in tiny_clips[:6]:
         small.sample(clip, 2.0, 4096)
     assert 0 < sum(f.stat().st_size for f in (tmp_path / "small").iterdir()) <= 1e5
@@ -265,22 +271,22 @@ def test_epoch_order():
 
 def test_loader_workers_report_bad_rows_in_one_sentence(world, processor, tmp_path):
     pairs = data.read_pairs(world["train_rl"])[:2]
-    bad = data.PreferencePair(str(tmp_path / "no.mp4"), pairs[0].video_b, "x", 1, row=7)
+    bad = data.PreferencePair(str(tmp_path / "no.mp4"), pairs[0].video_b, "x", 1, line=7)
     dataset = data.EncodedPairs([*pairs, bad], processor)
-    assert [item[0].row for item in data.take(dataset, [1, 0], workers=1)] == [pairs[1].row, pairs[0].row]
-    with pytest.raises(InputError, match="^row 7: .*no such video"):
+    assert [item[0].line for item in data.take(dataset, [1, 0], workers=1)] == [pairs[1].line, pairs[0].line]
+    with pytest.raises(InputError, match="^line 7: .*no such video"):
         list(data.take(dataset, [2], workers=1))
 
 
 # -- the command ----------------------------------------------------------------------------------------------------
 def test_show(world, base_dir, tmp_path):
     done = run(
-        "data.py", "--show", 2, "--data", world["train_rl"], "--model", base_dir, "--out", tmp_path / "frames.png"
+        "lab.look", "--show", 2, "--data", world["train_rl"], "--model", base_dir, "--out", tmp_path / "frames.png"
     )
     assert done.stdout.count("<Reward>") == 4 and "video tokens" in done.stdout
     assert (tmp_path / "frames.png").stat().st_size > 5000
 
 
 def test_command_line_errors(tmp_path):
-    fails_in_one_sentence("data.py", "--data", tmp_path / "no.csv", says="no such file")
-    fails_in_one_sentence("data.py", "--data", "x", "--colour", "red", says="unrecognized arguments")
+    fails_in_one_sentence("lab.look", "--data", tmp_path / "no.csv", says="no such file")
+    fails_in_one_sentence("lab.look", "--data", "x", "--colour", "red", says="unrecognized arguments")

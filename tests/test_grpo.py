@@ -6,12 +6,14 @@ import json
 import pytest
 import torch
 
+import rollout
+from plumbing import logs
 import data
 import grpo
-import model as model_module
 import parallel
 from conftest import refuses
 from data import InputError
+from model import DeScore
 from rollout import TransformersEngine
 
 TRUTH = {"subject": "2", "dynamics": "1", "camera": "N/A", "environment": "2", "style": "0"}
@@ -95,7 +97,7 @@ def test_rewards_land_on_their_own_rollouts(batch, items, model):
     for rollouts, (pair, _) in zip(batch, items):
         for video, truth in enumerate((pair.annotation_a, pair.annotation_b)):
             for i in range(3):
-                text = model_module.decode_cot(tokenizer, rollouts.cots[video][i])
+                text = rollout.decode_cot(tokenizer, rollouts.cots[video][i])
                 assert text == (f"<think>{'x' * n}</think>" if n % 4 else cot())  # the engine's n-th answer
                 assert rollouts.rewards[video][i].quality == grpo.quality_reward(text, truth)
                 n += 1
@@ -234,7 +236,7 @@ def test_script_runs_logs_saves_and_resumes(world, tiny_model_dir, tmp_path):
         grpo.main(["--model", tiny_model_dir, "--data", world["train_rl"], "--out", str(tmp_path / out), "--rollouts", "2",
                    "--batch-pairs", "2", "--mini-pairs", "1", "--max-new-tokens", "8", "--lr", "1e-3", "--workers", "0",
                    "--length-low", "1", "--length-high", "9", "--kl-coef", "0.01", "--max-steps", str(steps), *more])  # fmt: skip
-        return parallel.read_metrics(str(tmp_path / out))
+        return logs.read_metrics(str(tmp_path / out))
 
     whole = go("whole", 3)
     assert len(go("parts", 1)) == 1
@@ -244,10 +246,10 @@ def test_script_runs_logs_saves_and_resumes(world, tiny_model_dir, tmp_path):
         assert {k: v for k, v in a.items() if not k.endswith(clock)} == {
             k: v for k, v in b.items() if not k.endswith(clock)
         }
-    load = lambda out: model_module.DeScore.from_pretrained(str(tmp_path / out / "model")).state_dict()
+    load = lambda out: DeScore.from_pretrained(str(tmp_path / out / "model")).state_dict()
     one, two = load("whole"), load("parts")
     assert all(torch.equal(one[name], two[name]) for name in one)  # bit for bit
-    start = model_module.DeScore.from_pretrained(tiny_model_dir).state_dict()
+    start = DeScore.from_pretrained(tiny_model_dir).state_dict()
     changed = {name for name in one if not torch.equal(one[name], start[name])}
     assert {"query", "head.weight", "backbone.lm_head.weight"} <= changed
     assert not any(".visual." in name for name in changed)  # the vision tower is frozen in stage 2
@@ -263,7 +265,7 @@ def test_lora_reference_needs_no_second_model(world, tiny_model_dir, tmp_path):
     grpo.main(["--model", tiny_model_dir, "--data", world["train_rl"], "--out", str(tmp_path), "--rollouts", "2", "--train", "lora",
                "--lora-r", "4", "--batch-pairs", "1", "--mini-pairs", "1", "--max-new-tokens", "6", "--lr", "1e-2", "--workers", "0",
                "--kl-coef", "0.01", "--max-steps", "2"])  # fmt: skip
-    first, second = parallel.read_metrics(str(tmp_path))
+    first, second = logs.read_metrics(str(tmp_path))
     assert first["kl"] == pytest.approx(0.0, abs=1e-9)  # step 1: the adapter is still 0, the policy IS the reference
     assert second["kl"] > 0
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from lab import toy, toy_model
 import data
-import toy
 
 RED_CIRCLE = {"subject": ("red", "circle"), "dynamics": "moving left", "camera": "still", "environment": "night",
               "style": "plain"}  # fmt: skip
@@ -41,7 +41,7 @@ def test_cot_by_hand():
     ]
     answer = data.extract_answer(text)
     assert answer == {"dimensional_scores": toy.annotate(WISH, RED_CIRCLE), "overall_score": 3.5}
-    assert toy.read_verdicts(text) == answer["dimensional_scores"]
+    assert toy_model.read_verdicts(text) == answer["dimensional_scores"]
     assert toy.prompt_text(WISH).startswith("A red square moving left")
 
 
@@ -49,7 +49,7 @@ def test_cot_by_hand():
     "", "<think>", "no thought <answer>{}</answer>", "<think>\n</think>\n<answer>{",
     '<think></think><answer>{"dimensional_scores": {"subject": "2"}}</answer>'])  # fmt: skip
 def test_broken_answers_are_invalid(text):
-    assert toy.read_verdicts(text) is None
+    assert toy_model.read_verdicts(text) is None
 
 
 def test_motion_is_drawn_in_the_right_direction():
@@ -125,7 +125,7 @@ def test_tokenizer_round_trip_of_any_text(processor):
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
     assert set(ids) and tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token == "<|endoftext|>"
     special = set(tokenizer.all_special_ids)
-    assert special == set(tokenizer.convert_tokens_to_ids(list(toy.SPECIAL)))
+    assert special == set(tokenizer.convert_tokens_to_ids(list(toy_model.SPECIAL)))
     assert not special & set(tokenizer.convert_tokens_to_ids(["<think>", "</think>"]))
 
 
@@ -154,17 +154,17 @@ def test_patches_equal_the_processors(processor):
     frames = toy.render_clip(RED_CIRCLE, np.random.default_rng(0), np.arange(8) / 2)
     inputs = data.encode_prompt(processor, data.Video(frames, 2.0, 8, tuple(range(8))), "A red circle.")
     assert inputs["video_grid_thw"].tolist() == [[4, 4, 4]]  # not upsized
-    torch.testing.assert_close(toy.patchify(frames[None]), inputs["pixel_values_videos"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(toy_model.patchify(frames[None]), inputs["pixel_values_videos"], atol=1e-6, rtol=0)
     assert len(inputs["input_ids"]) < 110
 
 
 def test_tiny_base_trains_saves_and_opens(processor, tmp_path):
     from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
-    model, twin = (toy.build_model(processor, 5, **toy.MICRO) for _ in range(2))
+    model, twin = (toy_model.build_model(processor, 5, **toy_model.MICRO) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
     assert model.config.text_config.vocab_size % 64 == 0 and not model.config.tie_word_embeddings
-    loss = toy.pretrain(model, processor, seed=0, vision_steps=2, steps=30, batch=8, pool=16, progress=False)
+    loss = toy_model.pretrain(model, processor, seed=0, vision_steps=2, steps=30, batch=8, pool=16, progress=False)
     assert loss < np.log(model.config.text_config.vocab_size)
     model.save_pretrained(tmp_path), processor.save_pretrained(tmp_path)
     model_2 = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path)
@@ -178,7 +178,7 @@ def test_tiny_base_trains_saves_and_opens(processor, tmp_path):
         outputs = [either(**batch).logits for either in (model, model_2)]
     assert torch.isfinite(outputs[0]).all() and torch.equal(*outputs)
     assert model_2.generation_config.eos_token_id == processor.tokenizer.eos_token_id
-    assert len(toy.generate(model_2, processor_2, inputs, sample=False, max_new_tokens=4)) == 2
+    assert len(toy_model.generate(model_2, processor_2, inputs, sample=False, max_new_tokens=4)) == 2
 
 
 @pytest.mark.parametrize("arguments, code", [(["--help"], 0), (["data", "--out", "x", "--no-such-flag"], 2), ([], 2)])

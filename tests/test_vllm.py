@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-import parallel
+from plumbing import logs
 from conftest import ROOT, run
 
 pytestmark = pytest.mark.vllm
@@ -16,7 +16,8 @@ SCRIPT = """
 import json, os, sys
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", TORCHDYNAMO_DISABLE="1", HF_HUB_OFFLINE="1")
 import torch, data, parallel, rollout
-from model import DeScore, banned_tokens, lay_out
+from model import DeScore, lay_out
+from rollout import banned_tokens
 ranks = parallel.start(0)
 path, clips = sys.argv[1], sys.argv[2:]
 model = DeScore.from_pretrained(path)
@@ -76,6 +77,6 @@ def test_two_ranks_train_with_an_engine_each_or_with_one_together(world, tiny_mo
              "--batch-pairs", 2, "--mini-pairs", 2, "--max-new-tokens", 10, "--lr", "1e-3", "--max-steps", 2,
              "--length-low", 1, "--length-high", 9, "--workers", 0, "--out", tmp_path]  # fmt: skip
     run("grpo.py", *flags, ranks=2, env={"TORCHDYNAMO_DISABLE": "1"})
-    lines = parallel.read_metrics(str(tmp_path))
+    lines = logs.read_metrics(str(tmp_path))
     # The second step's CoTs come from weights that were handed over; control tokens, banned in the engine, cost a little.
     assert [line["step"] for line in lines] == [1, 2] and all(line["engine_gap"] < 0.05 for line in lines), lines

@@ -1,6 +1,6 @@
 """What our layouts save: stage 2, stage 1, sampling, decoding and the metric, each beside its rivals, on this machine.
 
-    python bench.py [--quick] [--only stage2,metric]   ->   OUT/bench.json, bench.md (the tables printed), bench.png
+    python -m lab.bench [--quick] [--only stage2,metric]   ->   OUT/bench.json, bench.md (the tables printed), bench.png
 
 Needs no data: it renders clips and makes a random Qwen3-VL (toy.py), hidden 256 x 4 layers on a CPU, 1024 x 12 on a
 GPU: so wide that arithmetic, not Python, takes the time. `lm_head` is 4 % of the language model (8 % in the 8B).
@@ -42,13 +42,14 @@ import data
 import grpo
 import metrics
 import parallel
-import toy
+from lab import toy, toy_model
 from data import InputError
 from layout import lay_out
 from losses import bt_loss, group_advantages, token_log_probs
 from model import DeScore, Output, to_device
-from parallel import arg
-from rollout import make_engine, task_seed
+from plumbing.settings import arg, cli, parse
+from plumbing.jobs import task_seed
+from rollout import make_engine
 
 LAYOUTS = ("packed", "plain", "plain, 1 CoT at a time", "released")
 
@@ -120,10 +121,10 @@ def inspect(model, work, right=None) -> tuple[dict, tuple]:
 def make_world(s: Settings) -> types.SimpleNamespace:
     """-> settings, ranks, processor; model (LLM trained fully, tower frozen, as in stage 2); reference, with slightly
     other weights, or KL would be 0 in any layout; seen, a list of the tokens of each LLM forward; matmul, in FLOP/s."""
-    ranks, processor, on_gpu, seen = parallel.start(s.seed), toy.build_processor(), torch.cuda.is_available(), []
+    ranks, processor, on_gpu, seen = parallel.start(s.seed), toy_model.build_processor(), torch.cuda.is_available(), []
     heads = max(2, s.hidden // 64)
     size = dict(hidden=s.hidden, layers=s.layers, heads=heads, vision_hidden=24 * heads, vision_layers=min(3, s.layers))
-    model = DeScore(toy.build_model(processor, s.seed, **size), processor)
+    model = DeScore(toy_model.build_model(processor, s.seed, **size), processor)
     torch.nn.init.normal_(model.head.weight, std=s.hidden**-0.5)  # rewards that differ: a BT loss that is not ln 2
     model.make_trainable("full", vision=False)
     reference = copy.deepcopy(model).requires_grad_(False)
@@ -534,7 +535,7 @@ def draw(results: dict, path: str) -> None:
 
 
 def main(argv=None) -> None:
-    s, big = parallel.parse(Settings, __doc__, argv), torch.cuda.is_available()
+    s, big = parse(Settings, __doc__, argv), torch.cuda.is_available()
     chosen = [name.strip() for name in s.only.split(",")]
     if unknown := [name for name in chosen if name not in SECTIONS]:
         raise InputError(f"--only {unknown[0]}: choose from {', '.join(SECTIONS)}.")
@@ -561,4 +562,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    parallel.cli(main)
+    cli(main)
