@@ -181,6 +181,23 @@ def test_kl_estimator_has_the_right_mean():
     assert estimate.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_old_and_reference_log_probs_are_constants():
+    """π_old and π_ref are where we came from: they get no gradient, even where they hang on the same graph.
+
+    Given log π itself as old log-probs, ρ = π/π_old is 1 everywhere; were π_old not detached, its slope would cancel
+    that of π, and nothing would ever be learned. For the KL, moving π_ref to π would be as good as moving π back.
+    """
+    log_probs, mask = torch.randn(2, 3, requires_grad=True), torch.ones(2, 3)
+    losses.grpo_loss(log_probs, log_probs, torch.tensor([1.0, -1.0]), mask).backward()
+    assert torch.allclose(log_probs.grad, torch.tensor([[-1 / 6] * 3, [1 / 6] * 3]))  # -A / tokens, as on-policy
+    policy, reference = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    losses.kl_to_reference(policy, reference).sum().backward()
+    assert reference.grad is None
+    # d/dlogπ (π_ref/π - 1 - log π_ref/π) = 1 - π_ref/π: up in π where π is above π_ref, so descent brings it down
+    expected = 1 - (reference.detach() - policy.detach()).exp()
+    assert torch.allclose(policy.grad, expected, atol=1e-6)
+
+
 def test_token_log_probs():
     logits = torch.tensor([[0.0, math.log(3.0)], [1.0, 1.0]])  # softmax: (1/4, 3/4), (1/2, 1/2)
     value = losses.token_log_probs(logits, torch.tensor([1, 0]))
