@@ -419,12 +419,12 @@ def step_metrics(batch: list[Rollouts], updates: list[dict], settings, ranks) ->
     """COLLECTIVE. 8: what moves, averaged over all rollouts of all ranks. README's glossary explains each name."""
     rewards = [r for rollouts in batch for row in rollouts.rewards for r in row]
     cots = [cot for rollouts in batch for row in rollouts.cots for cot in row]
-    groups = [[r.total for r in row] for rollouts in batch for row in rollouts.rewards]
+    groups = [row for rollouts in batch for row in rollouts.advantages]  # of G advantages each
     sums = ranks.sum({
         "rollout_reward": sum(r.total for r in rewards), "quality": sum(r.quality for r in rewards),
         "format": sum(r.format for r in rewards), "length": sum(r.length for r in rewards),
         "cot_tokens": sum(map(len, cots)), "truncated": sum(len(cot) >= settings.max_new_tokens for cot in cots),
-        "flat": sum(max(g) - min(g) < 1e-9 for g in groups), "rollouts": len(rewards), "groups": len(groups),
+        "flat": sum(not group.any() for group in groups), "rollouts": len(rewards), "groups": len(groups),
     })  # fmt: skip
     count, num_groups, flat = sums.pop("rollouts"), sums.pop("groups"), sums.pop("flat")
     metrics = {name: value / count for name, value in sums.items()} | {"flat_groups": flat / num_groups}

@@ -89,15 +89,20 @@ def group_advantages(rollout_rewards: torch.Tensor, epsilon: float = 1e-6) -> to
         A_i = (R_i − mean(R_1..R_G)) / (std(R_1..R_G) + ε)
 
     R -> rollout_rewards (N, G): row n holds the G CoTs of ONE video. std has Bessel's correction (divides by G − 1).
-    A group whose G rewards are equal says nothing: its advantages are 0. G = 1 gives 0 too (no spread to compare with).
+    A group whose G rewards are equal says nothing: its advantages are exactly 0, as is that of a group of one.
     Worked: R = (0, 1): mean .5, std .7071, A = (-.7071, +.7071).
+
+    Pitfall: eight times .86 has the fp32 mean .8600001. That would be an R - mean of -6e-8 over an ε of 1e-6: A = -.06
+    for all eight, and a push against every token of a group in which no CoT is better than another. So equal rewards
+    are found by comparing, not by subtracting.
     """
     assert rollout_rewards.ndim == 2, f"(N, G) expected, got {tuple(rollout_rewards.shape)}"
     rewards = rollout_rewards.float()
-    centred = rewards - rewards.mean(dim=1, keepdim=True)  # (N, G)
-    if rewards.shape[1] == 1:
+    flat = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)  # (N, 1)
+    if flat.all():  # groups of one too: their std would be nan
         return torch.zeros_like(rewards)
-    return centred / (rewards.std(dim=1, keepdim=True) + epsilon)
+    centred = rewards - rewards.mean(dim=1, keepdim=True)  # (N, G)
+    return torch.where(flat, 0.0, centred / (rewards.std(dim=1, keepdim=True) + epsilon))
 
 
 def token_log_probs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:

@@ -155,7 +155,8 @@ def test_grpo_gradient_never_reaches_the_head_and_bt_reaches_the_llm(model, pref
     output = model(lay_out(model.backbone, prefixes[:2], [[[70, 71]], [[90]]]))
     mask = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
     grpo_loss(output.log_probs, output.log_probs.detach(), torch.tensor([1.0, -1.0]), mask).backward(retain_graph=True)
-    assert model.head.weight.grad is None and model.query.grad is None or not model.query.grad.any()
+    assert model.head.weight.grad is None  # not on the way from the CoT's log-probs to the LLM
+    assert model.query.grad is None or not model.query.grad.any()  # in the row, but no CoT token looks at it
     assert model.backbone.lm_head.weight.grad.any()
     model.zero_grad()
     bt_loss(output.rewards[:1], output.rewards[1:]).backward()

@@ -1,14 +1,18 @@
 """toy.py: the truth of the toy world, real mp4 files, the real CSV formats, the tokenizer and the tiny model."""
 
 import csv
+import os
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from lab import toy, toy_model
 import data
+from conftest import ROOT
+from lab import toy, toy_model
 
 RED_CIRCLE = {"subject": ("red", "circle"), "dynamics": "moving left", "camera": "still", "environment": "night",
               "style": "plain"}  # fmt: skip
@@ -113,6 +117,26 @@ def test_same_seed_same_files_and_other_seed_other_files(tiny_world, tmp_path):
     assert read(again) == read(written) != read(other)
     clip = "videos/train_rl/0000a.mp4"
     assert (tmp_path / "a" / clip).read_bytes() == (folder / clip).read_bytes() != (tmp_path / "b" / clip).read_bytes()
+
+
+def test_two_processes_write_the_same_clips(tmp_path):
+    """Encoders keep memory that they never filled; whatever stands in it must not reach the file.
+
+    MALLOC_PERTURB_ (glibc) fills fresh memory with another byte in each process: what is luck elsewhere, one file in
+    fifty, is certain here.
+    """
+    code = (f"import sys, numpy as np; from {toy.__name__} import random_values, render_clip, write_mp4\n"
+            "for k in range(6):\n"
+            "    rng = np.random.default_rng(k)\n"
+            "    write_mp4(f'{sys.argv[1]}/{k}.mp4', render_clip(random_values(rng), rng), 4)")  # fmt: skip
+    fills = ("85", "170")
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, tmp_path / fill], cwd=ROOT, env={**os.environ, "MALLOC_PERTURB_": fill})
+        for fill in fills
+    ]
+    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    one, two = ([(tmp_path / fill / f"{k}.mp4").read_bytes() for k in range(6)] for fill in fills)
+    assert one == two
 
 
 def test_tokenizer_round_trip_of_any_text(processor):
