@@ -91,10 +91,7 @@ class Settings:
     mini_pairs: int = arg(
         8, "pairs per update (paper: 8); equal to --batch-pairs: on-policy, no pass for old log-probs"
     )
-    packing: bool = arg(True, "one forward per group: the prefix once for its G CoTs; --no-packing: one row per CoT")
-    pack_tokens: int = arg(
-        0, "tokens in one forward at most, to save memory: a larger group is split evenly; 0: no limit"
-    )
+    packing: bool = arg(True, "a row per video: the prefix once for its G CoTs; --no-packing: a row per CoT")
     lr: float = arg(1e-6, "learning rate of the LLM (paper: 1e-6)")
     lr_head: float | None = arg(None, "learning rate of query and head; default --lr (paper: the same)")
     warmup: float = arg(0.0, "share of all rollout batches with a rising learning rate (not given in the paper)")
@@ -175,10 +172,9 @@ class Rollouts:
     rewards: list[list[RolloutReward]] = None  # [2][G]
     advantages: torch.Tensor = None  # (2, G)
     engine_log_probs: list[list[list[float]]] = None  # [2][G][token] as the engine saw them, if it tells
-    splits: int = 1  # forwards for this pair, the same on every rank; divides G
-    old: list = None  # per forward: log-probs (2g, T) when sampled, if they differ from the current ones
-    reference: list = None  # per forward: log-probs (2g, T) under the reference
-    seen: dict = dataclasses.field(default_factory=dict)  # rows -> what the frozen tower saw, for all passes of a step
+    old: torch.Tensor = None  # (2G, T) log-probs when sampled, if they differ from the current ones
+    reference: torch.Tensor = None  # (2G, T) log-probs under the reference
+    video_features: object = None  # what the frozen tower saw, from the first pass of a step to its last
 
     @property
     def num_tokens(self) -> int:
@@ -217,78 +213,52 @@ def judge(rollouts: Rollouts, tokenizer, settings) -> None:
     rollouts.advantages = group_advantages(torch.tensor([[r.total for r in row] for row in rollouts.rewards]))
 
 
-def forwards(model, rollouts: Rollouts, settings):
-    """Yields (rollout numbers i, batch) for each forward of a pair: the CoTs i of both videos, ordered A_i.., B_i..
+def lay_out_pair(model, rollouts: Rollouts, settings) -> dict:
+    """The tensors of a pair's ONE forward, CoTs ordered A_1..A_G, B_1..B_G.
 
-    Packed: two rows, each with a prefix and its CoTs. Plain: a row per CoT.
+    Packed: two rows, each a prefix and its G CoTs. Plain: a row per CoT.
     """
-    at_once = settings.rollouts // rollouts.splits
-    for i in range(0, settings.rollouts, at_once):
-        numbers = list(range(i, i + at_once))
-        cots = [[row[k] for k in numbers] for row in rollouts.cots]  # [2][g]
-        if settings.packing:
-            batch = lay_out(model.backbone, rollouts.prefixes, cots)
-        else:
-            prefixes = [prefix for prefix in rollouts.prefixes for _ in numbers]
-            batch = lay_out(model.backbone, prefixes, [[cot] for row in cots for cot in row])
-        rows = len(batch["video_grid_thw"])
-        batch = {**to_device(batch, model.query.device), "seen": rollouts.seen.get(rows)}
-        yield numbers, batch
-        rollouts.seen[rows] = batch.get("seen")
-
-
-def split(batch: list[Rollouts], settings, ranks) -> None:
-    """COLLECTIVE. How many forwards each pair needs to stay under --pack-tokens. Each repeats the prefix, so few are
-    better.
-
-    The n-th pair of every rank gets as many as the largest of them needs, or the ranks' forwards would not match.
-    """
-    needs = []
-    for r in batch:
-
-        def tokens(splits):  # of the largest forward: two rows
-            g, total = settings.rollouts // splits, 0
-            for prefix, row in zip(r.prefixes, r.cots):
-                parts = [sum(len(cot) + 1 for cot in row[i : i + g]) for i in range(0, settings.rollouts, g)]
-                total += len(prefix["input_ids"]) * (1 if settings.packing else g) + max(parts)
-            return total
-
-        divisors = [s for s in range(1, settings.rollouts + 1) if settings.rollouts % s == 0]
-        needs.append(next((s for s in divisors if tokens(s) <= settings.pack_tokens), settings.rollouts))
-    if settings.pack_tokens:
-        for n, r in enumerate(batch):
-            r.splits = int(max(ranks.gather_objects([needs[n]])))
+    if settings.packing:
+        batch = lay_out(model.backbone, rollouts.prefixes, rollouts.cots)
+    else:
+        prefixes = [prefix for prefix, row in zip(rollouts.prefixes, rollouts.cots) for _ in row]
+        batch = lay_out(model.backbone, prefixes, [[cot] for row in rollouts.cots for cot in row])
+    return to_device(batch, model.query.device)
 
 
 @torch.no_grad()
-def log_probs_now(model, rollouts: Rollouts, settings, ranks) -> list[torch.Tensor]:
-    """COLLECTIVE under FSDP. 5: the log-probs of all rollouts under the model as it is, one (2g, T) per forward."""
+def log_probs_now(model, rollouts: Rollouts, settings, ranks) -> torch.Tensor:
+    """COLLECTIVE under FSDP. 5: the log-probs (2G, T) of a pair's rollouts under the model as it is.
+
+    The tower is frozen in stage 2, so what it saw is kept for the next pass, of the policy or of the reference.
+    """
     with ranks.autocast():
-        return [model(batch).log_probs for _, batch in forwards(model, rollouts, settings)]
+        output = model(lay_out_pair(model, rollouts, settings), video_features=rollouts.video_features)
+    rollouts.video_features = output.video_features
+    return output.log_probs
 
 
-def losses_of(output, numbers, batch, k, rollouts: Rollouts, settings, counts) -> tuple[torch.Tensor, dict[str, float]]:
-    """6: the loss of one forward, and sums for the log. `counts`: denominators of the whole update, over all ranks.
+def losses_of(output, batch, rollouts: Rollouts, settings, counts) -> tuple[torch.Tensor, dict[str, float]]:
+    """6: the loss of a pair, and sums for the log. `counts`: denominators of the whole update, over all ranks.
 
     L = GRPO (Eq. 7)  +  kl_coef * KL  +  bt_coef * BT (Eq. 10)
     """
     log_probs, mask, device = output.log_probs, batch["response_mask"], output.rewards.device
-    old = rollouts.old[k] if rollouts.old else log_probs.detach()  # on-policy: the old log-probs ARE the current ones
-    advantages = rollouts.advantages[:, numbers].flatten().to(device)  # (2g,) in the batch's order A_i.., B_i..
+    old = log_probs.detach() if rollouts.old is None else rollouts.old  # on-policy: the old ones ARE the current ones
+    advantages = rollouts.advantages.flatten().to(device)  # (2G,) in the batch's order A_1.., B_1..
     clip = settings.clip_low, settings.clip_high
     gap = torch.zeros_like(mask)  # trainer minus engine, per token, of the log-prob the CoT was sampled with
     if rollouts.engine_log_probs:
-        theirs = [row[i] for row in rollouts.engine_log_probs for i in numbers]
-        for n, values in enumerate(theirs):
+        for n, values in enumerate(values for row in rollouts.engine_log_probs for values in row):
             gap[n, : len(values)] = old[n, : len(values)] - torch.tensor(values, device=device)
     weight = gap.exp().clamp(max=settings.engine_cap) if settings.engine_cap else 1.0
     policy = grpo_loss(
         log_probs, old, advantages, mask * weight, *clip, settings.clip_dual, denominator=counts["tokens"]
     )
     kl = torch.zeros((), device=device)
-    if rollouts.reference:
-        kl = (kl_to_reference(log_probs, rollouts.reference[k]) * mask).sum() / counts["tokens"]
-    rewards = output.rewards.view(2, len(numbers))  # (2, g): the head's rewards of videos A and B
+    if rollouts.reference is not None:
+        kl = (kl_to_reference(log_probs, rollouts.reference) * mask).sum() / counts["tokens"]
+    rewards = output.rewards.view(2, -1)  # (2, G): the head's rewards of videos A and B
     label = rollouts.pair.label
     bt = torch.zeros((), device=device) if label else 0.0 * rewards.sum()  # a human tie has no winner: no BT term
     if label:  # Eq. 10: rollout i of the winner against rollout i of the loser
@@ -319,15 +289,16 @@ def update(model, optimizer, mini: list[Rollouts], settings, ranks) -> dict[str,
     counts = {name: max(1.0, value) for name, value in counts.items()}  # denominators, before the first backward
     sums, ratio_max = {}, 1.0
     for rollouts in mini:
-        for k, (numbers, batch) in enumerate(forwards(model, rollouts, settings)):
-            with ranks.autocast():
-                output = model(batch)  # ONE forward for log-probs and rewards
-            loss, more = losses_of(output, numbers, batch, k, rollouts, settings, counts)
-            require_finite(loss.item(), "loss", [rollouts.record()], settings, ranks)
-            parallel.backward(loss, ranks)
-            ratio_max = max(ratio_max, more.pop("ratio_max"))
-            for name, value in more.items():
-                sums[name] = sums.get(name, 0.0) + value
+        batch = lay_out_pair(model, rollouts, settings)
+        with ranks.autocast():
+            output = model(batch, video_features=rollouts.video_features)  # ONE forward for log-probs and rewards
+        rollouts.video_features = None  # this was the step's last pass: nothing stays in memory while sampling
+        loss, more = losses_of(output, batch, rollouts, settings, counts)
+        require_finite(loss.item(), "loss", [rollouts.record()], settings, ranks)
+        parallel.backward(loss, ranks)
+        ratio_max = max(ratio_max, more.pop("ratio_max"))
+        for name, value in more.items():
+            sums[name] = sums.get(name, 0.0) + value
     parallel.sync_gradients(model, ranks)
     norms = parallel.clip_gradients(model, settings.max_grad_norm)
     require_finite(norms["total"], "gradient norm", [r.record() for r in mini], settings, ranks)
@@ -375,7 +346,6 @@ def train(model, reference, engine, pairs, settings: Settings, ranks) -> None:
         for rollouts in batch:
             judge(rollouts, model.processor.tokenizer, settings)  # 3 rollout rewards, 4 group advantages
         generated = time.time()
-        split(batch, settings, ranks)
         for rollouts in batch:  # 5 log-probs that the update compares with, from before it
             if updates > 1:
                 rollouts.old = log_probs_now(model, rollouts, settings, ranks)

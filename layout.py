@@ -6,16 +6,22 @@ Shapes: B rows, L positions (padded), P prompt tokens, N CoTs in all rows togeth
 """
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import pad, scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 
-def lay_out(backbone, prefixes: list[dict], responses: list[list[list[int]]]) -> dict[str, torch.Tensor]:
+def lay_out(backbone, prefixes: list[dict], responses: list[list[list[int]]]) -> dict:
     """Prompts and CoTs -> the tensors of one forward. Row b holds prefix b ONCE and all of its CoTs behind it.
 
         [ prefix (video + prompt) | cot_1 q_1 | cot_2 q_2 | ... | padding ]
 
     The G CoTs of a video share thousands of prefix tokens, so packing them encodes and back-propagates those once, not
     G times. That equals G separate rows because each CoT sees what it would see alone:
-      * a block mask: position i may look at j <= i in the prefix or in its own CoT. For two CoTs of two tokens,
+      * position i may look at j <= i in the prefix or in its own CoT (`shared_prefix_attention`). For two CoTs of two
+        tokens,
 
                     p p p  a a q  b b q          rows look, columns are looked at, x = allowed
                 p   x . .  . . .  . . .
@@ -29,7 +35,7 @@ def lay_out(backbone, prefixes: list[dict], responses: list[list[list[int]]]) ->
                 q   x x x  . . .  x x x
 
       * positions restart right after the prefix for each CoT.
-    With one CoT per row (the plain path) the block mask is the ordinary causal mask, and only padding is marked.
+    With one CoT per row (the plain path) this is ordinary causal attention.
 
     Args:
         backbone: the Qwen3-VL, for its rule of 3-D positions (time, height, width) only.
@@ -38,76 +44,104 @@ def lay_out(backbone, prefixes: list[dict], responses: list[list[list[int]]]) ->
             sampled; the query follows the last token whatever it is, so a CoT cut off at the limit needs no special
             case.
     Returns:
-        input_ids (B, L); query_mask (B, L) bool; position_ids (3, B, L); attention_mask (B, L), or (B, 1, L, L) bool
-        when a row holds several CoTs; pixel_values_videos, video_grid_thw;
+        input_ids (B, L); query_mask (B, L) bool; position_ids (3, B, L); pixel_values_videos, video_grid_thw;
+        spans: per row (P, [(start, length), ...]), Python integers: where each CoT with its query begins, and how many
+        positions it has. What no span covers is padding;
         query_index (N,): where the queries are in the flattened B x L; response_index (N, T): where the position that
         PREDICTS each CoT token is (one before it); response_ids, response_mask (N, T).
     """
-    pad = backbone.config.text_config.pad_token_id or 0  # never read: masked out, or replaced by the query vector
-    rows, starts = [], []
+    filler = backbone.config.text_config.pad_token_id or 0  # never read: padding, or replaced by the query vector
+    rows, spans = [], []
     for prefix, cots in zip(prefixes, responses, strict=True):
         positions, _ = backbone.model.get_rope_index(
             input_ids=prefix["input_ids"][None],
             mm_token_type_ids=prefix["mm_token_type_ids"][None],
             video_grid_thw=prefix["video_grid_thw"],
         )
-        ids, positions, segments = [prefix["input_ids"]], [positions[:, 0]], [torch.zeros_like(prefix["input_ids"])]
-        row_starts, end = [], len(prefix["input_ids"])
-        for k, cot in enumerate(cots, start=1):
-            ids.append(torch.tensor([*cot, pad]))  # the pad stands for the query
+        ids, positions, end, own = [prefix["input_ids"]], [positions[:, 0]], len(prefix["input_ids"]), []
+        for cot in cots:
+            ids.append(torch.tensor([*cot, filler]))  # the filler stands for the query
             after_prefix = torch.arange(len(cot) + 1) + positions[0].max() + 1
             positions.append(after_prefix.expand(3, -1))  # text: the same number for time, height and width
-            segments.append(torch.full((len(cot) + 1,), k))
-            row_starts.append(end)
+            own.append((end, len(cot) + 1))
             end += len(cot) + 1
-        rows.append((torch.cat(ids), torch.cat(positions, dim=1), torch.cat(segments)))
-        starts.append(row_starts)
+        rows.append((torch.cat(ids), torch.cat(positions, dim=1)))
+        spans.append((len(prefix["input_ids"]), own))
 
-    length = max(len(ids) for ids, _, _ in rows)
-    input_ids = torch.full((len(rows), length), pad)  # (B, L)
+    length = max(len(ids) for ids, _ in rows)
+    input_ids = torch.full((len(rows), length), filler)  # (B, L)
     position_ids = torch.zeros(3, len(rows), length, dtype=torch.long)
-    segment = torch.full((len(rows), length), -1)  # 0 prefix, k the k-th CoT and its query, -1 padding
-    for b, (ids, positions, segments) in enumerate(rows):
-        input_ids[b, : len(ids)], position_ids[:, b, : len(ids)], segment[b, : len(ids)] = ids, positions, segments
+    for b, (ids, positions) in enumerate(rows):
+        input_ids[b, : len(ids)], position_ids[:, b, : len(ids)] = ids, positions
 
-    spans = [
-        (b, start, len(cot))
-        for b, (row_starts, cots) in enumerate(zip(starts, responses))
-        for start, cot in zip(row_starts, cots)
-    ]
-    longest = max([1, *(n for _, _, n in spans)])
-    response_ids, response_index = (torch.zeros(len(spans), longest, dtype=torch.long) for _ in range(2))
-    response_mask, query_mask = torch.zeros(len(spans), longest), torch.zeros(len(rows), length, dtype=torch.bool)
-    for i, (b, start, n) in enumerate(spans):
+    places = [(b, prefix, start, n - 1) for b, (prefix, own) in enumerate(spans) for start, n in own]  # n - 1: the CoT
+    longest = max([1, *(n for *_, n in places)])
+    response_ids, response_index = (torch.zeros(len(places), longest, dtype=torch.long) for _ in range(2))
+    response_mask, query_mask = torch.zeros(len(places), longest), torch.zeros(len(rows), length, dtype=torch.bool)
+    for i, (b, prefix, start, n) in enumerate(places):
         response_ids[i, :n] = input_ids[b, start : start + n]
         # Token t is predicted from the position before it. Before a CoT's FIRST token stands the prefix's last one.
-        before = torch.tensor([len(prefixes[b]["input_ids"]) - 1, *range(start, start + n - 1)])[:n]
-        response_index[i, :n] = b * length + before
+        response_index[i, :n] = b * length + torch.tensor([prefix - 1, *range(start, start + n - 1)])[:n]
         response_mask[i, :n] = 1
         query_mask[b, start + n] = True
-
-    if all(len(cots) == 1 for cots in responses):
-        attention_mask = (segment >= 0).long()  # (B, L); causality is the model's own
-    else:
-        attention_mask = block_mask(segment)
     return {
         "input_ids": input_ids,
         "query_mask": query_mask,
         "position_ids": position_ids,
-        "attention_mask": attention_mask,
+        "spans": spans,
         "pixel_values_videos": torch.cat([prefix["pixel_values_videos"] for prefix in prefixes]),
         "video_grid_thw": torch.cat([prefix["video_grid_thw"] for prefix in prefixes]),
-        "query_index": torch.tensor([b * length + start + n for b, start, n in spans]),
+        "query_index": torch.tensor([b * length + start + n for b, _, start, n in places]),
         "response_index": response_index,
         "response_ids": response_ids,
         "response_mask": response_mask,
     }
 
 
-def block_mask(segment: torch.Tensor) -> torch.Tensor:
-    """segment (B, L): 0 prefix, k >= 1 the k-th CoT, -1 padding -> (B, 1, L, L) bool, True where it may look."""
-    length = segment.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()  # (L, L)
-    same_cot = segment[:, :, None] == segment[:, None, :]  # (B, L, L)
-    in_prefix = (segment == 0)[:, None, :]  # (B, 1, L)
-    return (causal & (same_cot | in_prefix))[:, None]
+def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, spans=None, **more):
+    """Who sees whom (the drawing in `lay_out`), by ordinary causal attention over parts of a row.
+
+        prefix and first CoT    one causal sequence: nothing stands between them
+        every other CoT         its queries look at [prefix, itself], causal with the LOWER RIGHT corners aligned:
+
+                p p p  b b q
+            b   x x x  x . .         keys of the CoT before are not given to the kernel, so nothing is masked in vain
+            b   x x x  x x .
+            q   x x x  x x x
+
+    A mask over the whole row would allow the same, but no fast kernel takes one, and the others compute all L x L scores
+    to throw most away: at P = C, packing would gain nothing. Here the work is exactly what the drawing has x for.
+    Without spans (sampling with a cache, calls from elsewhere) it is transformers' own SDPA attention.
+
+    query (B, H, L, d), key and value (B, H_kv, L, d), spans from `lay_out` -> (B, L, H, d), None. Padding gives 0.
+    """
+    if spans is None:
+        kwargs = {"scaling": scaling, "dropout": dropout, **more}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    # Under autocast the norms before leave queries and keys in fp32; lower-right kernels want one type.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    options = {"scale": scaling, "dropout_p": dropout, "enable_gqa": True}  # H_kv < H: heads in groups share keys
+    rows = []
+    for b, (prefix, cots) in enumerate(spans):
+        q, k, v = query[b : b + 1], key[b : b + 1], value[b : b + 1]
+        end = prefix + sum(n for _, n in cots[:1])
+        seen = {0: scaled_dot_product_attention(q[:, :, :end], k[:, :, :end], v[:, :, :end], is_causal=True, **options)}
+        for n in sorted({n for _, n in cots[1:]}):  # CoTs of the same length go in one call
+            starts = [start for start, length in cots[1:] if length == n]
+            seen |= zip(starts, attend_behind(prefix, starts, n, q, k, v, options).split(1), strict=True)
+        whole = torch.cat([seen[start] for start in sorted(seen)], dim=2)  # (1, H, tokens of this row, d)
+        rows.append(pad(whole, (0, 0, 0, query.shape[2] - whole.shape[2])))
+    return torch.cat(rows).transpose(1, 2).contiguous(), None
+
+
+def attend_behind(prefix: int, starts: list[int], n: int, query, key, value, options: dict) -> torch.Tensor:
+    """One row (1, H, L, d); S CoTs of n positions that begin at `starts` look at prefix and themselves: (S, H, n, d)."""
+    query, own_keys, own_values = (torch.cat([x[:, :, s : s + n] for s in starts]) for x in (query, key, value))
+    shared = (x[:, :, :prefix].expand(len(starts), -1, -1, -1) for x in (key, value))  # (S, H_kv, P, d)
+    keys, values = (torch.cat(parts, dim=2) for parts in zip(shared, (own_keys, own_values)))  # (S, H_kv, P + n, d)
+    return scaled_dot_product_attention(query, keys, values, attn_mask=causal_lower_right(n, prefix + n), **options)
+
+
+SHARED_PREFIX = "shared_prefix"  # the name under which transformers finds it; see DeScore.__init__
+AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
+AttentionMaskInterface.register(SHARED_PREFIX, sdpa_mask)  # for calls without spans

@@ -22,22 +22,23 @@ from transformers import Qwen3VLForConditionalGeneration
 
 import data
 from data import InputError
-from layout import lay_out
+from layout import SHARED_PREFIX, lay_out
 from losses import token_log_probs
 from plumbing.checkpoint import QUERY_AND_HEAD, open_model, write_model
 from rollout import decode_cot, sample_cots
 
 # LoRA on the LLM's linear layers; not on lm_head, the embeddings or the vision tower (whose layers have other names).
 LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
-FAR_BELOW = torch.finfo(torch.bfloat16).min  # as a logit: never attended to
 
 
 @dataclasses.dataclass
 class Output:
-    """rewards (N,) fp32; log_probs (N, T) fp32, 0 at padding, or None if not asked for."""
+    """rewards (N,) fp32; log_probs (N, T) fp32, 0 at padding, or None if not asked for; video_features: what the
+    vision tower saw, for a next forward over the same videos."""
 
     rewards: torch.Tensor
     log_probs: torch.Tensor | None
+    video_features: object = None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -54,6 +55,8 @@ class DeScore(nn.Module):
     def __init__(self, backbone: Qwen3VLForConditionalGeneration, processor=None, settings: dict | None = None):
         super().__init__()
         hidden = backbone.config.text_config.hidden_size
+        # Here, so that every way to a backbone (weights, empty, random) gets it. The vision tower keeps SDPA.
+        backbone.model.language_model.set_attn_implementation(SHARED_PREFIX)
         self.backbone, self.processor, self.settings = backbone, processor, dict(settings or {})
         self.weights = None  # where the values of a backbone that is still empty come from; see `fill`
         # The query starts as an average word (a foreign scale would disturb the first layers), the head near 0, so that
@@ -63,32 +66,32 @@ class DeScore(nn.Module):
         nn.init.normal_(self.head.weight, std=hidden**-1)
         self.logit_chunk = 1024  # positions whose (chunk, V) logits exist at a time: 0.6 GB in fp32 at V = 151,936
 
-    def forward(self, batch: dict[str, torch.Tensor], want_log_probs: bool = True) -> Output:
+    def forward(self, batch: dict, want_log_probs: bool = True, video_features=None) -> Output:
         """One pass: rewards at the queries, and log-probs of the CoT tokens. `batch` comes from `lay_out`.
 
-        A batch may have an entry "seen", None at first: then what the vision tower saw is kept there, and a next pass
-        over the batch, be it of another model with the same tower, need not look again.
+        video_features: those of an earlier Output for the same videos, so that the tower need not look again. Only
+        while the tower is frozen: a trained one must look in every forward. They go in and out openly, because FSDP
+        hands the forward a copy of the batch: what is written there, nobody sees.
         """
         embeds = self.backbone.get_input_embeddings()(batch["input_ids"])  # (B, L, D)
         embeds = torch.where(batch["query_mask"][..., None], self.query.to(embeds.dtype), embeds)
-        seen, grid, mask = batch.get("seen"), batch["video_grid_thw"], batch["attention_mask"]
-        if seen is None:
-            seen = self.backbone.model.get_video_features(batch["pixel_values_videos"], grid, return_dict=True)
-        if "seen" in batch:
-            batch["seen"] = seen
-        if mask.ndim == 4:  # added to the attention scores: as numbers once, not anew from booleans in every layer
-            mask = torch.zeros(mask.shape, dtype=embeds.dtype, device=mask.device).masked_fill_(~mask, FAR_BELOW)
+        if video_features is None:
+            video_features = self.backbone.model.get_video_features(
+                batch["pixel_values_videos"], batch["video_grid_thw"], return_dict=True
+            )
         hidden = self.backbone.model(
             inputs_embeds=embeds,
-            attention_mask=mask,
+            attention_mask=None,
+            spans=batch["spans"],
             position_ids=batch["position_ids"],
-            mm_encoder_outputs={"video": seen},
+            mm_encoder_outputs={"video": video_features},
             use_cache=False,
         ).last_hidden_state.flatten(0, 1)  # (B * L, D)
         # fp32 for the head whatever the backbone computes in: a bf16 reward near 5 has steps of 0.03.
         with torch.autocast(hidden.device.type, enabled=False):
             rewards = self.head(hidden[batch["query_index"]].float()).squeeze(-1)  # (N,)
-        return Output(rewards, self._response_log_probs(hidden, batch) if want_log_probs else None)
+        log_probs = self._response_log_probs(hidden, batch) if want_log_probs else None
+        return Output(rewards, log_probs, video_features)
 
     def _response_log_probs(self, hidden, batch):
         """log π of each CoT token: `lm_head` on CoT positions only, in chunks whose logits are recomputed in backward.
@@ -263,6 +266,7 @@ class DeScore(nn.Module):
         return open_model(cls, path, device, dtype, new_head, empty, random_init)
 
 
-def to_device(batch: dict[str, torch.Tensor], device) -> dict[str, torch.Tensor]:
-    """Moves a batch; tensors stay as they are."""
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+def to_device(batch: dict, device) -> dict:
+    """Moves a batch's tensors; the spans stay Python integers."""
+    moved = {key: value.to(device, non_blocking=True) for key, value in batch.items() if key != "spans"}
+    return {**moved, "spans": batch["spans"]}

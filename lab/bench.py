@@ -212,7 +212,7 @@ def update_released(world, rollouts: grpo.Rollouts, settings: grpo.Settings) -> 
     weights and the copied embedding are left out, and the query's forward is spared the logits: in its favour.
     """
     model, ranks = world.model, world.ranks
-    names = ("input_ids", "attention_mask", "position_ids", "pixel_values_videos", "video_grid_thw")
+    names = ("input_ids", "spans", "position_ids", "pixel_values_videos", "video_grid_thw")
 
     def full_log_probs(model, batch):  # -> (N, T), from logits (B * L, V) at EVERY position
         logits = model.backbone(**{name: batch[name] for name in names}, use_cache=False).logits.flatten(0, 1)
@@ -245,7 +245,7 @@ def forward_flops(model: DeScore, prefix: dict, cots: list[int]) -> tuple[float,
     """(LLM, vision tower): FLOPs of ONE forward of a video with CoTs of these lengths, nothing computed twice.
 
     LLM: 2 * weights of its linear layers * tokens, lm_head at CoT positions only, and attention: 4 * width * layers for
-    each (query, key) that the block mask allows: half of a causal square, not the whole. Tower: 2 * weights * patches
+    each (query, key) that the drawing in `lay_out` allows: half of a causal square, not the whole. Tower: 2 * weights * patches
     (mergers: patches / 4), and attention within each time step.
     """
     text, tower = model.backbone.config.text_config, model.backbone.model.visual

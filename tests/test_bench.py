@@ -54,7 +54,7 @@ def test_flops_by_hand(world):
     llm, vision = bench.forward_flops(world.model, prefix, [C])
     layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 96  # q, k and v, o, and the three of the MLP
     tokens, words = P + C + 1, world.model.backbone.lm_head.weight.shape[0]
-    pairs = tokens * (tokens + 1) / 2  # one CoT: the block mask is the causal one
+    pairs = tokens * (tokens + 1) / 2  # one CoT: plain causal attention
     assert llm == 2 * 2 * layer * tokens + 4 * 32 * 2 * pairs + 2 * 32 * words * C
     more, same = bench.forward_flops(world.model, prefix, [C, C])
     row = C + 1  # a second CoT: its own tokens see the prefix and themselves

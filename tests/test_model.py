@@ -12,7 +12,6 @@ from lab import import_released
 from plumbing import checkpoint
 import data
 import grpo
-import layout
 from conftest import refuses
 from data import InputError
 from losses import bt_loss, grpo_loss
@@ -25,6 +24,12 @@ COTS = [[[70, 71, 72, 73], [80], []], [[90, 91, 92, 93, 94, 95, 96], [75, 76], [
 def flat(prefixes, cots):
     """The plain path of the same rollouts: a row per CoT."""
     return [p for p, row in zip(prefixes, cots) for _ in row], [[cot] for row in cots for cot in row]
+
+
+def row_mask(batch):
+    """(B, L), 1 at tokens, 0 at padding, as transformers' own forward wants it; one CoT per row."""
+    ends = torch.tensor([start + n for _, ((start, n),) in batch["spans"]])
+    return (torch.arange(batch["input_ids"].shape[1]) < ends[:, None]).long()
 
 
 def loss_of(model, batch):
@@ -42,18 +47,11 @@ def gradients(model, batch):
 
 
 # -- layout -------------------------------------------------------------------------------------------------------
-def test_block_mask_is_the_drawing_in_the_docstring():
-    drawing = [line.split()[1:10] for line in lay_out.__doc__.splitlines() if line.strip()[:1] in ("p", "a", "q", "b")]
-    drawing = [row for row in drawing if set(row) <= {"x", "."} and len(row) == 9]
-    expected = torch.tensor([[cell == "x" for cell in row] for row in drawing])
-    mask = layout.block_mask(torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2, 2]]))
-    assert expected.shape == (9, 9) and torch.equal(mask[0, 0], expected)
-
-
 def test_layout_by_hand(model, prefixes):
     prefix, length = prefixes[0], len(prefixes[0]["input_ids"])
     batch = lay_out(model.backbone, [prefix], [[[70, 71], [80]]])
     assert batch["input_ids"][0, length:].tolist()[:2] == [70, 71] and batch["input_ids"].shape[1] == length + 5
+    assert batch["spans"] == [(length, [(length, 3), (length + 3, 2)])]
     assert batch["query_index"].tolist() == [length + 2, length + 4]
     # tokens are predicted one position earlier; the first token of BOTH CoTs by the prefix's last position
     assert batch["response_index"].tolist() == [[length - 1, length], [length - 1, 0]]
@@ -100,7 +98,7 @@ def test_log_probs_equal_transformers_own_logits(model, prefixes):
     batch = lay_out(model.backbone, prefixes[:2], [[[70, 71, 72]], [[90]]])
     types = torch.where(batch["input_ids"] == model.backbone.config.video_token_id, 2, 0)
     logits = model.backbone(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], mm_token_type_ids=types,
+        input_ids=batch["input_ids"], attention_mask=row_mask(batch), mm_token_type_ids=types,
         pixel_values_videos=batch["pixel_values_videos"], video_grid_thw=batch["video_grid_thw"],
     ).logits  # transformers' own positions and embedding: (2, L, V)  # fmt: skip
     ours = model(batch).log_probs
@@ -121,16 +119,16 @@ def test_the_query_changes_nothing_before_it(model, prefixes):
 
 
 def test_the_frozen_tower_looks_once_at_a_batch(model, prefixes):
-    """An entry "seen" keeps what it saw, for the reference's pass and the policy's; the result is the same."""
+    """What it saw comes back in the Output; handed to a next pass, the result is the same without another look."""
     looks = []
     model.backbone.model.visual.register_forward_hook(lambda *_: looks.append(1))
     batch = lay_out(model.backbone, prefixes[:2], [[[5, 6], [7]], [[8], [9, 10]]])
     with torch.no_grad():
-        alone = [model(batch).log_probs for _ in range(2)]
+        first, second = model(batch), model(batch)
         assert len(looks) == 2
-        shared = [model(batch := {"seen": None, **batch}).log_probs, model(batch).log_probs]
-    assert len(looks) == 3
-    assert all(torch.equal(alone[0], other) for other in (*alone, *shared))
+        shared = model(batch, video_features=first.video_features)
+    assert len(looks) == 2
+    assert torch.equal(first.log_probs, second.log_probs) and torch.equal(first.log_probs, shared.log_probs)
 
 
 def test_lm_head_in_chunks(model, prefixes):
@@ -399,7 +397,7 @@ def test_query_is_bit_equal_to_a_vocabulary_row(model, prefixes):
     ids = torch.where(batch["query_mask"], row, batch["input_ids"])
     types = torch.where(ids == model.backbone.config.video_token_id, 2, 0)
     hidden = model.backbone.model(
-        input_ids=ids, attention_mask=batch["attention_mask"], mm_token_type_ids=types,
+        input_ids=ids, attention_mask=row_mask(batch), mm_token_type_ids=types,
         pixel_values_videos=batch["pixel_values_videos"], video_grid_thw=batch["video_grid_thw"],
     ).last_hidden_state  # fmt: skip
     assert torch.equal(model.head(hidden[0, -1]), as_parameter)
