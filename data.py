@@ -365,9 +365,3 @@ def take(dataset: torch.utils.data.Dataset, order: list[int], workers: int = 0):
         if isinstance(item, InputError):
             raise item
         yield item
-
-
-def epoch_order(size: int, seed: int, epoch: int) -> list[int]:
-    """A shuffle that depends on (seed, epoch) alone, so that every rank, and a resumed run, sees the same order."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(size, generator=generator).tolist()

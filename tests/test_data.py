@@ -14,6 +14,7 @@ import data
 from conftest import fails_in_one_sentence, run
 from data import InputError
 from plumbing.frame_cache import FrameCache
+from plumbing.training import epoch_order
 
 
 def write_csv(path, rows):
@@ -256,8 +257,8 @@ def test_conversation_layout():
 
 
 def test_epoch_order():
-    assert sorted(data.epoch_order(50, 0, 0)) == list(range(50))
-    assert data.epoch_order(50, 0, 0) == data.epoch_order(50, 0, 0) != data.epoch_order(50, 0, 1)
+    assert sorted(epoch_order(50, 0, 0)) == list(range(50))
+    assert epoch_order(50, 0, 0) == epoch_order(50, 0, 0) != epoch_order(50, 0, 1)
 
 
 def test_loader_workers_report_bad_rows_in_one_sentence(world, processor, tmp_path):

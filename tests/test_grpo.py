@@ -11,7 +11,7 @@ from plumbing import logs
 import data
 import grpo
 import parallel
-from conftest import refuses
+from conftest import judge, refuses
 from data import InputError
 from model import DeScore
 from rollout import TransformersEngine
@@ -68,7 +68,7 @@ def batch(items, model, settings):
     texts = [f"<think>{'x' * n}</think>" if n % 4 else cot() for n in range(12)]
     rollouts = grpo.generate(items, Scripted(model.processor.tokenizer, texts), settings, step=0)
     for r in rollouts:
-        grpo.judge(r, model.processor.tokenizer, settings)
+        judge(r, model.processor.tokenizer, settings)
     return rollouts
 
 
@@ -80,12 +80,12 @@ def test_rewards_land_on_their_own_rollouts(batch, items, model):
             for i in range(3):
                 text = rollout.decode_cot(tokenizer, rollouts.cots[video][i])
                 assert text == (f"<think>{'x' * n}</think>" if n % 4 else cot())  # the engine's n-th answer
-                assert rollouts.rewards[video][i].quality == grpo.quality_reward(text, truth)
+                assert rollouts.rule_rewards[video][i].quality == grpo.quality_reward(text, truth)
                 n += 1
-            totals = torch.tensor([r.total for r in rollouts.rewards[video]])
+            totals = torch.tensor([r.total for r in rollouts.rule_rewards[video]])
             expected = (totals - totals.mean()) / (totals.std() + 1e-6)
             assert torch.allclose(rollouts.advantages[video], expected)
-    assert len({r.quality for rollouts in batch for row in rollouts.rewards for r in row}) > 1
+    assert len({r.quality for rollouts in batch for row in rollouts.rule_rewards for r in row}) > 1
 
 
 def test_advantages_meet_their_own_log_probs(batch, model, settings):

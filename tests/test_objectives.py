@@ -15,6 +15,8 @@ import cold_start
 import data
 import grpo
 import parallel
+from plumbing import logs
+from conftest import judge
 from model import DeScore, lay_out
 
 TRUTH = dict.fromkeys(data.DIMENSIONS, "2")
@@ -47,7 +49,7 @@ def test_stage_1_raises_the_winner_whichever_side_it_is_on(world, base_dir, tmp_
     won_by_a, won_by_b, tie = (r_a - r_b).tolist()
     assert won_by_a > 1 and won_by_b < -1
     assert loss == "bt" or abs(tie) < 1
-    steps = parallel.read_metrics(str(tmp_path))
+    steps = logs.read_metrics(str(tmp_path))
     assert steps[-1]["accuracy"] == 1.0 and steps[-1]["margin"] > 1 and steps[-1]["loss"] < steps[0]["loss"] / 2
 
 
@@ -174,8 +176,8 @@ def test_r_len_counts_tokens(rollouts, processor, settings):
     settings = dataclasses.replace(settings, length_low=0, length_high=20)
     pair = dataclasses.replace(rollouts.pair, annotation_a=TRUTH, annotation_b=TRUTH)
     judged = dataclasses.replace(rollouts, pair=pair, cots=[[word * 10, word * 5, word], [word * 20, word * 30, []]])
-    grpo.judge(judged, processor.tokenizer, settings)
-    assert [[reward.length for reward in row] for row in judged.rewards] == [[0.5, 0.25, 0.05], [1.0, 1.0, 0.0]]
+    judge(judged, processor.tokenizer, settings)
+    assert [[reward.length for reward in row] for row in judged.rule_rewards] == [[0.5, 0.25, 0.05], [1.0, 1.0, 0.0]]
 
 
 def test_a_flat_group_is_counted(rollouts, model, settings):
@@ -183,7 +185,7 @@ def test_a_flat_group_is_counted(rollouts, model, settings):
     settings = dataclasses.replace(settings, length_low=0, length_high=7)  # R = .2 tokens / 7
     pair = dataclasses.replace(rollouts.pair, annotation_a=TRUTH, annotation_b=TRUTH)
     judged = dataclasses.replace(rollouts, pair=pair, cots=[[[70, 71, 72], [80, 81, 82], [90, 91, 92]], COTS[0]])
-    grpo.judge(judged, model.processor.tokenizer, settings)
+    judge(judged, model.processor.tokenizer, settings)
     assert judged.advantages[0].tolist() == [0.0, 0.0, 0.0] and judged.advantages[1].abs().min() > 0.1
     _, sums = update(model, judged, settings)
     assert grpo.step_metrics([judged], [sums], settings, parallel.Ranks())["flat_groups"] == 0.5
