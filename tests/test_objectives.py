@@ -67,8 +67,8 @@ def rollouts(world, processor):
     return grpo.Rollouts(pair, prefixes, COTS, advantages=ADVANTAGES)
 
 
-def update(model, rollouts, settings):
-    """One update at learning rate 0. Returns {parameter: the gradient that the optimizer got} and what is logged."""
+def update(model, rollouts, settings, *more):
+    """One update at learning rate 0, of one pair or of several. Returns {parameter: the gradient that the optimizer got} and what is logged."""
     model.make_trainable("full", vision=False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     gradients = {}
@@ -77,7 +77,7 @@ def update(model, rollouts, settings):
         gradients.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
     optimizer.register_step_pre_hook(note)
-    return gradients, grpo.update(model, optimizer, [rollouts], settings, parallel.Ranks())
+    return gradients, grpo.update(model, optimizer, [rollouts, *more], settings, parallel.Ranks())
 
 
 def rewards_one_by_one(model, rollouts):
@@ -117,6 +117,17 @@ def test_eq10_pairs_rollout_i_of_the_winner_with_rollout_i_of_the_loser(rollouts
     assert abs(other["bt_loss"] - logged["bt_loss"]) > 1e-2
     assert dot(gradients, other_gradients) < 0  # what raised A's rewards over B's now lowers them
     assert other["margin"] == pytest.approx(-logged["margin"], rel=1e-4)
+
+
+def test_a_human_tie_does_not_thin_out_the_others_bt(rollouts, model, settings):
+    """Eq. 10 averages over the pairs that have a winner. A tie beside them has none: it counts neither above nor below."""
+    tie = dataclasses.replace(rollouts, pair=dataclasses.replace(rollouts.pair, label=0), advantages=torch.zeros(2, 3))
+    settings = dataclasses.replace(settings, bt_coef=1.0)
+    alone, logged = update(model, dataclasses.replace(rollouts, advantages=torch.zeros(2, 3)), settings)
+    beside, also = update(model, dataclasses.replace(rollouts, advantages=torch.zeros(2, 3)), settings, tie)
+    for name in ("bt_loss", "margin"):
+        assert also[name] == pytest.approx(logged[name], rel=1e-5), name
+    assert torch.allclose(alone["head.weight"], beside["head.weight"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("kl_coef, bt_coef", [(0.0, 0.0), (2.0, 0.0), (0.0, 3.0), (0.7, 0.4)])
@@ -178,6 +189,7 @@ def test_r_len_counts_tokens(rollouts, processor, settings):
     judged = dataclasses.replace(rollouts, pair=pair, cots=[[word * 10, word * 5, word], [word * 20, word * 30, []]])
     judge(judged, processor.tokenizer, settings)
     assert [[reward.length for reward in row] for row in judged.rule_rewards] == [[0.5, 0.25, 0.05], [1.0, 1.0, 0.0]]
+    assert judged.rule_rewards[0][0].total == pytest.approx(0.2 * 0.5)  # R = .7 R_qual + .1 R_fmt + .2 R_len, the others 0
 
 
 def test_a_flat_group_is_counted(rollouts, model, settings):
