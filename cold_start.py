@@ -210,7 +210,7 @@ def note(sums: Sums, loss, reward_a, reward_b, label, masks) -> None:
     """What a forward adds to the step's log."""
     margins = (reward_a - reward_b) * label  # (B,): r_w - r_l, and 0 for a human tie
     both = torch.cat([reward_a, reward_b])
-    sums.add(loss=loss, correct=(margins > 0).sum(), decided=(label != 0).sum(), margin=margins.sum())
+    sums.add(loss=loss.item(), correct=(margins > 0).sum(), decided=(label != 0).sum(), margin=margins.sum())
     sums.add(reward=both.sum(), square=(both**2).sum(), masked=sum(masks))
 
 

@@ -231,14 +231,46 @@ def log_probs_now(model, rollouts: Rollouts, settings, ranks) -> torch.Tensor:
     return output.log_probs
 
 
-def engine_gap(rollouts: Rollouts, old: torch.Tensor) -> torch.Tensor | None:
+def old_log_probs(output, rollouts: Rollouts) -> torch.Tensor:
+    """log π_old (2G, T), detached: taken before the update, or, on-policy, the current ones, which ARE the old ones."""
+    return output.log_probs.detach() if rollouts.old is None else rollouts.old
+
+
+def engine_gap(output, rollouts: Rollouts) -> torch.Tensor | None:
     """(2G, T): trainer minus engine, the log-prob that each token was sampled with; None if the engine does not tell."""
     if not rollouts.engine_log_probs:
         return None
+    old = old_log_probs(output, rollouts)
     gap = torch.zeros_like(old)
     for n, values in enumerate(values for row in rollouts.engine_log_probs for values in row):
         gap[n, : len(values)] = old[n, : len(values)] - torch.tensor(values, device=old.device)
     return gap
+
+
+def losses_of(output, mask, rollouts: Rollouts, settings, counts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The three losses of one pair: GRPO (Eq. 7), KL (Eq. 7), BT (Eq. 10), each with the whole update's denominator.
+
+    mask (2G, T). GRPO and KL train the thinking, through log-probs that do not pass through the head: their gradient
+    never reaches it. BT trains the score, and through its hidden states the LLM.
+    """
+    log_probs, old = output.log_probs, old_log_probs(output, rollouts)  # (2G, T), rows A_1..A_G, B_1..B_G
+    advantages = rollouts.advantages.flatten().to(mask.device)  # (2G,) in the same order
+    weight = None
+    if settings.engine_cap and rollouts.engine_log_probs:
+        weight = engine_gap(output, rollouts).exp().clamp(max=settings.engine_cap)
+    clip = settings.clip_low, settings.clip_high, settings.clip_dual
+    grpo = grpo_loss(log_probs, old, advantages, mask, *clip, token_weight=weight, denominator=counts["tokens"])
+    kl = torch.zeros((), device=mask.device)
+    if rollouts.reference is not None:
+        kl = (kl_to_reference(log_probs, rollouts.reference) * mask).sum() / counts["tokens"]
+    reward_a, reward_b = output.rewards.view(2, -1)  # (G,) each: the head's rewards of videos A and B
+    if rollouts.pair.label > 0:  # Eq. 10: rollout i of the winner against rollout i of the loser
+        bt = bt_loss(reward_a, reward_b, denominator=counts["bt"])
+    elif rollouts.pair.label < 0:
+        bt = bt_loss(reward_b, reward_a, denominator=counts["bt"])
+    else:  # a human tie has no winner; times 0 keeps the head in the graph, so that ranks' backwards match
+        bt = 0.0 * output.rewards.sum()
+    return grpo, kl, bt
 
 
 def denominators(mini: list[Rollouts], settings, ranks) -> dict[str, float]:
@@ -252,58 +284,40 @@ def denominators(mini: list[Rollouts], settings, ranks) -> dict[str, float]:
 
 
 def update(model, optimizer, mini: list[Rollouts], settings, ranks) -> dict[str, float]:
-    """COLLECTIVE. 6: one update from this rank's pairs of a mini-batch. Returns sums for the log, and gradient norms.
-
-        L = GRPO (Eq. 7)  +  kl_coef * KL  +  bt_coef * BT (Eq. 10)
-
-    Rows are ordered A_1..A_G, B_1..B_G everywhere. The first two terms train the thinking, through the log-probs, which
-    do not pass through the head; the third trains the score, and through it the thinking's hidden states.
-    """
-    counts, sums, ratio_max = denominators(mini, settings, ranks), Sums(), 1.0
+    """COLLECTIVE. 6: one update from this rank's pairs of a mini-batch. Returns what is logged of it."""
+    counts, sums = denominators(mini, settings, ranks), Sums()
     for rollouts in mini:
         batch = lay_out_pair(model, rollouts, settings)
         with ranks.autocast():
             output = model(batch, video_features=rollouts.video_features)  # ONE forward: log-probs and rewards
         rollouts.video_features = None  # this was the step's last pass: nothing stays in memory while sampling
-        log_probs, mask = output.log_probs, batch["response_mask"]  # (2G, T)
-        advantages = rollouts.advantages.flatten().to(mask.device)  # (2G,)
-        old = log_probs.detach() if rollouts.old is None else rollouts.old  # on-policy the old ones ARE the current ones
-        gap = engine_gap(rollouts, old)
-        weight = None
-        if settings.engine_cap and gap is not None:
-            weight = gap.exp().clamp(max=settings.engine_cap)
-        clip = settings.clip_low, settings.clip_high, settings.clip_dual
-        grpo = grpo_loss(log_probs, old, advantages, mask, *clip, token_weight=weight, denominator=counts["tokens"])
-        kl = torch.zeros((), device=mask.device)
-        if rollouts.reference is not None:
-            kl = (kl_to_reference(log_probs, rollouts.reference) * mask).sum() / counts["tokens"]
-        reward_a, reward_b = output.rewards.view(2, -1)  # (G,) each: the head's rewards of videos A and B
-        if rollouts.pair.label > 0:  # Eq. 10: rollout i of the winner against rollout i of the loser
-            bt = bt_loss(reward_a, reward_b, denominator=counts["bt"])
-        elif rollouts.pair.label < 0:
-            bt = bt_loss(reward_b, reward_a, denominator=counts["bt"])
-        else:  # a human tie has no winner; times 0 keeps the head in the graph, so that ranks' backwards match
-            bt = 0.0 * output.rewards.sum()
-        loss = grpo + settings.kl_coef * kl + settings.bt_coef * bt
+        grpo, kl, bt = losses_of(output, batch["response_mask"], rollouts, settings, counts)
+        loss = grpo + settings.kl_coef * kl + settings.bt_coef * bt  # Eq. 7 and Eq. 10
         require_finite(loss.item(), "loss", [rollouts.record()], settings, ranks)
         parallel.backward(loss, ranks)
-        with torch.no_grad():
-            note(sums, rollouts, reward_a, reward_b, log_probs, mask, counts)
-            sums.add(grpo_loss=grpo, kl=kl, bt_loss=bt)
-            sums.add(clip_share=clipped_tokens(log_probs, old, advantages, mask, *clip[:2]) / counts["tokens"])
-            ratio_max = max(ratio_max, policy_ratio(log_probs, old, mask).max().item())
-            if gap is not None:
-                sums.add(engine_gap=(gap.abs() * mask).sum() / counts["tokens"])
+        sums.add(grpo_loss=grpo.item(), kl=kl.item(), bt_loss=bt.item())
+        note(sums, output, batch["response_mask"], rollouts, settings, counts)
     norms = parallel.take_step(model, optimizer, [r.record() for r in mini], settings, ranks)
+    ratio_max = max(ranks.gather_objects([sums.pop("ratio_max")]))
     return {**ranks.sum(sums), "ratio_max": ratio_max, **norms}
 
 
-def note(sums: Sums, rollouts: Rollouts, reward_a, reward_b, log_probs, mask, counts) -> None:
+@torch.no_grad()
+def note(sums: Sums, output, mask, rollouts: Rollouts, settings, counts) -> None:
     """What a forward adds to the update's log: each entry's sum over pairs and ranks is the mean."""
+    log_probs, old = output.log_probs, old_log_probs(output, rollouts)  # (2G, T)
+    reward_a, reward_b = output.rewards.view(2, -1)  # (G,) each
     margins = (reward_a - reward_b) * rollouts.pair.label  # (G,): r_w - r_l, and 0 for a human tie
     sums.add(pair_accuracy=(margins > 0).sum() / counts["bt"], margin=margins.sum() / counts["bt"])
-    sums.add(reward=reward_a.sum() + reward_b.sum(), square=(reward_a**2).sum() + (reward_b**2).sum())
+    sums.add(reward=output.rewards.sum(), square=(output.rewards**2).sum())
     sums.add(mean_log_prob=(log_probs * mask).sum() / counts["tokens"])
+    advantages = rollouts.advantages.flatten().to(mask.device)
+    clipped = clipped_tokens(log_probs, old, advantages, mask, settings.clip_low, settings.clip_high)
+    sums.add(clip_share=clipped / counts["tokens"])
+    sums["ratio_max"] = max(sums.get("ratio_max", 1.0), policy_ratio(log_probs, old, mask).max().item())
+    gap = engine_gap(output, rollouts)
+    if gap is not None:
+        sums.add(engine_gap=(gap.abs() * mask).sum() / counts["tokens"])
 
 
 # ---------------------------------------------------------------------------------------------------------------
