@@ -361,8 +361,8 @@ Judge how well the video follows the prompt, in five dimensions:
 - environment: place, background, time of day, weather and light
 - style: medium, look and mood
 A verdict is 2 (as asked), 1 (partly), 0 (missing or wrong) or N/A (the prompt does not ask for it).
-Think first, carefully and in detail: for each dimension what the prompt asks for, what the video shows, and the
-    verdict.
+Think first, carefully and in detail: for each dimension what the prompt asks for, what the video shows, \
+and the verdict.
 Then answer with the verdicts and an overall score from 1.00 (ignores the prompt) to 5.00 (does all it asks). Layout:
 <think>
 subject: asked ...; shown ...; verdict 2

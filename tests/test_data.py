@@ -245,8 +245,11 @@ def test_conversation_layout():
     turns = data.build_conversation("a cat", cot="<think>")
     assert [t["role"] for t in turns] == ["user", "assistant"]  # the CoT is the assistant's (README, difference 2)
     assert [part["type"] for part in turns[0]["content"]] == ["video", "text"]
+    text = turns[0]["content"][1]["text"]
     for word in (*data.DIMENSIONS, "N/A", "<think>", "</think>", "<answer>", '"dimensional_scores"', '"overall_score"'):
-        assert word in turns[0]["content"][1]["text"]
+        assert word in text
+    # A formatter that wraps long lines would indent them, and so edit what the model reads.
+    assert not [line for line in text.splitlines() if line != line.strip()]
 
 
 @pytest.mark.parametrize("text, expected", [
