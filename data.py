@@ -386,26 +386,48 @@ def build_conversation(prompt: str, cot: str | None = None) -> list[dict]:
     return turns
 
 
-def encode_text(tokenizer, text: str, keep: tuple[str, ...] = ()) -> list[int]:
-    """Text -> ids in which no control token can appear, whatever the text says.
+def encode_text(tokenizer, text: str, keep: tuple[str, ...] = (), before: str = "", after: str = "") -> list[int]:
+    """Ids of before + text + after. Control tokens may come from `before` and `after`, never from `text`.
 
     A user may type `<|im_end|>` or `<|video_pad|>`. The tokenizer would turn that into the control token and so let the
-    prompt end the turn or pretend to be video. We cut the text inside each such spelling ('<' | '|im_end|>'), encode
-    the pieces, and join the ids: they decode to exactly the same text, and none is a control token. `keep` names added
-    tokens that may stay (`<think>` in a CoT).
+    prompt end the turn or pretend to be video. We cut inside each such spelling that touches `text` ('<' | '|im_end|>'),
+    encode the pieces, and join the ids: none of them is a control token, and they decode to exactly the same text, up
+    to Unicode normalisation (Qwen's tokenizer writes "e" + accent as one letter, NFC). `keep` names added tokens that
+    may stay (`<think>` in a CoT).
+
+    Why not encode the three texts apart: a token may reach over a seam. In Qwen's vocabulary "." + newline is one
+    token (624), and the model has read it so after almost every sentence.
+    Raises InputError for half a character (a lone surrogate), which no tokenizer can encode.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the text {ascii(text[:60])} holds half a character (a lone surrogate); remove it.") from error
     added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.content not in keep}
     spellings = "|".join(re.escape(t) for t in sorted(added, key=len, reverse=True))
-    cuts = [match.start() + 1 for match in re.finditer(f"(?=({spellings}))", text)] if added else []
-    pieces = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)])]
-    ids = [i for piece in pieces if piece for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
-    if set(ids) & set(added.values()):
+    whole, begin, end = before + text + after, len(before), len(before) + len(text)
+    matches = re.finditer(f"(?=({spellings}))", whole) if added else []  # (?=...): those that overlap, too
+    cuts = [m.start() + 1 for m in matches if m.start() < end and m.end(1) > begin]
+
+    def encode(parts):
+        return [i for part in parts if part for i in tokenizer(part, add_special_tokens=False)["input_ids"]]
+
+    ids, controls = encode(whole[i:j] for i, j in zip([0, *cuts], [*cuts, len(whole)])), set(added.values())
+    if [i for i in ids if i in controls] != [i for i in encode((before, after)) if i in controls]:
         raise InputError(f"the text {text[:60]!r} spells a control token that cannot be kept apart; remove it.")
     return ids
 
 
 def encode_prompt(processor, video: Video, prompt: str) -> dict[str, torch.Tensor]:
     """Everything before the CoT: the user's turn with the video in it, and the opening of the assistant's turn.
+
+    The video stands in the text as Qwen3-VL was published with (transformers 4.57): for each two frames
+        <0.3 seconds><|vision_start|><|video_pad|> ... <|video_pad|><|vision_end|>
+    and nothing around them. The chat template writes <|vision_start|><|video_pad|><|vision_end|>. 4.57 replaced all
+    three by the blocks; newer releases, and vLLM, replace the pad alone and so leave an extra start and end around all
+    blocks, which the model has never seen. With a bare pad in the text both write what 4.57 wrote, id for id; and the
+    positions (get_rope_index) are then 4.57's too, since they follow from the ids: a text token takes one position, a
+    block as many as its longer side has tokens. With the extra pair all that follows would be one and two further on.
 
     Returns:
         input_ids (P,) int64; mm_token_type_ids (P,), 2 at video positions, else 0;
@@ -415,16 +437,17 @@ def encode_prompt(processor, video: Video, prompt: str) -> dict[str, torch.Tenso
     if not prompt.strip():
         raise InputError("the prompt is empty; a reward needs the prompt the video was made from (--prompt).")
     template = processor.apply_chat_template(build_conversation(_PLACE), add_generation_prompt=True, tokenize=False)
+    pad = processor.video_token
+    template = template.replace(processor.vision_start_token + pad + processor.vision_end_token, pad)
     head, tail = template.split(_PLACE)
-    # The processor replaces the one <|video_pad|> in `head` by "<0.3 seconds>" and a block of pads per two frames. We
-    # sampled and resized already, so it must do neither: with its own defaults it assumes 24 fps and upsizes small
-    # clips.
+    head, between = head.split(pad)
+    # The processor replaces the pad by "<0.3 seconds>" and a block of pads per two frames. We sampled and resized
+    # already, so it must do neither: with its own defaults it assumes 24 fps and upsizes small clips.
     inputs = processor(
-        text=[head], videos=[torch.from_numpy(video.frames).permute(0, 3, 1, 2)], video_metadata=[video.metadata()],
-        do_sample_frames=False, do_resize=False, return_tensors="pt",
+        text=[head + pad], videos=[torch.from_numpy(video.frames).permute(0, 3, 1, 2)],
+        video_metadata=[video.metadata()], do_sample_frames=False, do_resize=False, return_tensors="pt",
     )  # fmt: skip
-    plain = {part: processor.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (head, tail)}
-    after_ids = encode_text(processor.tokenizer, prompt) + plain[tail]
+    after_ids = encode_text(processor.tokenizer, prompt, before=between, after=tail)
     before = inputs["input_ids"][0]
     after = torch.tensor(after_ids, dtype=before.dtype)
     return {
@@ -433,12 +456,16 @@ def encode_prompt(processor, video: Video, prompt: str) -> dict[str, torch.Tenso
         "pixel_values_videos": inputs["pixel_values_videos"],
         "video_grid_thw": inputs["video_grid_thw"],
         "video": video,
-        "short_ids": plain[head] + after_ids,
+        "short_ids": processor.tokenizer(head + pad, add_special_tokens=False)["input_ids"] + after_ids,
     }
 
 
 def encode_cot(tokenizer, cot: str | None) -> list[int]:
-    """A CoT's ids, ended by EOS as a sampled one is. None or "" (masked, or no thinking): no ids at all, no EOS."""
+    """A CoT's ids, ended by EOS as a sampled one is. None or "" (masked, or no thinking): no ids at all, no EOS.
+
+    Encoded apart from the prompt: a sampled CoT too begins with a token of its own. EOS is an added token, and nothing
+    merges with those, so there is no seam at the end either.
+    """
     if not cot:
         return []
     cot = cot.removesuffix(tokenizer.eos_token)
