@@ -370,6 +370,7 @@ subject: asked ...; shown ...; verdict 2
 </think>
 <answer>{"dimensional_scores": {"subject": "2", "dynamics": "1", "camera": "N/A", "environment": "2", "style": "0"}, \
 "overall_score": 3.50}</answer>"""
+THINK = ("<think>", "</think>")  # one added token each; the only ones, with EOS, that belong into a CoT
 _PLACE = "[[the user's prompt goes here]]"
 
 
@@ -469,7 +470,7 @@ def encode_cot(tokenizer, cot: str | None) -> list[int]:
     if not cot:
         return []
     cot = cot.removesuffix(tokenizer.eos_token)
-    return encode_text(tokenizer, cot, keep=("<think>", "</think>")) + [tokenizer.eos_token_id]
+    return encode_text(tokenizer, cot, keep=THINK) + [tokenizer.eos_token_id]
 
 
 # ---------------------------------------------------------------------------------------------------------------

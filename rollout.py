@@ -85,7 +85,7 @@ class VLLMEngine:
             from vllm import LLM
         except ImportError as error:
             raise InputError("--engine vllm: vllm is not installed; pip install -r requirements-vllm.txt.") from error
-        limit = AutoConfig.from_pretrained(path).text_config.max_position_embeddings
+        text = AutoConfig.from_pretrained(path).text_config
         distributed = (
             torch.distributed.is_initialized()
         )  # must be so BEFORE the engine starts, or it makes its own group
@@ -98,7 +98,7 @@ class VLLMEngine:
         self.llm = LLM(
             model=path,
             dtype=dtype,
-            max_model_len=min(max_model_len, limit),
+            max_model_len=min(max_model_len, text.max_position_embeddings),
             seed=seed,
             enforce_eager=on_cpu,
             tensor_parallel_size=tp,
@@ -111,6 +111,7 @@ class VLLMEngine:
         )
         torch.set_rng_state(state)
         self.tokenizer, self.on_cpu, self.asleep, self.tp = self.llm.get_tokenizer(), on_cpu, False, tp
+        self.bans = dict.fromkeys(banned_tokens(self.tokenizer, text.vocab_size), -100.0)  # vLLM's lowest; at most 1,024
         if tp > 1:
             from vllm.distributed import get_tp_group
 
@@ -132,7 +133,6 @@ class VLLMEngine:
         else:
             own = slice(None)
         self._wake()
-        banned = {token: -100.0 for token in banned_tokens(self.tokenizer)}
         requests, parameters = [], []
         for prefix, row in zip(prefixes, seeds, strict=True):
             video = prefix["video"]
@@ -150,7 +150,7 @@ class VLLMEngine:
                         top_k=0,
                         max_tokens=max_new_tokens,
                         seed=seed % 2**31,
-                        logit_bias=banned,
+                        logit_bias=self.bans,
                         logprobs=0,
                         detokenize=False,
                     )
