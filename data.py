@@ -233,6 +233,7 @@ def _read_row(csv_path, line, row, read_row, root):
 # 2. Frames: decord, at the target size, with the metadata that the model's timestamps need
 # ---------------------------------------------------------------------------------------------------------------
 SIDE = 32  # frame sides are multiples of patch (16) x merge (2): one video token covers 32 x 32 pixels x 2 frames
+MIN_PIXELS = 3136  # 56 x 56 a frame at least (paper, stage 2; here in both stages): smaller clips are enlarged
 MAX_FRAMES = 512  # 4 minutes at 2 fps; a longer clip is refused, not silently cut
 MAX_SIDE = 8192  # pixels; larger frames are no video that anyone generated
 
@@ -265,12 +266,16 @@ class Video:
 
 
 def target_size(height: int, width: int, max_pixels: int) -> tuple[int, int]:
-    """Frame size for the model: multiples of 32, about the same shape, at most `max_pixels`; small clips stay small.
+    """Frame size for the model: multiples of 32, about the same shape, MIN_PIXELS to `max_pixels`.
 
-    Example: target_size(752, 1360, 448 * 448) == (320, 608): 194,560 of at most 200,704 pixels, 190 video tokens.
+    Examples: target_size(752, 1360, 448 * 448) == (320, 608): 194,560 of at most 200,704 pixels, 190 video tokens.
+    target_size(32, 32, 448 * 448) == (64, 64). Between the bounds a clip keeps its size, up to rounding.
     """
     scale = min(1.0, (max_pixels / (height * width)) ** 0.5)
     sides = [max(SIDE, round(side * scale / SIDE) * SIDE) for side in (height, width)]
+    if sides[0] * sides[1] < MIN_PIXELS:  # enlarged, and rounded up, as Qwen's smart_resize does
+        scale = (MIN_PIXELS / (height * width)) ** 0.5
+        sides = [int(np.ceil(side * scale / SIDE)) * SIDE for side in (height, width)]
     while sides[0] * sides[1] > max_pixels and max(sides) > SIDE:  # rounding up may have crossed the budget
         sides[sides.index(max(sides))] -= SIDE
     return sides[0], sides[1]
@@ -443,10 +448,12 @@ def encode_prompt(processor, video: Video, prompt: str) -> dict[str, torch.Tenso
     head, tail = template.split(_PLACE)
     head, between = head.split(pad)
     # The processor replaces the pad by "<0.3 seconds>" and a block of pads per two frames. We sampled and resized
-    # already, so it must do neither: with its own defaults it assumes 24 fps and upsizes small clips.
+    # already, so it must do neither: with its own defaults it assumes 24 fps and upsizes small clips. Its own cap of
+    # pixels is part of its resizing; unless told so, transformers 5.19 warns that this default will change.
     inputs = processor(
         text=[head + pad], videos=[torch.from_numpy(video.frames).permute(0, 3, 1, 2)],
-        video_metadata=[video.metadata()], do_sample_frames=False, do_resize=False, return_tensors="pt",
+        video_metadata=[video.metadata()], do_sample_frames=False, do_resize=False, cap_pixels_per_frame=False,
+        return_tensors="pt",
     )  # fmt: skip
     after_ids = encode_text(processor.tokenizer, prompt, before=between, after=tail)
     before = inputs["input_ids"][0]

@@ -103,6 +103,7 @@ class VLLMEngine:
             enforce_eager=on_cpu,
             tensor_parallel_size=tp,
             limit_mm_per_prompt={"image": 0, "video": 1},
+            mm_processor_kwargs={"do_resize": False, "cap_pixels_per_frame": False},  # as data.encode_prompt
             enable_prefix_caching=True,
             logprobs_mode="processed_logprobs",
             distributed_executor_backend="external_launcher" if distributed else None,

@@ -117,6 +117,16 @@ def test_target_size():
     assert data.target_size(64, 96, 448 * 448) == (64, 96)  # small clips are not blown up
 
 
+@pytest.mark.parametrize("sides", [(32, 32), (32, 64), (10, 10), (56, 56), (40, 48), (96, 32), (24, 40), (64, 64)])
+def test_tiny_clips_are_enlarged_to_the_papers_minimum(sides):
+    """At least 3,136 pixels a frame, as many as Qwen's own function gives them (it counts over all frames: here two)."""
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
+
+    qwen = smart_resize(2, *sides, factor=32, min_pixels=2 * 3136, max_pixels=2 * 448 * 448)
+    assert data.target_size(*sides, 448 * 448) == qwen and qwen[0] * qwen[1] >= 3136
+    assert data.target_size(*sides, 1024) == (32, 32)  # the user's own limit wins
+
+
 def test_frames_and_their_times_reach_the_model(tmp_path, processor):
     """Frame k of the file has grey level 8k, so we can read which frames arrived; 10 fps, so 24 would shift the times."""
     frames = np.stack([np.full((64, 96, 3), 8 * k, dtype=np.uint8) for k in range(30)])
