@@ -13,7 +13,7 @@ class VLLMEngine:
     """One vLLM engine per process, in this process, beside the trainer. README, "vLLM"."""
 
     def __init__(
-        self, path: str, banned: list[int], seed: int, max_model_len: int, memory=0.4, dtype="auto", on_cpu=False, tp=1, dummy=False
+        self, path: str, banned, seed: int, max_model_len: int, memory=0.4, dtype="auto", on_cpu=False, tp=1, dummy=False
     ):
         os.environ.setdefault(
             "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
@@ -22,7 +22,7 @@ class VLLMEngine:
             from vllm import LLM
         except ImportError as error:
             raise InputError("--engine vllm: vllm is not installed; pip install -r requirements-vllm.txt.") from error
-        limit = AutoConfig.from_pretrained(path).text_config.max_position_embeddings
+        text = AutoConfig.from_pretrained(path).text_config
         distributed = (
             torch.distributed.is_initialized()
         )  # must be so BEFORE the engine starts, or it makes its own group
@@ -35,11 +35,12 @@ class VLLMEngine:
         self.llm = LLM(
             model=path,
             dtype=dtype,
-            max_model_len=min(max_model_len, limit),
+            max_model_len=min(max_model_len, text.max_position_embeddings),
             seed=seed,
             enforce_eager=on_cpu,
             tensor_parallel_size=tp,
             limit_mm_per_prompt={"image": 0, "video": 1},
+            mm_processor_kwargs={"do_resize": False, "cap_pixels_per_frame": False},  # as data.encode_prompt
             enable_prefix_caching=True,
             logprobs_mode="processed_logprobs",
             distributed_executor_backend="external_launcher" if distributed else None,
@@ -47,7 +48,8 @@ class VLLMEngine:
             **options,
         )
         torch.set_rng_state(state)
-        self.banned, self.on_cpu, self.asleep, self.tp = banned, on_cpu, False, tp
+        self.bans = dict.fromkeys(banned(text.vocab_size), -100.0)  # vLLM's lowest; at most 1,024
+        self.on_cpu, self.asleep, self.tp = on_cpu, False, tp
         if tp > 1:
             from vllm.distributed import get_tp_group
 
@@ -69,7 +71,6 @@ class VLLMEngine:
         else:
             own = slice(None)
         self._wake()
-        banned = {token: -100.0 for token in self.banned}
         requests, parameters = [], []
         for prefix, row in zip(prefixes, seeds, strict=True):
             video = prefix["video"]
@@ -87,7 +88,7 @@ class VLLMEngine:
                         top_k=0,
                         max_tokens=max_new_tokens,
                         seed=seed % 2**31,
-                        logit_bias=banned,
+                        logit_bias=self.bans,
                         logprobs=0,
                         detokenize=False,
                     )

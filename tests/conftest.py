@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoProcessor
 
 from lab import toy, toy_model
 from losses import group_advantages
@@ -39,6 +40,14 @@ def tiny_clips(world):
 @pytest.fixture(scope="session")
 def processor():
     return toy_model.build_processor()
+
+
+@pytest.fixture(scope="session")
+def real_processor():
+    """The published processor and tokenizer of Qwen3-VL-8B-Instruct; for tests marked `real`."""
+    if not os.environ.get("QWEN3_VL"):
+        pytest.skip("QWEN3_VL names no folder with the published files of Qwen3-VL-8B-Instruct")
+    return AutoProcessor.from_pretrained(os.environ["QWEN3_VL"])
 
 
 @pytest.fixture(scope="session")
