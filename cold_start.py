@@ -27,60 +27,43 @@ from metrics import accuracy_without_ties
 from model import DeScore, lay_out, to_device
 from plumbing.checkpoint import save_model
 from plumbing.jobs import readable_pairs
-from plumbing.logs import Sums, draw_curves, mean_and_std, reward_scale
+from plumbing.logs import Sums, draw_curves, reward_scale
+from plumbing.monitor import COLD_START_PANELS, cold_start_line, cold_start_metrics, note_scores
 from plumbing.resume import require_finite
 from plumbing.settings import arg, cli, parse
-from plumbing.training import Run
+from plumbing.training import CommonSettings, Run
 
 
 @dataclasses.dataclass
-class Settings:
-    """Stage 1. Defaults: the paper's values, from its page and the released code."""
+class Settings(CommonSettings):
+    """Stage 1; more in CommonSettings. Defaults: the paper's values, from its page and the released code."""
 
     # data
     data: str = arg(None, "training pairs, a CSV in any known format; stage 1 wants CoT_A and CoT_B (see rollout.py)")
     val: str | None = arg(None, "validation pairs with CoTs")
     dimension: str = arg("TA", "label column where a CSV has several: TA, VQ, MQ or Overall")
-    video_root: str | None = arg(None, "folder that relative video paths start from; default the CSV's")
-    skip_bad_videos: bool = arg(False, "leave out pairs with an unreadable video; OUT/skipped.jsonl lists them")
-    fps: float = arg(2.0, "sampled frames per second (paper: 2)")
     max_pixels: int = arg(448 * 448, "pixels per frame at most (paper: 448 * 448)")
     max_length: int = arg(6144, "tokens per sequence at most: video + prompt + CoT (paper: 6144)")
-    workers: int = arg(2, "processes that decode ahead; 0: decode in this one")
-    frame_cache: str | None = arg(None, "folder that keeps sampled frames, so that later epochs need not decode")
     # model
     model: str = arg("Qwen/Qwen3-VL-8B-Instruct", "base model, folder or hub name; or a DeScore folder to go on from")
     train: str = arg("lora", "what of the LLM is trained (paper: lora)", choices=["lora", "full", "head"])
     train_vision: bool = arg(True, "train the vision tower and merger fully (paper: yes)")
-    lora_r: int = arg(64, "LoRA rank (paper: 64)")
-    lora_alpha: int = arg(128, "LoRA alpha; the update is scaled by alpha / r (paper: 128)")
     lora_dropout: float = arg(0.05, "LoRA dropout (paper: .05)")
-    gradient_checkpointing: bool = arg(True, "recompute activations in backward: less memory, a third more time")
     # objective
     loss: str = arg("bt", "bt drops ties (paper, Eq. 3); btt learns from them (Rao-Kupper)", choices=["bt", "btt"])
     mask_probability: float = arg(0.5, "p of random CoT masking, one draw per pair (paper: .5)")
     # optimisation
     epochs: int = arg(4, "passes over the data (paper: 4)")
-    max_steps: int | None = arg(None, "stop after this many updates")
     batch_pairs: int = arg(32, "pairs per update over all ranks (paper: 1 x 4 accumulation x 8 GPUs)")
     micro_pairs: int = arg(1, "pairs per forward on one rank (paper: 1)")
     lr: float = arg(2e-6, "learning rate of the LLM (paper: 2e-6)")
     lr_vision: float | None = arg(None, "learning rate of the vision tower; default --lr (paper: the same)")
-    lr_head: float | None = arg(None, "learning rate of query and head; default --lr (paper: the same)")
     warmup: float = arg(0.05, "share of all steps with a rising learning rate; then constant (paper: 5 %)")
     weight_decay: float = arg(0.0, "AdamW weight decay (not given in the paper)")
-    max_grad_norm: float = arg(1.0, "gradients are scaled down to this L2 norm (paper: 1.0 in stage 2)")
-    seed: int = arg(0, "decides order, masks, dropout and LoRA's start")
-    # ranks
-    shard_ranks: int = arg(0, "ranks that share one copy of the weights; 0: all; 8: inside nodes of 8 GPUs (hybrid)")
-    cpu_offload: bool = arg(False, "weights and optimizer wait in the host's memory: slow, but fits (needs torchrun)")
-    random_init: bool = arg(False, "random weights of --model's size, read from config.json: to measure, not to train")
     # output
     out: str = arg("runs/stage1", "output folder")
     val_every: int = arg(100, "steps between validations; 0: only at the end")
     save_every: int = arg(100, "steps between checkpoints; 0: only at the end")
-    keep: int = arg(2, "checkpoints kept on disk")
-    resume: bool = arg(False, "go on from the newest checkpoint in --out, exactly where it was")
 
 
 def prepare_pairs(path: str, settings: Settings, ranks, need_cots: bool) -> list[data.PreferencePair]:
@@ -188,62 +171,21 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
                 loss = bt_loss(chosen, rejected, denominator=settings.batch_pairs)
             require_finite(loss.item(), "loss", rows_of(items), settings, ranks)
             parallel.backward(loss, ranks)  # 5 backward
-            note(sums, loss, reward_a, reward_b, label, masks)
+            note_scores(sums, loss, reward_a, reward_b, label, masks)
         parallel.set_learning_rate(optimizer, step, run.warmup_steps)
         norms = parallel.take_step(model, optimizer, rows_of(item for item, _ in batch), settings, ranks)  # clip, update
-        metrics = step_metrics(ranks.sum(sums), settings) | norms  # 6 log
+        metrics = cold_start_metrics(ranks.sum(sums), settings) | norms  # 6 log
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "epoch": step / run.steps_per_epoch}
         metrics |= {"wait_share": waited / run.seconds(), "step_seconds": run.seconds()}
         run.save(step)
         if val_pairs and run.is_due(step, settings.val_every):  # after saving: a crash here costs nothing
             metrics["val_accuracy"] = validate(model, val_set, settings, ranks)
-        run.finish_step(step, metrics, screen_line(metrics))
+        run.finish_step(step, metrics, cold_start_line(metrics))
 
 
 def rows_of(items) -> list[dict]:
     """The pairs of drawn items as dictionaries, for the file that tells what was not finite."""
     return [dataclasses.asdict(pair) for pair, _ in items]
-
-
-@torch.no_grad()
-def note(sums: Sums, loss, reward_a, reward_b, label, masks) -> None:
-    """What a forward adds to the step's log."""
-    margins = (reward_a - reward_b) * label  # (B,): r_w - r_l, and 0 for a human tie
-    both = torch.cat([reward_a, reward_b])
-    sums.add(loss=loss.item(), correct=(margins > 0).sum(), decided=(label != 0).sum(), margin=margins.sum())
-    sums.add(reward=both.sum(), square=(both**2).sum(), masked=sum(masks))
-
-
-def step_metrics(sums: dict[str, float], settings) -> dict[str, float]:
-    """Sums over all ranks -> what is logged. README's glossary explains each name."""
-    pairs, decided = settings.batch_pairs, max(1, sums["decided"])
-    return {
-        "loss": sums["loss"],
-        "accuracy": sums["correct"] / decided,
-        "margin": sums["margin"] / decided,
-        **mean_and_std(sums["reward"], sums["square"], 2 * pairs),
-        "masked_share": sums["masked"] / pairs,
-    }
-
-
-def screen_line(metrics: dict[str, float]) -> str:
-    """The step in one line."""
-    line = (
-        f"loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.3f}  margin {metrics['margin']:+.3f}  "
-        f"reward {metrics['reward_mean']:+.2f} ± {metrics['reward_std']:.2f}  masked {metrics['masked_share']:.2f}  "
-        f"|g| {metrics['grad_norm_total']:.2f}"
-    )
-    return line + (f"  val {metrics['val_accuracy']:.3f}" if "val_accuracy" in metrics else "")
-
-
-PANELS = {  # title -> what curves.png shows in it
-    "BT loss (Eq. 3)": ["loss"],
-    "pair accuracy": ["accuracy", "val_accuracy"],
-    "margin r_w - r_l": ["margin"],
-    "reward": ["reward_mean", "reward_std"],
-    "gradient norms": ["grad_norm_llm", "grad_norm_vision", "grad_norm_head"],
-    "seconds": ["step_seconds"],
-}
 
 
 def main(argv=None) -> None:
@@ -274,7 +216,7 @@ def main(argv=None) -> None:
     model.settings.update(reward_scale(settings.out))
     save_model(model, os.path.join(settings.out, "model"), ranks)
     if ranks.is_main:
-        draw_curves(settings.out, PANELS, os.path.join(settings.out, "curves.png"), "Stage 1: cold start")
+        draw_curves(settings.out, COLD_START_PANELS, os.path.join(settings.out, "curves.png"), "Stage 1: cold start")
     ranks.print(f"wrote {settings.out}/model, metrics.jsonl and curves.png")
     ranks.finish()
 

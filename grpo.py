@@ -19,7 +19,6 @@ loss reaches the head, because log-probs do not pass through it.
 """
 
 import dataclasses
-import json
 import os
 
 import torch
@@ -27,36 +26,29 @@ import torch
 import data
 import parallel
 from data import InputError
-from losses import bt_loss, clipped_tokens, group_advantages, grpo_loss, kl_to_reference, policy_ratio
+from losses import bt_loss, group_advantages, grpo_loss, kl_to_reference
 from model import DeScore, lay_out, to_device
 from plumbing.answers import read_verdicts, well_formed
 from plumbing.checkpoint import save_model
 from plumbing.jobs import readable_pairs, task_seed
-from plumbing.logs import Sums, draw_curves, mean_and_std, reward_scale
+from plumbing.logs import Sums, draw_curves, reward_scale
+from plumbing.monitor import GRPO_PANELS, grpo_line, grpo_metrics, note_update, write_samples
 from plumbing.resume import require_finite
 from plumbing.settings import arg, cli, parse
-from plumbing.training import Run
+from plumbing.training import CommonSettings, Run
 from rollout import decode_cot, make_engine
 
 
 @dataclasses.dataclass
-class Settings:
-    """Stage 2. Defaults: the paper's values, from its page and the released code."""
+class Settings(CommonSettings):
+    """Stage 2; more in CommonSettings. Defaults: the paper's values, from its page and the released code."""
 
     # data
     data: str = arg(None, "training pairs with true verdicts: a CSV in DeScore's RL format")
-    video_root: str | None = arg(None, "folder that relative video paths start from; default the CSV's")
-    skip_bad_videos: bool = arg(False, "leave out pairs with an unreadable video; OUT/skipped.jsonl lists them")
-    fps: float = arg(2.0, "sampled frames per second (paper: 2)")
     max_pixels: int = arg(307_200, "pixels per frame at most (paper, stage 2: 307,200)")
-    workers: int = arg(2, "processes that decode ahead; 0: decode in this one")
-    frame_cache: str | None = arg(None, "folder that keeps sampled frames, so that later epochs need not decode")
     # model
     model: str = arg(None, "a DeScore folder: OUT/model of stage 1")
     train: str = arg("full", "what of the LLM is trained (paper: full)", choices=["lora", "full"])
-    lora_r: int = arg(64, "LoRA rank, with --train lora")
-    lora_alpha: int = arg(128, "LoRA alpha, with --train lora")
-    gradient_checkpointing: bool = arg(True, "recompute activations in backward: less memory, a third more time")
     # rollouts
     rollouts: int = arg(8, "G, CoTs sampled per video (paper: 8)")
     max_new_tokens: int = arg(4096, "tokens per CoT at most (paper: 4096)")
@@ -86,27 +78,17 @@ class Settings:
     bt_coef: float = arg(5e-3, "weight of the BT loss over rollouts, Eq. 10 (paper: 5e-3); 0: the head drifts")
     # optimisation
     epochs: int = arg(1, "passes over the data (not given in the paper)")
-    max_steps: int | None = arg(None, "stop after this many rollout batches")
     batch_pairs: int = arg(128, "pairs per rollout batch over all ranks (paper: 128)")
     mini_pairs: int = arg(
         8, "pairs per update (paper: 8); equal to --batch-pairs: on-policy, no pass for old log-probs"
     )
     packing: bool = arg(True, "a row per video: the prefix once for its G CoTs; --no-packing: a row per CoT")
     lr: float = arg(1e-6, "learning rate of the LLM (paper: 1e-6)")
-    lr_head: float | None = arg(None, "learning rate of query and head; default --lr (paper: the same)")
     warmup: float = arg(0.0, "share of all rollout batches with a rising learning rate (not given in the paper)")
     weight_decay: float = arg(1e-2, "AdamW weight decay (paper: 1e-2)")
-    max_grad_norm: float = arg(1.0, "gradients are scaled down to this L2 norm (paper: 1.0)")
-    seed: int = arg(0, "decides order and samples")
-    # ranks
-    shard_ranks: int = arg(0, "ranks that share one copy of the weights; 0: all; 8: inside nodes of 8 GPUs (hybrid)")
-    cpu_offload: bool = arg(False, "weights and optimizer wait in the host's memory: slow, but fits (needs torchrun)")
-    random_init: bool = arg(False, "random weights of --model's size, read from config.json: to measure, not to train")
     # output
     out: str = arg("runs/stage2", "output folder")
     save_every: int = arg(10, "rollout batches between checkpoints; 0: only at the end")
-    keep: int = arg(2, "checkpoints kept on disk")
-    resume: bool = arg(False, "go on from the newest checkpoint in --out")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -296,28 +278,11 @@ def update(model, optimizer, mini: list[Rollouts], settings, ranks) -> dict[str,
         require_finite(loss.item(), "loss", [rollouts.record()], settings, ranks)
         parallel.backward(loss, ranks)
         sums.add(grpo_loss=grpo.item(), kl=kl.item(), bt_loss=bt.item())
-        note(sums, output, batch["response_mask"], rollouts, settings, counts)
+        old, gap = old_log_probs(output, rollouts), engine_gap(output, rollouts)
+        note_update(sums, output, batch["response_mask"], old, gap, rollouts, settings, counts)
     norms = parallel.take_step(model, optimizer, [r.record() for r in mini], settings, ranks)
     ratio_max = max(ranks.gather_objects([sums.pop("ratio_max")]))
     return {**ranks.sum(sums), "ratio_max": ratio_max, **norms}
-
-
-@torch.no_grad()
-def note(sums: Sums, output, mask, rollouts: Rollouts, settings, counts) -> None:
-    """What a forward adds to the update's log: each entry's sum over pairs and ranks is the mean."""
-    log_probs, old = output.log_probs, old_log_probs(output, rollouts)  # (2G, T)
-    reward_a, reward_b = output.rewards.view(2, -1)  # (G,) each
-    margins = (reward_a - reward_b) * rollouts.pair.label  # (G,): r_w - r_l, and 0 for a human tie
-    sums.add(pair_accuracy=(margins > 0).sum() / counts["bt"], margin=margins.sum() / counts["bt"])
-    sums.add(reward=output.rewards.sum(), square=(output.rewards**2).sum())
-    sums.add(mean_log_prob=(log_probs * mask).sum() / counts["tokens"])
-    advantages = rollouts.advantages.flatten().to(mask.device)
-    clipped = clipped_tokens(log_probs, old, advantages, mask, settings.clip_low, settings.clip_high)
-    sums.add(clip_share=clipped / counts["tokens"])
-    sums["ratio_max"] = max(sums.get("ratio_max", 1.0), policy_ratio(log_probs, old, mask).max().item())
-    gap = engine_gap(output, rollouts)
-    if gap is not None:
-        sums.add(engine_gap=(gap.abs() * mask).sum() / counts["tokens"])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -367,69 +332,14 @@ def train(model, reference, engine, pairs, settings: Settings, ranks) -> None:
         for i in range(0, run.local_pairs, mini_size):
             updates.append(update(model, optimizer, batch[i : i + mini_size], settings, ranks))  # 6 update
         engine.sync(parallel.trained_weights(model))  # 7 the engine samples the next batch from the new weights
-        metrics = step_metrics(batch, updates, settings, ranks)  # 8 log
+        metrics = grpo_metrics(batch, updates, settings, ranks)  # 8 log
         metrics |= {"wait_share": drawn / run.seconds(), "generate_seconds": generated - drawn}
         metrics |= {"update_seconds": run.seconds() - generated, "step_seconds": run.seconds()}
         run.save(step)
         if ranks.is_main:
-            write_samples(os.path.join(settings.out, "samples.jsonl"), step, batch[0], tokenizer)
-        run.finish_step(step, metrics, screen_line(metrics))
-
-
-def step_metrics(batch: list[Rollouts], updates: list[dict], settings, ranks) -> dict[str, float]:
-    """COLLECTIVE. What moves, averaged over all rollouts of all ranks. README's glossary explains each name."""
-    rewards = [r for rollouts in batch for row in rollouts.rule_rewards for r in row]
-    cots = [cot for rollouts in batch for row in rollouts.cots for cot in row]
-    groups = [row for rollouts in batch for row in rollouts.advantages]  # of G advantages each
-    count = 2 * settings.batch_pairs * settings.rollouts
-    rules = ranks.sum({
-        "rollout_reward": sum(r.total for r in rewards) / count, "quality": sum(r.quality for r in rewards) / count,
-        "format": sum(r.format for r in rewards) / count, "length": sum(r.length for r in rewards) / count,
-        "cot_tokens": sum(map(len, cots)) / count,
-        "truncated": sum(len(cot) >= settings.max_new_tokens for cot in cots) / count,
-        "flat_groups": sum(not group.any() for group in groups) / (2 * settings.batch_pairs),
-    })
-    reward, square = (sum(u.pop(name) for u in updates) for name in ("reward", "square"))
-    mean = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
-    ratio_max = max(u["ratio_max"] for u in updates)
-    return rules | mean | mean_and_std(reward, square, count) | {"ratio_max": ratio_max}
-
-
-def screen_line(metrics: dict[str, float]) -> str:
-    """The step in one line."""
-    return (
-        f"R {metrics['rollout_reward']:.3f} (quality {metrics['quality']:.3f} format {metrics['format']:.2f} "
-        f"length {metrics['length']:.2f})  flat groups {metrics['flat_groups']:.2f}  BT {metrics['bt_loss']:.3f}  "
-        f"pair accuracy {metrics['pair_accuracy']:.3f}  KL {metrics['kl']:.1e}  |g| {metrics['grad_norm_total']:.2f}  "
-        f"{metrics['cot_tokens']:.0f} tokens"
-    )
-
-
-PANELS = {  # title -> what curves.png shows in it
-    "rollout reward R": ["rollout_reward", "quality", "format", "length"],
-    "pair accuracy": ["pair_accuracy"],
-    "BT loss (Eq. 10)": ["bt_loss"],
-    "groups with no spread, clipped tokens": ["flat_groups", "clip_share"],
-    "KL to the reference": ["kl"],
-    "gradient norms": ["grad_norm_llm", "grad_norm_head"],
-}
-
-
-def write_samples(path: str, step: int, rollouts: Rollouts, tokenizer) -> None:
-    """Appends the best and the worst CoT of the first pair's first video, with rewards: read them while it trains."""
-    order = sorted(range(len(rollouts.cots[0])), key=lambda i: rollouts.rule_rewards[0][i].total)
-    with open(path, "a", encoding="utf-8") as file:
-        for i in (order[0], order[-1]):
-            line = {
-                "step": step,
-                "video": rollouts.pair.video_a,
-                "prompt": rollouts.pair.prompt,
-                "truth": rollouts.pair.annotation_a,
-                "advantage": round(float(rollouts.advantages[0, i]), 3),
-                **dataclasses.asdict(rollouts.rule_rewards[0][i]),
-                "cot": decode_cot(tokenizer, rollouts.cots[0][i]),
-            }
-            file.write(json.dumps(line) + "\n")
+            texts = [decode_cot(tokenizer, cot) for cot in batch[0].cots[0]]
+            write_samples(os.path.join(settings.out, "samples.jsonl"), step, batch[0], texts)
+        run.finish_step(step, metrics, grpo_line(metrics))
 
 
 def check(settings: Settings, ranks) -> None:
@@ -490,7 +400,7 @@ def main(argv=None) -> None:
     model.settings.update(reward_scale(settings.out))
     save_model(model, os.path.join(settings.out, "model"), ranks)
     if ranks.is_main:
-        draw_curves(settings.out, PANELS, os.path.join(settings.out, "curves.png"), "Stage 2: GRPO + BT")
+        draw_curves(settings.out, GRPO_PANELS, os.path.join(settings.out, "curves.png"), "Stage 2: GRPO + BT")
     ranks.print(f"wrote {settings.out}/model, metrics.jsonl, samples.jsonl and curves.png")
     ranks.finish(engine)
 

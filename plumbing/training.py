@@ -1,12 +1,40 @@
 """The frame around both stages' loops: which steps are left, this rank's share of each, and what follows a step."""
 
+import dataclasses
 import time
 
 import torch
 
 from plumbing.logs import Log
 from plumbing.resume import StopSignal, load_checkpoint, save_checkpoint
-from plumbing.settings import InputError
+from plumbing.settings import InputError, arg
+
+
+@dataclasses.dataclass
+class CommonSettings:
+    """Flags that both stages have. Defaults: the paper's values."""
+
+    # data
+    video_root: str | None = arg(None, "folder that relative video paths start from; default the CSV's")
+    skip_bad_videos: bool = arg(False, "leave out pairs with an unreadable video; OUT/skipped.jsonl lists them")
+    fps: float = arg(2.0, "sampled frames per second (paper: 2)")
+    workers: int = arg(2, "processes that decode ahead; 0: decode in this one")
+    frame_cache: str | None = arg(None, "folder that keeps sampled frames, so that later epochs need not decode")
+    # model and optimisation
+    lora_r: int = arg(64, "LoRA rank, with --train lora (paper, stage 1: 64)")
+    lora_alpha: int = arg(128, "LoRA alpha; the update is scaled by alpha / r (paper, stage 1: 128)")
+    gradient_checkpointing: bool = arg(True, "recompute activations in backward: less memory, a third more time")
+    max_steps: int | None = arg(None, "stop after this many steps")
+    lr_head: float | None = arg(None, "learning rate of query and head; default --lr (paper: the same)")
+    max_grad_norm: float = arg(1.0, "gradients are scaled down to this L2 norm (paper: 1.0)")
+    seed: int = arg(0, "decides order, masks, samples, dropout and LoRA's start")
+    # ranks
+    shard_ranks: int = arg(0, "ranks that share one copy of the weights; 0: all; 8: inside nodes of 8 GPUs (hybrid)")
+    cpu_offload: bool = arg(False, "weights and optimizer wait in the host's memory: slow, but fits (needs torchrun)")
+    random_init: bool = arg(False, "random weights of --model's size, read from config.json: to measure, not to train")
+    # output
+    keep: int = arg(2, "checkpoints kept on disk")
+    resume: bool = arg(False, "go on from the newest checkpoint in --out, exactly where it was")
 
 
 def divide(num_pairs: int, settings, ranks) -> tuple[int, int]:

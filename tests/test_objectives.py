@@ -15,7 +15,7 @@ import cold_start
 import data
 import grpo
 import parallel
-from plumbing import logs
+from plumbing import logs, monitor
 from conftest import judge
 from model import DeScore, lay_out
 
@@ -200,4 +200,4 @@ def test_a_flat_group_is_counted(rollouts, model, settings):
     judge(judged, model.processor.tokenizer, settings)
     assert judged.advantages[0].tolist() == [0.0, 0.0, 0.0] and judged.advantages[1].abs().min() > 0.1
     _, sums = update(model, judged, settings)
-    assert grpo.step_metrics([judged], [sums], settings, parallel.Ranks())["flat_groups"] == 0.5
+    assert monitor.grpo_metrics([judged], [sums], settings, parallel.Ranks())["flat_groups"] == 0.5
