@@ -1,12 +1,13 @@
 # make demo   the whole pipeline on a laptop: data -> base -> stage 1 -> stage 2 -> evaluation (README, "Two commands")
 # make test   all CPU tests, offline
+# make lint   undefined, unused and shadowed names; nothing is reformatted
 # make seeds  the demo with three seeds, and mean and spread over them
 PYTHON ?= python3
 VENV ?= .venv
 RUNS ?= runs
 PY = HF_HUB_OFFLINE=1 $(VENV)/bin/python
 
-.PHONY: demo seeds test setup clean
+.PHONY: demo seeds test lint setup clean
 setup: $(VENV)/.ready
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,6 +16,9 @@ $(VENV)/.ready: requirements.txt
 
 test: setup
 	$(PY) -m pytest
+
+lint: setup
+	$(VENV)/bin/ruff check .
 
 # The demo in steps, each a line you can run by itself. SEED and RUNS can be set: make demo SEED=1 RUNS=runs/seed1
 SEED ?= 0
@@ -33,18 +37,18 @@ STAGE2 = --model $(RUNS)/stage1/model --data $(D)/train_rl.csv --seed $(SEED) --
 EVAL = $(PY) evaluate.py --root $(D) --benchmark in-domain genai-bench videogen-rewardbench --batch-size 110 $(THINK)
 
 demo: setup
-	$(PY) toy.py data --out $(D) --seed $(SEED)
-	$(PY) toy.py base --out $(RUNS)/base --seed $(SEED)
+	$(PY) -m lab.toy data --out $(D) --seed $(SEED)
+	$(PY) -m lab.toy base --out $(RUNS)/base --seed $(SEED)
 	$(PY) rollout.py --model $(RUNS)/base --seed $(SEED) $(COTS) --data $(D)/train_cold_start.csv $(D)/val_cold_start.csv \
 		--out $(D)/train_cots.csv $(D)/val_cots.csv
-	$(PY) data.py --show 1 --data $(D)/train_cots.csv --model $(RUNS)/base --out $(RUNS)/frames.png
+	$(PY) -m lab.look --show 1 --data $(D)/train_cots.csv --model $(RUNS)/base --out $(RUNS)/frames.png
 	$(PY) cold_start.py $(STAGE1) --out $(RUNS)/stage1
 	$(PY) cold_start.py $(STAGE1) --out $(RUNS)/discriminative --mask-probability 1
 	$(PY) grpo.py $(STAGE2) --out $(RUNS)/stage2
 	$(EVAL) --model $(RUNS)/discriminative/model --out $(RUNS)/eval/discriminative --no-think
 	$(EVAL) --model $(RUNS)/stage1/model --out $(RUNS)/eval/stage1
 	$(EVAL) --model $(RUNS)/stage2/model --out $(RUNS)/eval/stage2 --score-from head text
-	$(PY) report.py --out $(RUNS) --training $(RUNS) $(call TABLE,$(RUNS))
+	$(PY) -m lab.compare --out $(RUNS) --training $(RUNS) $(call TABLE,$(RUNS))
 
 TABLE = --runs "discriminative=$(1)/eval/discriminative/*/report.json" "generative=$(1)/eval/stage2/*/text/report.json" \
 	"DeScore stage 1=$(1)/eval/stage1/*/report.json" "DeScore stage 2=$(1)/eval/stage2/*/report.json"
@@ -52,7 +56,7 @@ TABLE = --runs "discriminative=$(1)/eval/discriminative/*/report.json" "generati
 # The demo with three seeds, and mean and spread over them.
 seeds: setup
 	for k in 0 1 2; do $(MAKE) demo SEED=$$k RUNS=$(RUNS)/seed$$k || exit 1; done
-	$(PY) report.py --out $(RUNS) --training $(RUNS)/seed0 $(RUNS)/seed1 $(RUNS)/seed2 $(call TABLE,$(RUNS)/seed*)
+	$(PY) -m lab.compare --out $(RUNS) --training $(RUNS)/seed0 $(RUNS)/seed1 $(RUNS)/seed2 $(call TABLE,$(RUNS)/seed*)
 
 clean:
 	rm -rf $(RUNS)

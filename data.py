@@ -2,48 +2,32 @@
 
     CSV row -> PreferencePair -> Video (decord, 2 fps) -> prompt ids + pixel patches (the Hugging Face processor)
 
-    python data.py --show 3 --data pairs.csv --model Qwen/Qwen3-VL-8B-Instruct
+    python -m lab.look --show 3 --data pairs.csv --model Qwen/Qwen3-VL-8B-Instruct
         prints three examples with prompt, CoT and query in colour and draws their sampled frames to a PNG.
 
 Shapes: T frames, H x W pixels, P prompt tokens (video tokens included), C CoT tokens, N patches.
 Labels everywhere: +1 video A is better, -1 video B is better, 0 the same.
 """
 
-import argparse
-import ast
-import contextlib
-import csv
 import dataclasses
-import hashlib
-import json
 import os
-import pathlib
 import re
 import sys
-import zipfile
 
 import numpy as np
 import torch
 
+from plumbing.answers import DIMENSIONS, extract_answer, parse_literal  # noqa: F401  public names of this file
+from plumbing.formats import read_records
+from plumbing.frame_cache import FrameCache
+from plumbing.settings import InputError
+
 os.environ.setdefault("DECORD_EOF_RETRY_MAX", "2048")
-
-
-class InputError(ValueError):
-    """Bad input. The message is one sentence for the user: which file, row or flag, and the fix. Exit code 2."""
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # 1. Preference pairs: five CSV formats, recognised by their columns
 # ---------------------------------------------------------------------------------------------------------------
-DIMENSIONS = ("subject", "dynamics", "camera", "environment", "style")  # what a CoT gives a verdict on
-LABELS = {
-    "a": 1, "video 1 is better": 1, "leftvote": 1, "left": 1,
-    "b": -1, "video 2 is better": -1, "rightvote": -1, "right": -1,
-    "same": 0, "tie": 0, "tievote": 0, "bothbad_vote": 0, "bothbad": 0,
-    "invalid": None,  # annotators could not judge: the row is dropped. NOT the same as "same" (README, difference 9)
-}  # fmt: skip
-
-
 @dataclasses.dataclass(frozen=True)
 class PreferencePair:
     """One human comparison: two videos made from the same prompt.
@@ -54,7 +38,7 @@ class PreferencePair:
         label: +1 A is better, -1 B is better, 0 the same.
         cot_a, cot_b: a chain of thought collected beforehand (stage 1), or None.
         annotation_a, annotation_b: {dimension: "0" | "1" | "2" | "N/A"}, the truth for R_qual (stage 2), or None.
-        row: line number in the CSV, for messages (the header is line 1).
+        line: where it stands in the CSV, for messages: the header is line 1, a cell of many lines counts once.
         extra: the other columns of the row, e.g. the names of the models that made the videos.
     """
 
@@ -66,7 +50,7 @@ class PreferencePair:
     cot_b: str | None = None
     annotation_a: dict | None = None
     annotation_b: dict | None = None
-    row: int = 0
+    line: int = 0
     extra: dict = dataclasses.field(default_factory=dict)
 
     @property
@@ -76,29 +60,6 @@ class PreferencePair:
     @property
     def cots(self) -> tuple[str | None, str | None]:
         return self.cot_a, self.cot_b
-
-
-def parse_literal(text: str):
-    """Text that holds JSON or a Python literal -> the object. Never evaluated; raises ValueError on anything else."""
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError):
-        try:
-            return ast.literal_eval(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-            raise ValueError(f"neither JSON nor a Python literal: {text[:60]!r}") from error
-
-
-def extract_answer(text: str) -> dict | None:
-    """The JSON object inside the last `<answer>...</answer>` of a text, or None when there is none."""
-    match = re.search(r".*<answer>(.*?)</answer>", text, flags=re.DOTALL)
-    if match is None:
-        return None
-    try:
-        value = parse_literal(match.group(1).strip())
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def read_pairs(csv_path: str, dimension: str = "TA", video_root: str | None = None) -> list[PreferencePair]:
@@ -119,120 +80,27 @@ def read_pairs(csv_path: str, dimension: str = "TA", video_root: str | None = No
     Returns:
         the pairs in file order. Rows labelled `invalid` are left out, and a line on stderr counts them.
     Raises:
-        InputError: no such file, no known format, missing column, unknown label, empty prompt (file and row named).
+        InputError: no such file, no known format, missing column, unknown label, empty prompt (file and line named).
     """
-    if not os.path.isfile(csv_path):
-        raise InputError(f"{csv_path}: no such file; give --data a CSV of preference pairs.")
     root = video_root if video_root is not None else os.path.dirname(csv_path)
-    csv.field_size_limit(2**31 - 1)  # a CoT can be longer than csv's default of 131,072 characters
     pairs, invalid = [], 0
-    try:
-        with open(csv_path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            read_row = _format_of(csv_path, reader.fieldnames or [], dimension)
-            for row in reader:
-                pair = _read_row(csv_path, reader.line_num, row, read_row, root)
-                invalid += pair is None
-                pairs += [pair] if pair else []
-    except UnicodeDecodeError as error:
-        raise InputError(f"{csv_path}: is not UTF-8 text ({error.reason}); save it as UTF-8.") from error
-    except csv.Error as error:
-        raise InputError(f"{csv_path}: line {reader.line_num} is not CSV ({error}).") from error
+    for record in read_records(csv_path, dimension, root):
+        if record is None:
+            invalid += 1
+        else:
+            pairs.append(PreferencePair(**record))
     if invalid:
-        print(f"{csv_path}: left out {invalid} rows labelled invalid", file=sys.stderr)
+        print(f"{csv_path}: left out {invalid} lines labelled invalid", file=sys.stderr)
     if not pairs:
         raise InputError(f"{csv_path}: holds no usable pair.")
     return pairs
-
-
-def _format_of(csv_path, columns, dimension):
-    """Columns -> a function row -> (path_a, path_b, prompt, label text, more fields of PreferencePair)."""
-    have = set(columns)
-
-    def cold_start(row):
-        return *_two(row["videos"]), row["prompt"], row["GSB"], {"cot_a": row.get("CoT_A"), "cot_b": row.get("CoT_B")}
-
-    def reinforcement(row):
-        label, more = _read_answer(row["answer"])
-        return *_two(row["videos"]), row.get("prompt") or row["problem"], label, more
-
-    def in_domain(row):
-        label, more = _read_answer(row["answer"])
-        return row["video_A"], row["video_B"], row["prompt"], label, more
-
-    def video_align(row):
-        return row["path_A"], row["path_B"], row["prompt"], row[dimension], {}
-
-    def genai_bench(row):
-        left, right = (row.get(f"{side}_video") or row.get(f"{side}_video_path") for side in ("left", "right"))
-        return left, right, row["prompt"], row["vote_type"], {}
-
-    if {"path_A", "path_B", "prompt"} <= have:
-        if dimension not in have:
-            options = ", ".join(c for c in ("TA", "VQ", "MQ", "Overall") if c in have) or "none"
-            raise InputError(f"{csv_path}: has no label column {dimension}; --dimension can be one of: {options}.")
-        return video_align
-    for need, reader in (
-        ({"videos", "prompt", "GSB"}, cold_start),
-        ({"videos", "problem", "answer"}, reinforcement),
-        ({"videos", "prompt", "answer"}, reinforcement),
-        ({"video_A", "video_B", "prompt", "answer"}, in_domain),
-        ({"left_video", "right_video", "prompt", "vote_type"}, genai_bench),
-        ({"left_video_path", "right_video_path", "prompt", "vote_type"}, genai_bench),
-    ):
-        if need <= have:
-            return reader
-    raise InputError(
-        f"{csv_path}: columns {sorted(have)} fit none of the known formats, which need e.g. path_A, path_B, prompt "
-        "and a label column (README, 'Data formats')."
-    )
-
-
-def _two(text):
-    value = parse_literal(text)
-    if not (isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, str) for v in value)):
-        raise ValueError("`videos` is not a list of two paths")
-    return value
-
-
-def _read_answer(text):
-    """RL `answer` cell: a label alone, or `<answer>` JSON with gsb_result and the two videos' true verdicts."""
-    answer = extract_answer(text)
-    if answer is None:
-        return re.sub(r"</?answer>", "", text), {}
-    truth = {f"annotation_{side}": answer.get(f"video_{n}_scores") for side, n in (("a", 1), ("b", 2))}
-    for scores in truth.values():
-        if scores is not None and not isinstance(scores, dict):
-            raise ValueError("video_1_scores / video_2_scores are not objects")
-    truth = {k: {d: str(v).strip().upper() for d, v in s.items()} if s else None for k, s in truth.items()}
-    return str(answer.get("gsb_result", "")), truth
-
-
-def _read_row(csv_path, line, row, read_row, root):
-    where = f"{csv_path}, line {line}"
-    try:
-        path_a, path_b, prompt, label, more = read_row(row)
-        prompt, label, path_a, path_b = prompt.strip(), label.strip(), path_a.strip(), path_b.strip()
-    except (ValueError, AttributeError) as error:  # AttributeError: the row is shorter than the header (None)
-        raise InputError(f"{where}: cannot be read ({error}).") from error
-    if label.lower() not in LABELS:
-        raise InputError(f"{where}: unknown label {label[:40]!r}; known: {', '.join(LABELS)}.")
-    if LABELS[label.lower()] is None:
-        return None
-    if not prompt:
-        raise InputError(f"{where}: the prompt is empty; a reward needs the prompt the video was made from.")
-    if not path_a or not path_b:
-        raise InputError(f"{where}: a video path is empty.")
-    more = {key: value or None for key, value in more.items()}
-    extra = {k: v for k, v in row.items() if k and k.endswith("_model")}
-    path_a, path_b = (os.path.normpath(os.path.join(root, path)) for path in (path_a, path_b))
-    return PreferencePair(path_a, path_b, prompt, LABELS[label.lower()], row=line, extra=extra, **more)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # 2. Frames: decord, at the target size, with the metadata that the model's timestamps need
 # ---------------------------------------------------------------------------------------------------------------
 SIDE = 32  # frame sides are multiples of patch (16) x merge (2): one video token covers 32 x 32 pixels x 2 frames
+MIN_PIXELS = 3136  # 56 x 56 a frame at least (paper, stage 2; here in both stages): smaller clips are enlarged
 MAX_FRAMES = 512  # 4 minutes at 2 fps; a longer clip is refused, not silently cut
 MAX_SIDE = 8192  # pixels; larger frames are no video that anyone generated
 
@@ -265,12 +133,16 @@ class Video:
 
 
 def target_size(height: int, width: int, max_pixels: int) -> tuple[int, int]:
-    """Frame size for the model: multiples of 32, about the same shape, at most `max_pixels`; small clips stay small.
+    """Frame size for the model: multiples of 32, about the same shape, MIN_PIXELS to `max_pixels`.
 
-    Example: target_size(752, 1360, 448 * 448) == (320, 608): 194,560 of at most 200,704 pixels, 190 video tokens.
+    Examples: target_size(752, 1360, 448 * 448) == (320, 608): 194,560 of at most 200,704 pixels, 190 video tokens.
+    target_size(32, 32, 448 * 448) == (64, 64). Between the bounds a clip keeps its size, up to rounding.
     """
     scale = min(1.0, (max_pixels / (height * width)) ** 0.5)
     sides = [max(SIDE, round(side * scale / SIDE) * SIDE) for side in (height, width)]
+    if sides[0] * sides[1] < MIN_PIXELS:  # enlarged, and rounded up, as Qwen's smart_resize does
+        scale = (MIN_PIXELS / (height * width)) ** 0.5
+        sides = [int(np.ceil(side * scale / SIDE)) * SIDE for side in (height, width)]
     while sides[0] * sides[1] > max_pixels and max(sides) > SIDE:  # rounding up may have crossed the budget
         sides[sides.index(max(sides))] -= SIDE
     return sides[0], sides[1]
@@ -361,8 +233,8 @@ Judge how well the video follows the prompt, in five dimensions:
 - environment: place, background, time of day, weather and light
 - style: medium, look and mood
 A verdict is 2 (as asked), 1 (partly), 0 (missing or wrong) or N/A (the prompt does not ask for it).
-Think first, carefully and in detail: for each dimension what the prompt asks for, what the video shows, and the
-    verdict.
+Think first, carefully and in detail: for each dimension what the prompt asks for, what the video shows, \
+and the verdict.
 Then answer with the verdicts and an overall score from 1.00 (ignores the prompt) to 5.00 (does all it asks). Layout:
 <think>
 subject: asked ...; shown ...; verdict 2
@@ -370,6 +242,7 @@ subject: asked ...; shown ...; verdict 2
 </think>
 <answer>{"dimensional_scores": {"subject": "2", "dynamics": "1", "camera": "N/A", "environment": "2", "style": "0"}, \
 "overall_score": 3.50}</answer>"""
+THINK = ("<think>", "</think>")  # one added token each; the only ones, with EOS, that belong into a CoT
 _PLACE = "[[the user's prompt goes here]]"
 
 
@@ -386,26 +259,48 @@ def build_conversation(prompt: str, cot: str | None = None) -> list[dict]:
     return turns
 
 
-def encode_text(tokenizer, text: str, keep: tuple[str, ...] = ()) -> list[int]:
-    """Text -> ids in which no control token can appear, whatever the text says.
+def encode_text(tokenizer, text: str, keep: tuple[str, ...] = (), before: str = "", after: str = "") -> list[int]:
+    """Ids of before + text + after. Control tokens may come from `before` and `after`, never from `text`.
 
     A user may type `<|im_end|>` or `<|video_pad|>`. The tokenizer would turn that into the control token and so let the
-    prompt end the turn or pretend to be video. We cut the text inside each such spelling ('<' | '|im_end|>'), encode
-    the pieces, and join the ids: they decode to exactly the same text, and none is a control token. `keep` names added
-    tokens that may stay (`<think>` in a CoT).
+    prompt end the turn or pretend to be video. We cut inside each such spelling that touches `text` ('<' | '|im_end|>'),
+    encode the pieces, and join the ids: none of them is a control token, and they decode to exactly the same text, up
+    to Unicode normalisation (Qwen's tokenizer writes "e" + accent as one letter, NFC). `keep` names added tokens that
+    may stay (`<think>` in a CoT).
+
+    Why not encode the three texts apart: a token may reach over a seam. In Qwen's vocabulary "." + newline is one
+    token (624), and the model has read it so after almost every sentence.
+    Raises InputError for half a character (a lone surrogate), which no tokenizer can encode.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the text {ascii(text[:60])} holds half a character (a lone surrogate); remove it.") from error
     added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.content not in keep}
     spellings = "|".join(re.escape(t) for t in sorted(added, key=len, reverse=True))
-    cuts = [match.start() + 1 for match in re.finditer(f"(?=({spellings}))", text)] if added else []
-    pieces = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)])]
-    ids = [i for piece in pieces if piece for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
-    if set(ids) & set(added.values()):
+    whole, begin, end = before + text + after, len(before), len(before) + len(text)
+    matches = re.finditer(f"(?=({spellings}))", whole) if added else []  # (?=...): those that overlap, too
+    cuts = [m.start() + 1 for m in matches if m.start() < end and m.end(1) > begin]
+
+    def encode(parts):
+        return [i for part in parts if part for i in tokenizer(part, add_special_tokens=False)["input_ids"]]
+
+    ids, controls = encode(whole[i:j] for i, j in zip([0, *cuts], [*cuts, len(whole)])), set(added.values())
+    if [i for i in ids if i in controls] != [i for i in encode((before, after)) if i in controls]:
         raise InputError(f"the text {text[:60]!r} spells a control token that cannot be kept apart; remove it.")
     return ids
 
 
 def encode_prompt(processor, video: Video, prompt: str) -> dict[str, torch.Tensor]:
     """Everything before the CoT: the user's turn with the video in it, and the opening of the assistant's turn.
+
+    The video stands in the text as Qwen3-VL was published with (transformers 4.57): for each two frames
+        <0.3 seconds><|vision_start|><|video_pad|> ... <|video_pad|><|vision_end|>
+    and nothing around them. The chat template writes <|vision_start|><|video_pad|><|vision_end|>. 4.57 replaced all
+    three by the blocks; newer releases, and vLLM, replace the pad alone and so leave an extra start and end around all
+    blocks, which the model has never seen. With a bare pad in the text both write what 4.57 wrote, id for id; and the
+    positions (get_rope_index) are then 4.57's too, since they follow from the ids: a text token takes one position, a
+    block as many as its longer side has tokens. With the extra pair all that follows would be one and two further on.
 
     Returns:
         input_ids (P,) int64; mm_token_type_ids (P,), 2 at video positions, else 0;
@@ -415,16 +310,19 @@ def encode_prompt(processor, video: Video, prompt: str) -> dict[str, torch.Tenso
     if not prompt.strip():
         raise InputError("the prompt is empty; a reward needs the prompt the video was made from (--prompt).")
     template = processor.apply_chat_template(build_conversation(_PLACE), add_generation_prompt=True, tokenize=False)
+    pad = processor.video_token
+    template = template.replace(processor.vision_start_token + pad + processor.vision_end_token, pad)
     head, tail = template.split(_PLACE)
-    # The processor replaces the one <|video_pad|> in `head` by "<0.3 seconds>" and a block of pads per two frames. We
-    # sampled and resized already, so it must do neither: with its own defaults it assumes 24 fps and upsizes small
-    # clips.
+    head, between = head.split(pad)
+    # The processor replaces the pad by "<0.3 seconds>" and a block of pads per two frames. We sampled and resized
+    # already, so it must do neither: with its own defaults it assumes 24 fps and upsizes small clips. Its own cap of
+    # pixels is part of its resizing; unless told so, transformers 5.19 warns that this default will change.
     inputs = processor(
-        text=[head], videos=[torch.from_numpy(video.frames).permute(0, 3, 1, 2)], video_metadata=[video.metadata()],
-        do_sample_frames=False, do_resize=False, return_tensors="pt",
+        text=[head + pad], videos=[torch.from_numpy(video.frames).permute(0, 3, 1, 2)],
+        video_metadata=[video.metadata()], do_sample_frames=False, do_resize=False, cap_pixels_per_frame=False,
+        return_tensors="pt",
     )  # fmt: skip
-    plain = {part: processor.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (head, tail)}
-    after_ids = encode_text(processor.tokenizer, prompt) + plain[tail]
+    after_ids = encode_text(processor.tokenizer, prompt, before=between, after=tail)
     before = inputs["input_ids"][0]
     after = torch.tensor(after_ids, dtype=before.dtype)
     return {
@@ -433,68 +331,32 @@ def encode_prompt(processor, video: Video, prompt: str) -> dict[str, torch.Tenso
         "pixel_values_videos": inputs["pixel_values_videos"],
         "video_grid_thw": inputs["video_grid_thw"],
         "video": video,
-        "short_ids": plain[head] + after_ids,
+        "short_ids": processor.tokenizer(head + pad, add_special_tokens=False)["input_ids"] + after_ids,
     }
 
 
 def encode_cot(tokenizer, cot: str | None) -> list[int]:
-    """A CoT's ids, ended by EOS as a sampled one is. None or "" (masked, or no thinking): no ids at all, no EOS."""
+    """A CoT's ids, ended by EOS as a sampled one is. None or "" (masked, or no thinking): no ids at all, no EOS.
+
+    Encoded apart from the prompt: a sampled CoT too begins with a token of its own. EOS is an added token, and nothing
+    merges with those, so there is no seam at the end either.
+    """
     if not cot:
         return []
     cot = cot.removesuffix(tokenizer.eos_token)
-    return encode_text(tokenizer, cot, keep=("<think>", "</think>")) + [tokenizer.eos_token_id]
+    return encode_text(tokenizer, cot, keep=THINK) + [tokenizer.eos_token_id]
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # 4. A stream of encoded pairs
 # ---------------------------------------------------------------------------------------------------------------
-class FrameCache:
-    """Sampled frames on disk, so that a clip that is used in every epoch is decoded once. At most `gigabytes` (and 1 %
-    for each process that writes), oldest out.
 
-    The key holds path, size, time of change, fps and pixel budget: an edited clip is decoded again. Raw uint8 frames:
-    16 s of 448 x 448 at 2 fps are 19 MB. Several processes may share a folder: files appear by renaming.
-    """
 
-    def __init__(self, folder: str, gigabytes: float):
-        self.folder, self.limit, self.written = folder, gigabytes * 1e9, 0  # bytes since the last look at the folder
-        os.makedirs(folder, exist_ok=True)
-        self._shrink()
+FRAME_CACHE_GB = 50.0  # 10^9 bytes; the least recently used clips go first
 
-    def sample(self, path: str, fps: float, max_pixels: int) -> Video:
-        """As sample_frames, from the cache where it can."""
-        if not os.path.isfile(path):
-            return sample_frames(path, fps, max_pixels)  # for its message
-        info = os.stat(path)
-        key = hashlib.sha256(repr((os.path.abspath(path), info.st_size, info.st_mtime_ns, fps, max_pixels)).encode())
-        file = os.path.join(self.folder, key.hexdigest()[:32] + ".npz")
-        try:
-            with np.load(file) as saved:
-                os.utime(file)  # used now: the oldest are removed first
-                times = saved["times"]
-                return Video(saved["frames"], float(times[0]), int(times[1]), tuple(saved["indices"].tolist()))
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # not there, or cut short
-            video = sample_frames(path, fps, max_pixels)
-        temporary = f"{file}.{os.getpid()}.tmp"
-        with open(temporary, "wb") as target:
-            np.savez(target, frames=video.frames, times=np.array([video.source_fps, video.total_num_frames]),
-                     indices=np.array(video.frame_indices))  # fmt: skip
-        self.written += os.path.getsize(temporary)
-        os.replace(temporary, file)
-        if self.written > self.limit / 100:  # listing a large folder takes longer than decoding a clip
-            self._shrink()
-        return video
 
-    def _shrink(self):
-        self.written = 0
-        with contextlib.suppress(FileNotFoundError):  # another process may remove the same file
-            files = sorted((e.stat().st_mtime, e.stat().st_size, e.path) for e in os.scandir(self.folder))
-            total = sum(size for _, size, _ in files)
-            for _, size, path in files:
-                if total <= self.limit:
-                    break
-                os.remove(path)
-                total -= size
+def _decode(path, fps, max_pixels):
+    return vars(sample_frames(path, fps, max_pixels))
 
 
 class EncodedPairs(torch.utils.data.Dataset):
@@ -504,9 +366,17 @@ class EncodedPairs(torch.utils.data.Dataset):
     user should read one sentence. `take` below raises it.
     """
 
-    def __init__(self, pairs, processor, fps=2.0, max_pixels=448 * 448, cache: FrameCache | None = None):
+    def __init__(self, pairs, processor, fps=2.0, max_pixels=448 * 448, frame_cache: str | None = None):
         self.pairs, self.processor, self.fps, self.max_pixels = pairs, processor, fps, max_pixels
-        self.sample = cache.sample if cache else sample_frames
+        self.cache = FrameCache(frame_cache, FRAME_CACHE_GB, _decode) if frame_cache else None
+
+    def sample(self, path: str) -> Video:
+        """sample_frames, through the frame cache if there is one."""
+        if self.cache is None:
+            return sample_frames(path, self.fps, self.max_pixels)
+        fields = self.cache.sample(path, self.fps, self.max_pixels)
+        indices = tuple(int(i) for i in fields["frame_indices"])
+        return Video(fields["frames"], float(fields["source_fps"]), int(fields["total_num_frames"]), indices)
 
     def __len__(self):
         return len(self.pairs)
@@ -514,10 +384,10 @@ class EncodedPairs(torch.utils.data.Dataset):
     def __getitem__(self, index):
         pair = self.pairs[index]
         try:
-            videos = [self.sample(path, self.fps, self.max_pixels) for path in pair.videos]
+            videos = [self.sample(path) for path in pair.videos]
             return pair, [encode_prompt(self.processor, video, pair.prompt) for video in videos]
         except InputError as error:
-            return InputError(f"row {pair.row}: {error}")
+            return InputError(f"line {pair.line}: {error}")
 
 
 def take(dataset: torch.utils.data.Dataset, order: list[int], workers: int = 0):
@@ -530,90 +400,3 @@ def take(dataset: torch.utils.data.Dataset, order: list[int], workers: int = 0):
         if isinstance(item, InputError):
             raise item
         yield item
-
-
-def epoch_order(size: int, seed: int, epoch: int) -> list[int]:
-    """A shuffle that depends on (seed, epoch) alone, so that every rank, and a resumed run, sees the same order."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(size, generator=generator).tolist()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# 5. Look at it: `python data.py --show 3 --data FILE`
-# ---------------------------------------------------------------------------------------------------------------
-def show(pair: PreferencePair, processor, fps: float, max_pixels: int) -> list[Video]:
-    """Prints what the model reads for both videos of a pair: grey = prompt side, green = CoT, red = query."""
-    grey, green, red, end = ("\033[90m", "\033[32m", "\033[1;31m", "\033[0m") if sys.stdout.isatty() else [""] * 4
-    verdict = {1: "A is better", -1: "B is better", 0: "the same"}[pair.label]
-    print(f"\n=== line {pair.row}: {verdict}")
-    videos = []
-    for path, cot in zip(pair.videos, pair.cots):
-        video = sample_frames(path, fps, max_pixels)
-        inputs = encode_prompt(processor, video, pair.prompt)
-        num_video = int((inputs["mm_token_type_ids"] == 2).sum())
-        text = processor.tokenizer.decode(inputs["input_ids"])
-        text = re.sub(r"(<\|video_pad\|>)+", lambda m: f"<|video_pad|> x {m.group().count('pad')}", text)
-        cot_ids = encode_cot(processor.tokenizer, cot)
-        print(
-            f"--- {path}: {video.total_num_frames} frames at {video.source_fps:.2f} fps -> {len(video.frames)} frames of "
-            f"{video.frames.shape[1]} x {video.frames.shape[2]} at {fps} fps = {num_video} video tokens of "
-            f"{len(inputs['input_ids'])} prompt tokens; CoT {len(cot_ids)} tokens"
-        )
-        shown = processor.tokenizer.decode(cot_ids) if cot_ids else "(no CoT: the query sees video and prompt only)"
-        print(f"{grey}{text}{end}{green}{shown}{end}{red}<Reward>{end}")
-        videos.append(video)
-    return videos
-
-
-def draw_frames(rows: list[tuple[str, Video]], path: str) -> None:
-    """Draws sampled frames, one clip a row, each frame with its time in seconds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    columns = min(8, max(len(video.frames) for _, video in rows))
-    figure, axes = plt.subplots(len(rows), columns, figsize=(1.6 * columns, 1.5 * len(rows)), squeeze=False)
-    for row, (title, video) in zip(axes, rows):
-        picks = np.linspace(0, len(video.frames) - 1, columns).round().astype(int)
-        for axis, k in zip(row, picks):
-            axis.imshow(video.frames[k])
-            axis.set_title(f"{video.frame_indices[k] / video.source_fps:.1f} s", fontsize=7)
-            axis.set_xticks([]), axis.set_yticks([])
-        row[0].set_ylabel(title, fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="CSV of preference pairs, any of the known formats")
-    parser.add_argument("--show", type=int, default=3, metavar="N", help="how many examples (default 3)")
-    parser.add_argument("--model", default="Qwen/Qwen3-VL-8B-Instruct", help="folder or hub name with the processor")
-    parser.add_argument("--dimension", default="TA", help="label column: TA, VQ, MQ or Overall (default TA)")
-    parser.add_argument("--video-root", help="folder that relative video paths start from (default: the CSV's)")
-    parser.add_argument("--fps", type=float, default=2.0, help="sampled frames per second (paper: 2)")
-    parser.add_argument("--max-pixels", type=int, default=448 * 448, help="pixels per frame at most (paper: 448 * 448)")
-    parser.add_argument("--out", default="frames.png", help="where to draw the sampled frames (default frames.png)")
-    args = parser.parse_args(argv)
-    pairs = read_pairs(args.data, args.dimension, args.video_root)
-    print(f"{args.data}: {len(pairs)} pairs, {sum(p.label == 0 for p in pairs)} ties, "
-          f"{sum(p.cot_a is not None for p in pairs)} with CoTs, "
-          f"{sum(p.annotation_a is not None for p in pairs)} with annotations")  # fmt: skip
-    from transformers import AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(args.model)
-    rows = []
-    for pair in pairs[: args.show]:
-        videos = show(pair, processor, args.fps, args.max_pixels)
-        rows += [(f"{pathlib.Path(path).name}", video) for path, video in zip(pair.videos, videos)]
-    draw_frames(rows, args.out)
-    print(f"\nframes drawn to {args.out}")
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

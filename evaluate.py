@@ -5,7 +5,6 @@
     python evaluate.py --model DIR --video clip.mp4 --prompt "a red circle rises"        one video: its CoT and reward
     python evaluate.py --data pairs.csv --scores scores.csv             somebody else's rewards, judged by this code
     python evaluate.py --data pairs.csv --compare ours.csv theirs.csv   several score files in one table and figure
-    python evaluate.py --model DIR --best-of videos.csv --make-pairs dpo.csv    ranks N videos per prompt; DPO pairs
 
 In: a checkpoint folder, a CSV. Out, in --out: thoughts*.jsonl and rewards*.jsonl (one line per unique video and prompt,
 one file per rank; the same command goes on where it was killed), scores.csv, skipped.jsonl, settings.json, and
@@ -16,7 +15,6 @@ No CoT is masked here. --no-think leaves all of them out, which random CoT maski
 Symbols: r_A, r_B rewards of a pair; margin = r_A - r_B; label +1 (A is better), -1 (B), 0 (the same); n pairs; k CoTs.
 """
 
-import csv
 import dataclasses
 import functools
 import json
@@ -27,7 +25,6 @@ from transformers import AutoProcessor
 
 import data
 import parallel
-import report
 from data import InputError, PreferencePair
 from metrics import (
     accuracy_curve,
@@ -40,7 +37,11 @@ from metrics import (
     videoalign_compatible,
 )
 from model import DeScore
-from rollout import Item, claim_out, make_engine, opened, run_phase, think_phase
+from plumbing import page, report
+from plumbing.formats import open_table, read_scores, refuse_outside
+from plumbing.jobs import Item, claim_out, run_phase
+from plumbing.settings import arg, cli, parse
+from rollout import make_engine, opened, think_phase
 
 BENCHMARKS = {  # name -> what the CSV in --root may be called, the published name first
     "videogen-rewardbench": ("videogen-rewardbench.csv", "test_videogen_rewardbench.csv"),
@@ -55,38 +56,36 @@ GENAI_TIES["drop"] = GENAI_TIES["tie"] + GENAI_TIES["bothbad"]
 class Settings:
     """Flags. Sizes are the paper's."""
 
-    model: str = parallel.arg(None, "checkpoint folder with backbone, query and head")
-    data: str = parallel.arg(None, "CSV of preference pairs")
-    benchmark: list[str] = parallel.arg(
+    model: str = arg(None, "checkpoint folder with backbone, query and head")
+    data: str = arg(None, "CSV of preference pairs")
+    benchmark: list[str] = arg(
         None, "published benchmarks, found in --root; of several, each goes to OUT/NAME", list(BENCHMARKS)
     )
-    root: str = parallel.arg(None, "folder of the videos (and the benchmark's CSV); paths that leave it are refused")
-    dimension: str = parallel.arg("TA", "label column: TA (text alignment, the paper's), VQ, MQ or Overall")
-    genai_ties: str = parallel.arg("both", "which of GenAI-Bench's two tie votes to keep, as ties", list(GENAI_TIES))
-    video: str = parallel.arg(None, "one video to think about and score")
-    prompt: str = parallel.arg(None, "the prompt of --video")
-    scores: str = parallel.arg(None, "CSV of ready-made scores: reward_A,reward_B (row by row) or path,reward[,prompt]")
-    compare: list[str] = parallel.arg(None, "several score files in one report; differences are to the first")
-    best_of: str = parallel.arg(None, "CSV with path,prompt: ranks the videos of each prompt into OUT/best_of.csv")
-    make_pairs: str = parallel.arg(None, "CSV to write: best and worst video per prompt, for DPO (VideoAlign columns)")
-    think: bool = parallel.arg(True, "write a CoT before scoring")
-    thoughts: int = parallel.arg(1, "CoTs per video: 1 is greedy; more are sampled at temperature 1, rewards averaged")
-    max_new_tokens: int = parallel.arg(4096, "CoT tokens at most (paper: 4096)")
-    score_from: list[str] = parallel.arg(
+    root: str = arg(None, "folder of the videos (and the benchmark's CSV); paths that leave it are refused")
+    dimension: str = arg("TA", "label column: TA (text alignment, the paper's), VQ, MQ or Overall")
+    genai_ties: str = arg("both", "which of GenAI-Bench's two tie votes to keep, as ties", list(GENAI_TIES))
+    video: str = arg(None, "one video to think about and score")
+    prompt: str = arg(None, "the prompt of --video")
+    scores: str = arg(None, "CSV of ready-made scores: reward_A,reward_B (row by row) or path,reward[,prompt]")
+    compare: list[str] = arg(None, "several score files in one report; differences are to the first")
+    think: bool = arg(True, "write a CoT before scoring")
+    thoughts: int = arg(1, "CoTs per video: 1 is greedy; more are sampled at temperature 1, rewards averaged")
+    max_new_tokens: int = arg(4096, "CoT tokens at most (paper: 4096)")
+    score_from: list[str] = arg(
         ("head",), "head: DeScore's reward; text: the score that the CoT states, in OUT/text", ["head", "text"]
     )
-    temperature: float = parallel.arg(None, "sampling temperature (default: 0 for one CoT, 1 for several)")
-    engine: str = parallel.arg("transformers", "who writes the CoTs; vllm for real models", ["transformers", "vllm"])
-    fps: float = parallel.arg(None, "sampled frames per second (default: the checkpoint's; paper: 2)")
-    max_pixels: int = parallel.arg(None, "pixels per frame at most (default: the checkpoint's; paper: 200704)")
-    dtype: str = parallel.arg("auto", "auto: bfloat16 on a GPU, else float32", ["auto", "float32", "bfloat16"])
-    seed: int = parallel.arg(0, "seed of the sampled CoTs")
-    batch_size: int = parallel.arg(8, "videos at once; changes speed, not results")
-    skip_bad_videos: bool = parallel.arg(False, "leave out and list (OUT/skipped.jsonl) what cannot be read")
-    videoalign_compatible: bool = parallel.arg(False, "also show accuracy with ties as VideoAlign's script computes it")
-    out: str = parallel.arg("evaluation", "folder for everything that is written")
-    html: str = parallel.arg(None, "page to write: clips, CoTs, rewards and labels of each pair")
-    html_pairs: int = parallel.arg(200, "pairs on the page at most, spread evenly over the data")
+    temperature: float = arg(None, "sampling temperature (default: 0 for one CoT, 1 for several)")
+    engine: str = arg("transformers", "who writes the CoTs; vllm for real models", ["transformers", "vllm"])
+    fps: float = arg(None, "sampled frames per second (default: the checkpoint's; paper: 2)")
+    max_pixels: int = arg(None, "pixels per frame at most (default: the checkpoint's; paper: 200704)")
+    dtype: str = arg("auto", "auto: bfloat16 on a GPU, else float32", ["auto", "float32", "bfloat16"])
+    seed: int = arg(0, "seed of the sampled CoTs")
+    batch_size: int = arg(8, "videos at once; changes speed, not results")
+    skip_bad_videos: bool = arg(False, "leave out and list (OUT/skipped.jsonl) what cannot be read")
+    videoalign_compatible: bool = arg(False, "also show accuracy with ties as VideoAlign's script computes it")
+    out: str = arg("evaluation", "folder for everything that is written")
+    html: str = arg(None, "page to write: clips, CoTs, rewards and labels of each pair")
+    html_pairs: int = arg(200, "pairs on the page at most, spread evenly over the data")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -96,7 +95,7 @@ def measure(name: str, pairs: list[PreferencePair], rewards: np.ndarray) -> repo
     """rewards (n, 2) of A and B -> every number of the report. InputError names the row of a non-finite reward."""
     for pair, row in zip(pairs, rewards):
         if not np.isfinite(row).all():
-            raise InputError(f"{name}, row {pair.row}: the rewards {row[0]} and {row[1]} must be finite numbers.")
+            raise InputError(f"{name}, line {pair.line}: the rewards {row[0]} and {row[1]} must be finite numbers.")
     labels, margins = checked([p.label for p in pairs], rewards[:, 0] - rewards[:, 1])
     prompts = {}  # prompt -> group; not np.unique, which would pad every prompt to the longest
     groups = np.array([prompts.setdefault(p.prompt, len(prompts)) for p in pairs])
@@ -127,31 +126,6 @@ def measure(name: str, pairs: list[PreferencePair], rewards: np.ndarray) -> repo
 # ---------------------------------------------------------------------------------------------------------------
 # 2. What is to be judged: pairs, ready-made scores, lists of videos
 # ---------------------------------------------------------------------------------------------------------------
-def read_table(path: str, need: tuple[str, ...] = ()):
-    """Yields (line number, {column: text}) of a CSV; InputError for a missing file, a missing column or broken text."""
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file.")
-    csv.field_size_limit(2**31 - 1)
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            lacking = [c for c in need if c not in (reader.fieldnames or [])]
-            if lacking:
-                raise InputError(f"{path}: has no column {', '.join(lacking)}; its columns: {reader.fieldnames}.")
-            for row in reader:
-                yield reader.line_num, {k: v or "" for k, v in row.items() if k is not None}
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: is not a CSV in UTF-8 ({error}).") from error
-
-
-def refuse_outside(root: str, path: str, row: int) -> None:
-    """A downloaded CSV must not make us open, and show on the page, files elsewhere: `..`, absolute, symlinks."""
-    try:
-        inside = os.path.commonpath([os.path.realpath(root), os.path.realpath(path)]) == os.path.realpath(root)
-    except ValueError:  # a path with a zero byte
-        inside = False
-    if not inside:
-        raise InputError(f"row {row}: the video {path!r} is outside --root {root}; it is not opened.")
 
 
 def read_data(s: Settings) -> tuple[str, list[PreferencePair]]:
@@ -167,55 +141,11 @@ def read_data(s: Settings) -> tuple[str, list[PreferencePair]]:
     if s.root:
         for pair in pairs:
             for video in pair.videos:
-                refuse_outside(s.root, video, pair.row)
+                refuse_outside(s.root, video, pair.line)
     if GENAI_TIES[s.genai_ties]:
-        votes = {line: row["vote_type"].strip().lower() for line, row in read_table(path, ("vote_type",))}
-        pairs = [p for p in pairs if votes[p.row] not in GENAI_TIES[s.genai_ties]]
+        votes = {line: row["vote_type"].strip().lower() for line, row in open_table(path, ("vote_type",))[1]}
+        pairs = [p for p in pairs if votes[p.line] not in GENAI_TIES[s.genai_ties]]
     return path, pairs
-
-
-def number(path: str, line: int, row: dict, column: str) -> float:
-    """A finite reward; nan for an empty cell (no score); InputError naming file and line for anything else."""
-    text = row[column].strip()
-    try:
-        value = float(text) if text else float("nan")
-    except ValueError:
-        value = float("inf")
-    if text and not np.isfinite(value):
-        raise InputError(f"{path}, line {line}: {column} is {text[:40]!r}, not a finite number.")
-    return value
-
-
-def read_scores(path: str, data_path: str, pairs: list[PreferencePair], root: str) -> np.ndarray:
-    """Ready-made rewards (n, 2) of the pairs' A and B; nan where the file has none. Read row by row: it may be large.
-
-    reward_A,reward_B: row k belongs to row k of the data. path,reward[,prompt]: looked up; paths as in the data.
-    """
-    _, first = next(read_table(path), (0, {}))
-    rewards, found = np.full((len(pairs), 2), float("nan")), {}
-    if {"reward_A", "reward_B"} <= set(first):
-        index = {line: k for k, (line, _) in enumerate(read_table(data_path))}
-        place = {index[pair.row]: i for i, pair in enumerate(pairs)}
-        k = -1
-        for k, (line, row) in enumerate(read_table(path)):
-            i = place.get(k)
-            if i is not None:
-                rewards[i] = [number(path, line, row, column) for column in ("reward_A", "reward_B")]
-                if row.get("prompt", pairs[i].prompt).strip() != pairs[i].prompt:
-                    raise InputError(f"{path}, line {line}: has another prompt than row {pairs[i].row} of {data_path}.")
-        if k + 1 != len(index):
-            raise InputError(f"{path}: has {k + 1} rows but {data_path} has {len(index)}; they belong row by row.")
-        return rewards
-    if not {"path", "reward"} <= set(first):
-        raise InputError(f"{path}: needs the columns reward_A,reward_B or path,reward; it has {sorted(first)}.")
-    for line, row in read_table(path):
-        key = os.path.normpath(os.path.join(root, row["path"].strip())), row.get("prompt", "").strip()
-        reward = number(path, line, row, "reward")
-        if found.setdefault(key, reward) != reward:
-            raise InputError(f"{path}, line {line}: a second reward for {row['path']!r}.")
-    for i, pair in enumerate(pairs):
-        rewards[i] = [found.get((v, pair.prompt), found.get((v, ""), float("nan"))) for v in pair.videos]
-    return rewards
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -304,36 +234,6 @@ def one_video(s: Settings, ranks, load) -> None:
     ranks.print("(unbounded, no unit: only differences between videos of one prompt mean something)")
 
 
-def ranking(items: list[Item], rewards: dict) -> dict[str, list[tuple[float, str]]]:
-    """{prompt: [(reward, video), ...] best first}, of the items that have a reward."""
-    groups = {}
-    for item in items:
-        if item[:2] in rewards:
-            groups.setdefault(item.prompt, []).append((rewards[item[:2]]["reward"], item.video))
-    return {prompt: sorted(videos, key=lambda v: (-v[0], v[1])) for prompt, videos in groups.items()}
-
-
-def best_of(s: Settings, ranks, load) -> None:
-    """Ranks the videos of each prompt in --best-of."""
-    items, root = {}, s.root or os.path.dirname(s.best_of)
-    for line, row in read_table(s.best_of, ("path", "prompt")):
-        video, prompt = os.path.normpath(os.path.join(root, row["path"].strip())), row["prompt"].strip()
-        if not prompt or not row["path"].strip():
-            raise InputError(f"{s.best_of}, line {line}: path or prompt is empty.")
-        if s.root:
-            refuse_outside(s.root, video, line)
-        items.setdefault((video, prompt), Item(video, prompt, line))
-    if not items:
-        raise InputError(f"{s.best_of}: holds no video.")
-    rewards, _, skipped = think_and_score(list(items.values()), s, ranks, load)
-    if ranks.is_main:
-        groups = ranking(list(items.values()), rewards)
-        report.write_ranking(os.path.join(s.out, "best_of.csv"), groups)
-        print(f"{len(groups)} prompts, {len(items)} videos, {len(skipped)} skipped -> {s.out}/best_of.csv")
-        if s.make_pairs:
-            report.write_best_and_worst(s.make_pairs, groups)
-
-
 def judge_pairs(s: Settings, ranks, load) -> None:
     """Thinks and scores, or reads ready-made scores; writes the report."""
     path, pairs = read_data(s)
@@ -341,7 +241,7 @@ def judge_pairs(s: Settings, ranks, load) -> None:
     unique = {}
     for pair in pairs:
         for video in pair.videos:
-            unique.setdefault((video, pair.prompt), Item(video, pair.prompt, pair.row))
+            unique.setdefault((video, pair.prompt), Item(video, pair.prompt, pair.line))
     items = list(unique.values())
     rewards, thoughts, skipped = {}, {}, []
     if s.scores or s.compare:
@@ -354,8 +254,8 @@ def judge_pairs(s: Settings, ranks, load) -> None:
         return
     complete = np.all([np.isfinite(r).all(axis=1) for r in scored.values()], axis=0)
     if not complete.all() and not s.skip_bad_videos:
-        row = pairs[int(complete.argmin())].row
-        raise InputError(f"{path}, row {row}: a video has no reward; --skip-bad-videos leaves such pairs out.")
+        line = pairs[int(complete.argmin())].line
+        raise InputError(f"{path}, line {line}: a video has no reward; --skip-bad-videos leaves such pairs out.")
     kept = [pair for pair, is_complete in zip(pairs, complete) if is_complete]
     if not kept:
         raise InputError(f"{path}: no pair has a reward for both videos.")
@@ -373,11 +273,9 @@ def judge_pairs(s: Settings, ranks, load) -> None:
     if rewards:
         rows = [(*item[:2], rewards[item[:2]]["reward"]) for item in items if item[:2] in rewards]
         report.write_scores(os.path.join(s.out, "scores.csv"), rows, root)
-    if s.make_pairs:
-        report.write_best_and_worst(s.make_pairs, ranking(items, rewards))
     if s.html:
         first = next(iter(scored.values()))
-        report.write_page(s.html, judged[0], kept, first[complete], thoughts, s.html_pairs)
+        page.write_page(s.html, judged[0], kept, first[complete], thoughts, data.sample_frames, s.html_pairs)
 
 
 def difference(one: report.Judged, first: report.Judged) -> dict:
@@ -392,13 +290,13 @@ def difference(one: report.Judged, first: report.Judged) -> dict:
 
 def check(s: Settings) -> None:
     """Flags that do not fit together, before anything is opened."""
-    chosen = [flag for flag in ("video", "best_of", "scores", "compare") if getattr(s, flag)]
+    chosen = [flag for flag in ("video", "scores", "compare") if getattr(s, flag)]
     problems = {
-        "give only one of --video, --best-of, --scores, --compare": len(chosen) > 1,
-        "give --data FILE or --benchmark NAME": not (s.video or s.best_of or s.scores or s.data or s.benchmark),
+        "give only one of --video, --scores, --compare": len(chosen) > 1,
+        "give --data FILE or --benchmark NAME": not (s.video or s.scores or s.data or s.benchmark),
         "--data and --benchmark exclude each other": s.data and s.benchmark,
-        "--html and --make-pairs name one file, so give one --benchmark and one --score-from":
-        max(len(s.benchmark or []), len(s.score_from)) > 1 and (s.html or s.make_pairs),
+        "--html names one file, so give one --benchmark and one --score-from":
+        max(len(s.benchmark or []), len(s.score_from)) > 1 and s.html,
         "--benchmark needs --root, the folder it was downloaded to": s.benchmark and not s.root,
         "--video needs --prompt, and --prompt needs --video": bool(s.video) != bool(s.prompt and s.prompt.strip()),
         "--thoughts, --batch-size, --max-new-tokens and --html-pairs must be at least 1": min(
@@ -406,7 +304,6 @@ def check(s: Settings) -> None:
         "--fps must be positive and --max-pixels at least 1024": (s.fps or 1) <= 0 or (s.max_pixels or 1024) < 1024,
         "--score-from text needs CoTs, so not --no-think": "text" in s.score_from and not s.think,
         "--thoughts above 1 and --no-think exclude each other": s.thoughts > 1 and not s.think,
-        "--make-pairs needs rewards per video: use it with --model": s.make_pairs and (s.scores or s.compare),
         "give --model DIR": not s.model and not (s.scores or s.compare),
     }  # fmt: skip
     for problem, is_so in problems.items():
@@ -420,7 +317,7 @@ def make_folders(s: Settings) -> None:
         for folder in (
             s.out,
             os.path.join(s.out, "text") if s.score_from == "text" else s.out,
-            *(os.path.dirname(file) or "." for file in (s.html, s.make_pairs) if file),
+            *(os.path.dirname(file) or "." for file in (s.html,) if file),
         ):
             os.makedirs(folder, exist_ok=True)
     except OSError as error:
@@ -442,12 +339,12 @@ def resolve(s: Settings, ranks) -> Settings:
 
 
 def main(argv=None) -> None:
-    s = parallel.parse(Settings, __doc__, argv)
+    s = parse(Settings, __doc__, argv)
     check(s)
     ranks = parallel.start(s.seed)
     if not (s.scores or s.compare):
         s = resolve(s, ranks)
-    judge = one_video if s.video else best_of if s.best_of else judge_pairs
+    judge = one_video if s.video else judge_pairs
     several, load = len(s.benchmark or []) > 1, loaders(s, ranks)  # the model is loaded once for all of them
     each = [  # one report each: of one benchmark, and with score_from ONE of head and text, as the phases expect
         dataclasses.replace(
@@ -464,4 +361,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    parallel.cli(main)
+    cli(main)

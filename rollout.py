@@ -13,29 +13,114 @@ Every CoT is written to OUT.thoughts/ as soon as it exists; the same command goe
 """
 
 import concurrent.futures
-import contextlib
 import csv
 import dataclasses
 import functools
-import glob
-import hashlib
 import json
 import os
-import re
-import typing
 
-import numpy as np
 import torch
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoProcessor, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 import data
 import parallel
 from data import InputError
-from model import banned_tokens, decode_cot, load_backbone, sample_cots
-from parallel import arg
+from plumbing.checkpoint import load_backbone
+from plumbing.jobs import Item, claim_out, readable_pairs, run_phase, task_seed
+from plumbing.settings import arg, cli, parse
+from plumbing.vllm_engine import VLLMEngine
 
 # This rank's share of the cores. Read now: vLLM changes LOCAL_WORLD_SIZE when it starts.
 THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+class SeededSampling(LogitsProcessor):
+    """Temperature sampling with one random stream per row, by the Gumbel-max trick:
+
+        argmax_v (logit_v / temperature + g_v),  g_v ~ Gumbel(0, 1)   is a draw from softmax(logits / temperature)
+
+    With transformers' own sampling the draw for a row depends on its batch-mates; here a CoT depends on its own seed
+    only, so results do not change with the batch size or the number of ranks.
+    """
+
+    def __init__(self, seeds: list[int], temperature: float):
+        self.generators, self.temperature = [torch.Generator().manual_seed(seed) for seed in seeds], temperature
+
+    def __call__(self, input_ids, scores):
+        noise = torch.stack([torch.rand(scores.shape[1], generator=g) for g in self.generators])  # (rows, V)
+        gumbel = -torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7)))
+        return scores.float() / self.temperature + gumbel.to(scores.device)
+
+
+def banned_tokens(tokenizer, vocab_size: int) -> list[int]:
+    """Ids below `vocab_size`, the rows of the model's embedding, that a CoT may not contain.
+
+    Allowed are text (tokens that are not added ones), EOS, `<think>` and `</think>`. Banned is the rest: a sampled
+    <|video_pad|> would claim to be video, a <tool_call> belongs to another task, and rows without a token decode to
+    nothing, yet would be scored. Qwen3-VL has 151,936 rows: 151,643 of text, 26 added tokens, 267 without a token.
+    """
+    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+    text = set(tokenizer.get_vocab().values()) - set(added.values())
+    allowed = text | {tokenizer.eos_token_id} | {added[token] for token in data.THINK if token in added}
+    return [i for i in range(vocab_size) if i not in allowed]
+
+
+@torch.no_grad()
+def sample_cots(
+    backbone, processor, prefixes: list[dict], seeds: list[list[int]], max_new_tokens: int, temperature: float = 1.0
+) -> list[list[list[int]]]:
+    """Samples len(seeds[i]) CoTs for prefix i, whose video and prompt are read once. temperature 0 is greedy.
+
+    Returns [prefix][sample] -> token ids, the EOS included when it was reached, absent when cut off at max_new_tokens.
+    """
+    tokenizer, device = processor.tokenizer, next(backbone.parameters()).device
+    which = torch.tensor([i for i, row_seeds in enumerate(seeds) for _ in row_seeds], device=device)  # (rows,)
+    flat_seeds = [seed for row_seeds in seeds for seed in row_seeds]
+    length = max(len(prefix["input_ids"]) for prefix in prefixes)
+
+    def left_pad(name, fill):  # generation continues at the right end, so all rows must end there
+        rows = [prefix[name] if name in prefix else torch.ones_like(prefix["input_ids"]) for prefix in prefixes]
+        return torch.stack([torch.cat([row.new_full((length - len(row),), fill), row]) for row in rows]).to(device)
+
+    ids, mask = left_pad("input_ids", tokenizer.pad_token_id), left_pad("attention_mask", 0)
+    config = GenerationConfig(  # everything named, or the checkpoint's own generation_config would fill the gaps
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        max_new_tokens=max_new_tokens,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        suppress_tokens=banned_tokens(tokenizer, backbone.config.text_config.vocab_size),
+    )
+    sampling = LogitsProcessorList([SeededSampling(flat_seeds, temperature)] if temperature > 0 else [])
+    was_training = backbone.training
+    backbone.eval()
+    backbone.model.rope_deltas = None  # generate caches it on the model; a stale one belongs to other videos
+    cache = backbone(  # all of the prompt but its last token, from which generation starts
+        input_ids=ids[:, :-1], attention_mask=mask[:, :-1], mm_token_type_ids=left_pad("mm_token_type_ids", 0)[:, :-1],
+        pixel_values_videos=torch.cat([prefix["pixel_values_videos"] for prefix in prefixes]).to(device),
+        video_grid_thw=torch.cat([prefix["video_grid_thw"] for prefix in prefixes]).to(device),
+        use_cache=True, logits_to_keep=1,
+    ).past_key_values  # fmt: skip
+    cache.batch_select_indices(which)  # a copy of the prompt's keys and values for each of its CoTs
+    backbone.model.rope_deltas = backbone.model.rope_deltas[which]
+    tokens = backbone.generate(
+        input_ids=ids[which], attention_mask=mask[which], past_key_values=cache, generation_config=config,
+        logits_processor=sampling,
+    )[:, length:].tolist()  # fmt: skip
+    backbone.train(was_training)
+    ended = [row[: row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row for row in tokens]
+    samples = iter(ended)
+    return [[next(samples) for _ in row_seeds] for row_seeds in seeds]
+
+
+def decode_cot(tokenizer, cot: list[int]) -> str:
+    """Token ids -> text without EOS."""
+    return tokenizer.decode(cot[:-1] if cot and cot[-1] == tokenizer.eos_token_id else cot)
 
 
 class TransformersEngine:
@@ -72,150 +157,6 @@ class TransformersEngine:
         """Nothing to give back."""
 
 
-class VLLMEngine:
-    """One vLLM engine per process, in this process, beside the trainer. README, "vLLM"."""
-
-    def __init__(
-        self, path: str, seed: int, max_model_len: int, memory=0.4, dtype="auto", on_cpu=False, tp=1, dummy=False
-    ):
-        os.environ.setdefault(
-            "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
-        )  # the engine in this process, so weights can be handed over
-        try:
-            from vllm import LLM
-        except ImportError as error:
-            raise InputError("--engine vllm: vllm is not installed; pip install -r requirements-vllm.txt.") from error
-        limit = AutoConfig.from_pretrained(path).text_config.max_position_embeddings
-        distributed = (
-            torch.distributed.is_initialized()
-        )  # must be so BEFORE the engine starts, or it makes its own group
-        options = (
-            {"kv_cache_memory_bytes": 64 << 20, "block_size": 32} if on_cpu else {"gpu_memory_utilization": memory}
-        )
-        if dummy:
-            options["load_format"] = "dummy"  # --random-init: the trainer's weights come with the first sync
-        state = torch.get_rng_state()  # the engine reseeds the global generators
-        self.llm = LLM(
-            model=path,
-            dtype=dtype,
-            max_model_len=min(max_model_len, limit),
-            seed=seed,
-            enforce_eager=on_cpu,
-            tensor_parallel_size=tp,
-            limit_mm_per_prompt={"image": 0, "video": 1},
-            enable_prefix_caching=True,
-            logprobs_mode="processed_logprobs",
-            distributed_executor_backend="external_launcher" if distributed else None,
-            enable_sleep_mode=not on_cpu,
-            **options,
-        )
-        torch.set_rng_state(state)
-        self.tokenizer, self.on_cpu, self.asleep, self.tp = self.llm.get_tokenizer(), on_cpu, False, tp
-        if tp > 1:
-            from vllm.distributed import get_tp_group
-
-            self.group = get_tp_group()
-
-    def generate(self, prefixes, seeds, max_new_tokens, temperature=1.0) -> list[list[list[int]]]:
-        """As TransformersEngine.generate. One request per CoT: each has its own seed, and prefix caching shares the
-        video. With tensor parallelism the ranks of a group sample for each other: all do the work of all, in shards."""
-        from vllm import SamplingParams
-
-        if self.tp > 1:  # COLLECTIVE within the group
-            slim = [{key: prefix[key] for key in ("short_ids", "input_ids", "video")} for prefix in prefixes]
-            parts = [None] * self.tp
-            torch.distributed.all_gather_object(parts, (slim, seeds), group=self.group.cpu_group)
-            mine = self.group.rank_in_group
-            begin = sum(len(part[0]) for part in parts[:mine])
-            own = slice(begin, begin + len(prefixes))
-            prefixes, seeds = ([x for part in parts for x in part[k]] for k in (0, 1))
-        else:
-            own = slice(None)
-        self._wake()
-        banned = {token: -100.0 for token in banned_tokens(self.tokenizer)}
-        requests, parameters = [], []
-        for prefix, row in zip(prefixes, seeds, strict=True):
-            video = prefix["video"]
-            metadata = {**video.metadata(), "do_sample_frames": False}  # our frames: never resampled
-            prompt = {
-                "prompt_token_ids": prefix["short_ids"],
-                "multi_modal_data": {"video": [(video.frames, metadata)]},
-            }
-            for seed in row:
-                requests.append(prompt)
-                parameters.append(
-                    SamplingParams(
-                        temperature=temperature,
-                        top_p=1.0,
-                        top_k=0,
-                        max_tokens=max_new_tokens,
-                        seed=seed % 2**31,
-                        logit_bias=banned,
-                        logprobs=0,
-                        detokenize=False,
-                    )
-                )
-        outputs = iter(self.llm.generate(requests, parameters, use_tqdm=False))
-        samples = [[next(outputs) for _ in row] for row in seeds]
-        for prefix, row in zip(prefixes, samples):
-            if list(row[0].prompt_token_ids) != prefix["input_ids"].tolist():
-                raise InputError(
-                    "vLLM expanded the video to other prompt tokens than the trainer; check both versions."
-                )
-        self.log_probs = [
-            [[next(iter(t.values())).logprob for t in s.outputs[0].logprobs] for s in row] for row in samples[own]
-        ]
-        if not self.on_cpu:
-            self.llm.sleep(level=1)  # gives the GPU's memory to the update; its CPU build cannot sleep
-            self.asleep = True
-        return [[list(s.outputs[0].token_ids) for s in row] for row in samples[own]]
-
-    def sync(self, named_weights) -> None:
-        """Hands new weights to the engine and empties its caches, which hold what the old weights computed.
-
-        Raises InputError unless every weight has arrived: vLLM itself only warns.
-        """
-        self._wake()
-        self.llm.collective_rpc(_reload, args=(named_weights,))
-        assert self.llm.reset_prefix_cache(), "vLLM could not reset its prefix cache: requests still running"
-        self.llm.llm_engine.reset_encoder_cache()  # without it a repeated video kills the engine
-
-    def _wake(self) -> None:
-        if self.asleep:
-            self.llm.wake_up()
-            self.asleep = False
-
-    def close(self) -> None:
-        """Ends the engine. It takes the process group with it, so this is the very last thing a script does."""
-        self.llm.llm_engine.engine_core.shutdown()
-
-
-def _reload(worker, named_weights) -> None:
-    """Runs in vLLM's worker, which is this process: loads the weights, then checks that each has reached a parameter."""
-    model, sent, arrived = worker.model_runner.get_model(), [], set()
-    load = model.load_weights
-
-    def noting():
-        for name, value in named_weights:
-            sent.append(name)
-            yield name, value
-
-    def load_and_note(weights):
-        arrived.update(load(weights))
-        return arrived
-
-    model.load_weights = load_and_note
-    try:
-        worker.model_runner.reload_weights(weights_iterator=noting())
-    finally:
-        del model.load_weights  # the class's own again
-    wanted = model.hf_to_vllm_mapper.apply_list(sent)
-    for packed, parts in model.packed_modules_mapping.items():  # vLLM holds q, k and v in one matrix, gate and up too
-        wanted = [re.sub(rf"\.({'|'.join(parts)})\.", f".{packed}.", name) for name in wanted]
-    if missing := sorted(set(wanted) - arrived):
-        raise InputError(f"vLLM did not take {len(missing)} trained weights, e.g. {missing[0]}; check its version.")
-
-
 def make_engine(
     name: str, path: str, processor, ranks, backbone=None, seed=0, max_model_len=12288, rows_per_batch=64, **vllm
 ):
@@ -229,7 +170,7 @@ def make_engine(
         if ranks.world % vllm.get("tp", 1):
             raise InputError(f"--engine-tp {vllm['tp']} does not divide the {ranks.world} ranks.")
         dtype, group = "float32" if on_cpu else "bfloat16", ranks.rank // vllm.get("tp", 1)
-        return VLLMEngine(path, seed + group, max_model_len, dtype=dtype, on_cpu=on_cpu, **vllm)
+        return VLLMEngine(path, functools.partial(banned_tokens, processor.tokenizer), seed + group, max_model_len, dtype=dtype, on_cpu=on_cpu, **vllm)
     if name != "transformers":
         raise InputError(f"--engine {name}: choose transformers or vllm.")
     if vllm.get("dummy") and backbone is None:
@@ -244,81 +185,6 @@ def make_engine(
 # Working through many videos, resumable: for the command below and for evaluate.py
 # ---------------------------------------------------------------------------------------------------------------
 MAX_PROMPT = 20_000  # characters, about 5,000 tokens: no video generator reads more, and attention cost grows squared
-
-
-def task_seed(*parts) -> int:
-    """A seed from anything that names a sample, e.g. (seed, video, prompt, k); the same on every machine."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
-
-
-class Item(typing.NamedTuple):
-    """A video, its prompt, and the row that asks for it first. The key of everything kept is item[:2]."""
-
-    video: str
-    prompt: str
-    row: int
-
-
-def read_log(out: str, name: str) -> dict[tuple[str, str], dict]:
-    """All ranks' lines of a phase, {(video, prompt): record}. A last line cut short by a kill is left out."""
-    records = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(out), f"{name}*.jsonl"))):
-        with open(path, "rb") as file:
-            for count, line in enumerate(file, 1):
-                if line.endswith(b"\n"):
-                    try:
-                        record = json.loads(line)
-                        records[record["video"], record["prompt"]] = record
-                    except (ValueError, KeyError, TypeError) as error:
-                        raise InputError(f"{path}, line {count}: is damaged; delete it and run again.") from error
-    return records
-
-
-def open_log(out: str, name: str, rank: int):
-    """This rank's file, to append to. A half-written last line is cut off, or the next would be glued to it."""
-    file = open(os.path.join(out, f"{name}.rank{rank}.jsonl" if rank else f"{name}.jsonl"), "ab+")
-    file.seek(0)
-    file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
-    return file
-
-
-def attempt(work, batch: list[Item], skip: bool, skipped: list[dict]):
-    """Yields work(batch)'s records. If the batch holds a bad video, goes one by one: names it, or skips only it."""
-    try:
-        records = work(batch)
-    except InputError as error:
-        if len(batch) > 1:
-            for item in batch:
-                yield from attempt(work, [item], skip, skipped)
-            return
-        if not skip:
-            raise InputError(f"row {batch[0].row}: {error}") from error
-        skipped.append({**batch[0]._asdict(), "error": str(error)})
-        return
-    yield from records
-
-
-def run_phase(name: str, items: list[Item], load_model, work, s, ranks) -> tuple[dict, list[dict]]:
-    """COLLECTIVE: appends one line per item that has none yet. Returns all {(video, prompt): record} and the skipped.
-
-    work(model, list of items) -> list of records. Lines are flushed one by one, so a kill loses at most one batch.
-    """
-    done = read_log(s.out, name)
-    ranks.barrier()  # nobody may append before everybody has read, or the ranks would share out different lists
-    mine, new, skipped = ranks.share([item for item in items if item[:2] not in done]), [], []
-    model = load_model() if mine else None  # not inside attempt: a broken checkpoint must not count as a broken video
-    with open_log(s.out, name, ranks.rank) as file, ranks.progress(total=len(mine), desc=name) as bar:
-        for start in range(0, len(mine), s.batch_size):
-            batch = mine[start : start + s.batch_size]
-            for record in attempt(functools.partial(work, model), batch, s.skip_bad_videos, skipped):
-                if not np.isfinite(record.get("reward", 0.0)):
-                    raise InputError(f"{record['video']}: reward {record['reward']}; the checkpoint is broken.")
-                file.write(json.dumps(record).encode() + b"\n")
-                file.flush()
-                new.append(record)
-            bar.update(len(batch))
-    done.update({(record["video"], record["prompt"]): record for record in ranks.gather_objects(new)})
-    return done, ranks.gather_objects(skipped)
 
 
 def opened(batch: list[Item], s) -> tuple[list[data.Video], list[str]]:
@@ -356,36 +222,6 @@ def think_phase(load_engine, items: list[Item], s, ranks) -> tuple[dict, list[di
     return run_phase("thoughts", items, load_engine, work, s, ranks)
 
 
-def claim_out(s, ranks) -> None:
-    """COLLECTIVE: refuses an --out that holds results of another model or other settings; they must not be mixed.
-
-    The model is known by its files' names, sizes and both ends (hashing all of an 8B would take a minute).
-    """
-    digest = hashlib.sha256()
-    patterns = ("*.safetensors", "*/*.safetensors", "*config.json", "descore.json", "tokenizer.json", "*.jinja")
-    for pattern in patterns:
-        for file_path in sorted(glob.glob(os.path.join(glob.escape(s.model), pattern))):
-            with open(file_path, "rb") as file:
-                size = os.path.getsize(file_path)
-                digest.update(f"{os.path.basename(file_path)} {size}".encode() + file.read(1 << 20))
-                file.seek(max(0, size - (1 << 20)))
-                digest.update(file.read())
-    names = ("think", "thoughts", "max_new_tokens", "temperature", "engine", "fps", "max_pixels", "dtype", "seed")
-    now, path = {"model": digest.hexdigest()} | {n: getattr(s, n) for n in names}, os.path.join(s.out, "settings.json")
-    if ranks.is_main:
-        if read_log(s.out, "thoughts") or read_log(s.out, "rewards"):
-            before = {}
-            with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
-                before = json.load(file)
-            changed = [name for name in now if before.get(name, "unknown") != now[name]]
-            if changed:
-                raise InputError(f"{s.out}: holds results made with another {', '.join(changed)}; give another --out.")
-        with open(path + ".tmp", "w", encoding="utf-8") as file:
-            json.dump(now, file, indent=1)
-        os.replace(path + ".tmp", path)
-    ranks.barrier()
-
-
 @dataclasses.dataclass
 class Settings:
     """Collecting CoTs for stage 1."""
@@ -412,8 +248,8 @@ def collect(path: str, out: str, load_engine, settings: Settings, ranks) -> None
     folder, work = os.path.dirname(os.path.abspath(out)), dataclasses.replace(settings, out=out + ".thoughts")
     pairs = data.read_pairs(path, settings.dimension, settings.video_root)
     os.makedirs(work.out, exist_ok=True)
-    pairs = parallel.readable_pairs(pairs, work, ranks)
-    items = {(video, pair.prompt): Item(video, pair.prompt, pair.row) for pair in pairs for video in pair.videos}
+    pairs = readable_pairs(pairs, work, ranks, data.sample_frames)
+    items = {(video, pair.prompt): Item(video, pair.prompt, pair.line) for pair in pairs for video in pair.videos}
     claim_out(work, ranks)
     thoughts, _ = think_phase(load_engine, list(items.values()), work, ranks)
     texts = {key: record["thoughts"][0] for key, record in thoughts.items()}
@@ -433,7 +269,7 @@ def collect(path: str, out: str, load_engine, settings: Settings, ranks) -> None
 
 
 def main(argv=None) -> None:
-    settings = parallel.parse(Settings, __doc__, argv)
+    settings = parse(Settings, __doc__, argv)
     if settings.data is None:
         raise InputError("--data is missing; give a CSV of preference pairs.")
     if len(settings.data) != len(settings.out) or len(set(settings.out)) != len(settings.out):
@@ -454,4 +290,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    parallel.cli(main)
+    cli(main)

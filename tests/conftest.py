@@ -11,10 +11,13 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoProcessor
 
+from lab import toy, toy_model
+from losses import group_advantages
+from plumbing import settings
 import data
-import parallel
-import toy
+import grpo
 from model import DeScore
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -36,14 +39,22 @@ def tiny_clips(world):
 
 @pytest.fixture(scope="session")
 def processor():
-    return toy.build_processor()
+    return toy_model.build_processor()
+
+
+@pytest.fixture(scope="session")
+def real_processor():
+    """The published processor and tokenizer of Qwen3-VL-8B-Instruct; for tests marked `real`."""
+    if not os.environ.get("QWEN3_VL"):
+        pytest.skip("QWEN3_VL names no folder with the published files of Qwen3-VL-8B-Instruct")
+    return AutoProcessor.from_pretrained(os.environ["QWEN3_VL"])
 
 
 @pytest.fixture(scope="session")
 def base_dir(tmp_path_factory, processor):
     """A plain Hugging Face folder: a tiny Qwen3-VL with random weights."""
     folder = tmp_path_factory.mktemp("base")
-    toy.build_model(processor, hidden=64, layers=2, heads=2, vision_hidden=48, vision_layers=2).save_pretrained(folder)
+    toy_model.build_model(processor, hidden=64, layers=2, heads=2, vision_hidden=48, vision_layers=2).save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
 
@@ -75,9 +86,15 @@ def prefixes(processor, world):
     return [data.encode_prompt(processor, data.sample_frames(v), p.prompt) for p in pairs for v in p.videos]
 
 
+def judge(rollouts, tokenizer, settings):
+    """Steps 3 and 4 of stage 2: rollout rewards by the rules, and advantages within each group."""
+    rollouts.rule_rewards = grpo.rule_rewards(rollouts, tokenizer, settings)
+    rollouts.advantages = group_advantages(rollouts.totals())
+
+
 def run(*command, env=None, ranks=1, check=True):
     """Runs one of our scripts as a user would. Returns the finished process."""
-    start = [sys.executable]
+    start = [sys.executable, *([] if str(command[0]).endswith(".py") or ranks > 1 else ["-m"])]
     if ranks > 1:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     done = subprocess.run(
@@ -96,7 +113,7 @@ def run(*command, env=None, ranks=1, check=True):
 def refuses(capsys, main, *flags, says):
     """As `fails_in_one_sentence`, in this process: a new one takes six seconds."""
     with pytest.raises(SystemExit) as end:
-        parallel.cli(lambda: main([str(flag) for flag in flags]))
+        settings.cli(lambda: main([str(flag) for flag in flags]))
     text = capsys.readouterr().err
     message = [line for line in text.splitlines() if "error:" in line]
     assert end.value.code == 2 and "Traceback" not in text and len(message) == 1 and says in message[0], text

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-import bench
+from lab import bench
 import data
 
 P, G, C = 64, 4, 5  # prefix tokens, CoTs per video, CoT tokens

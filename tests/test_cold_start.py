@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from plumbing import logs
 import cold_start
 import data
 import parallel
@@ -70,7 +71,7 @@ def test_validation_never_masks(pairs, model, processor, settings, monkeypatch):
 def test_too_long_a_cot_names_its_row(pairs, model, processor, settings):
     settings = dataclasses.replace(settings, max_length=100)
     long = [dataclasses.replace(pairs[0], cot_a="very long " * 200)]
-    with pytest.raises(InputError, match=rf"row {pairs[0].row}: .* --max-length"):
+    with pytest.raises(InputError, match=rf"line {pairs[0].line}: .* --max-length"):
         cold_start.score_pairs(model, items(long, processor, 1), settings)
 
 
@@ -111,9 +112,9 @@ def test_four_steps_are_two_and_resume_and_two(with_cots, base_dir, tmp_path):
     cold_start.main([*arguments(with_cots, base_dir, tmp_path / "parts"), "--resume"])
     one, two = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(one[name], two[name]) for name in one)  # bit for bit, LoRA dropout and masks included
-    steps = parallel.read_metrics(str(tmp_path / "whole"))
+    steps = logs.read_metrics(str(tmp_path / "whole"))
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
-    assert [line["loss"] for line in steps] == [line["loss"] for line in parallel.read_metrics(str(tmp_path / "parts"))]
+    assert [line["loss"] for line in steps] == [line["loss"] for line in logs.read_metrics(str(tmp_path / "parts"))]
     assert steps[0]["loss"] == pytest.approx(0.6931, abs=0.05)  # ln 2: rewards start about equal
     assert 0 <= steps[-1]["val_accuracy"] <= 1
     assert (tmp_path / "whole" / "curves.png").stat().st_size > 5000
@@ -133,7 +134,7 @@ def test_learning_and_btt(with_cots, base_dir, tmp_path):
             with_cots, base_dir, tmp_path, epochs=6, max_steps=18, lr=1e-3, loss="btt", mask_probability=0, train="full"
         )
     )
-    steps = parallel.read_metrics(str(tmp_path))
+    steps = logs.read_metrics(str(tmp_path))
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.1 and steps[-1]["masked_share"] == 0
 
 

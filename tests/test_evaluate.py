@@ -16,9 +16,11 @@ import pytest
 import safetensors.numpy
 
 import evaluate
-import rollout
 from data import InputError, PreferencePair
 from evaluate import accuracy_with_ties, accuracy_without_ties
+from lab import best_of
+from plumbing import jobs
+from plumbing.settings import cli
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -220,23 +222,23 @@ def test_another_number_of_ranks_goes_on(tmp_path):
     run(tmp_path, first, OneRank(0, 3))
     run(tmp_path, rest)
     assert sorted(first + second + rest) == sorted(f"v{k}" for k in range(10))
-    assert len(rollout.read_log(str(tmp_path), "rewards")) == 10
+    assert len(jobs.read_log(str(tmp_path), "rewards")) == 10
 
 
 def test_a_bad_video_is_named_with_its_row_or_skipped_alone(tmp_path):
     (tmp_path / "a").mkdir()
-    with pytest.raises(InputError, match="row 6: v4: is broken"):
+    with pytest.raises(InputError, match="line 6: v4: is broken"):
         run(tmp_path / "a", [], bad={"v4"})
-    assert len(rollout.read_log(str(tmp_path / "a"), "rewards")) == 4  # v0 .. v2, and v3 of its own batch, are kept
+    assert len(jobs.read_log(str(tmp_path / "a"), "rewards")) == 4  # v0 .. v2, and v3 of its own batch, are kept
     (tmp_path / "b").mkdir()
     records, skipped = run(tmp_path / "b", [], bad={"v4", "v8"}, skip_bad_videos=True)
-    assert len(records) == 8 and [(s["video"], s["row"]) for s in skipped] == [("v4", 6), ("v8", 10)]
+    assert len(records) == 8 and [(s["video"], s["line"]) for s in skipped] == [("v4", 6), ("v8", 10)]
 
 
 def test_a_damaged_line_in_the_middle_is_an_error(tmp_path):
     (tmp_path / "rewards.jsonl").write_text('{"video": "v0"}\n{"video"\n')
     with pytest.raises(InputError, match="line 1"):
-        rollout.read_log(str(tmp_path), "rewards")
+        jobs.read_log(str(tmp_path), "rewards")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -298,12 +300,12 @@ def test_paths_that_leave_the_root_are_refused(tmp_path, path):
     root.mkdir()
     (root / "link").symlink_to(tmp_path)
     table = write_csv(root / "pairs.csv", ["path_A", "path_B", "prompt", "TA"], [["fine.mp4", path, "a prompt", "A"]])
-    with pytest.raises(InputError, match="row 2: .*outside --root"):
+    with pytest.raises(InputError, match="line 2: .*outside --root"):
         evaluate.read_data(evaluate.Settings(data=table, root=str(root)))
 
 
 def test_difference_is_paired():
-    pairs = [PreferencePair("a", "b", f"prompt {k}", 1, row=k) for k in range(50)]
+    pairs = [PreferencePair("a", "b", f"prompt {k}", 1, line=k) for k in range(50)]
     good = np.stack([np.ones(50), np.zeros(50)], axis=1)
     worse = good.copy()
     worse[:10] = worse[:10, ::-1]
@@ -336,7 +338,7 @@ def test_scores_command_line(tmp_path, pairs_csv):
 def fails(capsys, *flags):
     """Runs main() in this process (a subprocess costs seconds) as cli() does; returns the one line it ends with."""
     with pytest.raises(SystemExit) as end:
-        evaluate.parallel.cli(lambda: evaluate.main([str(flag) for flag in flags]))
+        cli(lambda: evaluate.main([str(flag) for flag in flags]))
     text = capsys.readouterr().err
     assert end.value.code == 2 and "Traceback" not in text
     return text
@@ -369,7 +371,7 @@ def test_bad_input_ends_with_one_sentence_and_exit_code_2(tmp_path, pairs_csv, c
 def test_a_missing_score_is_an_error_or_a_counted_skip(tmp_path, pairs_csv, capsys, no_figure):
     scores = write_csv(tmp_path / "s.csv", ["reward_A", "reward_B"], [[2, 1], ["", 3], [0, 0], [1, 1.5], [3, 1]])
     flags = ["--data", pairs_csv, "--scores", scores, "--out", tmp_path / "out"]
-    assert "row 3" in fails(capsys, *flags)
+    assert "line 3" in fails(capsys, *flags)
     evaluate.main([str(flag) for flag in [*flags, "--skip-bad-videos"]])
     numbers = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (numbers["pairs"], numbers["skipped_pairs"]) == (3, 1)
@@ -416,7 +418,7 @@ def clips_csv(tmp_path, tiny_clips, no_figure):
 
 
 def rewards_in(out):
-    return [r["reward"] for _, r in sorted(rollout.read_log(str(out), "rewards").items())]
+    return [r["reward"] for _, r in sorted(jobs.read_log(str(out), "rewards").items())]
 
 
 def judge(model, data, out, *flags):
@@ -484,7 +486,7 @@ def test_sampled_thoughts_average_and_do_not_depend_on_the_batch(tmp_path, tiny_
     two = judge(tiny_model_dir, clips_csv, tmp_path / "a", "--thoughts", 2, "--batch-size", 3)
     one = judge(tiny_model_dir, clips_csv, tmp_path / "b", "--thoughts", 2, "--batch-size", 1)
     np.testing.assert_allclose(one, two, atol=1e-5, rtol=0)
-    for record in rollout.read_log(str(tmp_path / "a"), "rewards").values():
+    for record in jobs.read_log(str(tmp_path / "a"), "rewards").values():
         assert record["reward"] == pytest.approx(sum(record["rewards"]) / 2) and len(record["rewards"]) == 2
 
 
@@ -495,7 +497,7 @@ def test_a_bad_clip_or_a_giant_prompt_stops_or_is_counted(tmp_path, tiny_model_d
     data = write_csv(tmp_path / "pairs.csv", ["path_A", "path_B", "prompt", "TA"], rows)
     flags = ["--model", tiny_model_dir, "--data", data, "--out", tmp_path / "out", *FEW]
     text = fails(capsys, *flags)
-    assert "row 3" in text and "broken.mp4" in text
+    assert "line 3" in text and "broken.mp4" in text
     evaluate.main([str(flag) for flag in [*flags, "--skip-bad-videos"]])
     numbers = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (numbers["pairs"], numbers["skipped_pairs"], numbers["skipped_videos"]) == (1, 2, 3)
@@ -507,8 +509,8 @@ def test_best_of_and_one_video(tmp_path, tiny_model_dir, tiny_clips, capsys):
     rows = [[os.path.abspath(path), "=a prompt"] for path in tiny_clips[:3]]
     videos, dpo = write_csv(tmp_path / "videos.csv", ["path", "prompt"], rows), tmp_path / "dpo.csv"
     model = ["--model", tiny_model_dir, *FEW, "--no-think"]
-    evaluate.main([*model, "--best-of", videos, "--make-pairs", str(dpo), "--out", str(tmp_path / "out")])
-    rewards = {key[0]: r["reward"] for key, r in rollout.read_log(str(tmp_path / "out"), "rewards").items()}
+    best_of.main([*model, "--data", videos, "--make-pairs", str(dpo), "--out", str(tmp_path / "out")])
+    rewards = {key[0]: r["reward"] for key, r in jobs.read_log(str(tmp_path / "out"), "rewards").items()}
     with open(tmp_path / "out" / "best_of.csv", newline="") as file:
         ranked = list(csv.DictReader(file))
     assert [r["path"] for r in ranked] == sorted(rewards, key=rewards.get, reverse=True)
@@ -530,7 +532,7 @@ def test_the_score_that_a_cot_states(tmp_path, tiny_model_dir, clips_csv):
     before = (tmp_path / "thoughts.jsonl").read_text()
     evaluate.main([*flags, "--score-from", "text"])
     assert (tmp_path / "thoughts.jsonl").read_text() == before
-    assert {r["reward"] for r in rollout.read_log(str(tmp_path), "text_rewards").values()} == {3.0}
+    assert {r["reward"] for r in jobs.read_log(str(tmp_path), "text_rewards").values()} == {3.0}
     assert (tmp_path / "report.json").exists() and (tmp_path / "text" / "report.json").exists()
     evaluate.main([*flags[:-3], str(tmp_path / "both"), *flags[-2:], "--score-from", "head", "text"])
     for name in ("report.json", "text/report.json"):

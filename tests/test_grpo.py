@@ -6,21 +6,16 @@ import json
 import pytest
 import torch
 
+import rollout
+from plumbing import logs
 import data
 import grpo
-import model as model_module
 import parallel
-from conftest import refuses
+from conftest import judge, refuses
 from data import InputError
+from model import DeScore
 from rollout import TransformersEngine
-
-TRUTH = {"subject": "2", "dynamics": "1", "camera": "N/A", "environment": "2", "style": "0"}
-
-
-def cot(**changes):
-    verdicts = json.dumps({"dimensional_scores": TRUTH | changes, "overall_score": 3.5})
-    return f"<think>\nsubject: ...\n</think>\n<answer>{verdicts}</answer>"
-
+from test_answers import TRUTH, cot
 
 # -- the rules --------------------------------------------------------------------------------------------------------
 def test_rollout_reward_by_hand():
@@ -35,18 +30,6 @@ def test_rollout_reward_by_hand():
 @pytest.mark.parametrize("tokens, expected", [(0, 0), (500, 0), (501, 1 / 1500), (1250, 0.5), (2000, 1), (4096, 1)])
 def test_length_reward_is_linear_in_tokens(tokens, expected):
     assert grpo.length_reward(tokens) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("text, good", [
-    (cot(), True), ("  " + cot() + "\n", True), (cot(style=0), True),  # 0 and "0" are the same verdict
-    (cot().replace("<think>", ""), False), (cot().replace("</think>", ""), False), (cot() + "more", False),
-    (cot().removesuffix("</answer>"), False), (cot(style="3"), False), (cot(style=None), False),
-    (cot().replace('"dimensional_scores"', '"scores"'), False), ("<think></think>" + cot()[cot().index("<answer>"):], False),
-    (cot().replace("subject: ...", "<think>"), False), ('<think>x</think><answer>["a"]</answer>', False),
-    ('<think>x</think><answer>{"dimensional_scores": "2"}</answer>', False),
-])  # fmt: skip
-def test_format_reward(text, good):
-    assert grpo.format_reward(text) == float(good)
 
 
 def test_quality_counts_what_is_left_out_as_wrong():
@@ -85,7 +68,7 @@ def batch(items, model, settings):
     texts = [f"<think>{'x' * n}</think>" if n % 4 else cot() for n in range(12)]
     rollouts = grpo.generate(items, Scripted(model.processor.tokenizer, texts), settings, step=0)
     for r in rollouts:
-        grpo.judge(r, model.processor.tokenizer, settings)
+        judge(r, model.processor.tokenizer, settings)
     return rollouts
 
 
@@ -95,14 +78,14 @@ def test_rewards_land_on_their_own_rollouts(batch, items, model):
     for rollouts, (pair, _) in zip(batch, items):
         for video, truth in enumerate((pair.annotation_a, pair.annotation_b)):
             for i in range(3):
-                text = model_module.decode_cot(tokenizer, rollouts.cots[video][i])
+                text = rollout.decode_cot(tokenizer, rollouts.cots[video][i])
                 assert text == (f"<think>{'x' * n}</think>" if n % 4 else cot())  # the engine's n-th answer
-                assert rollouts.rewards[video][i].quality == grpo.quality_reward(text, truth)
+                assert rollouts.rule_rewards[video][i].quality == grpo.quality_reward(text, truth)
                 n += 1
-            totals = torch.tensor([r.total for r in rollouts.rewards[video]])
+            totals = torch.tensor([r.total for r in rollouts.rule_rewards[video]])
             expected = (totals - totals.mean()) / (totals.std() + 1e-6)
             assert torch.allclose(rollouts.advantages[video], expected)
-    assert len({r.quality for rollouts in batch for row in rollouts.rewards for r in row}) > 1
+    assert len({r.quality for rollouts in batch for row in rollouts.rule_rewards for r in row}) > 1
 
 
 def test_advantages_meet_their_own_log_probs(batch, model, settings):
@@ -223,7 +206,7 @@ def test_script_runs_logs_saves_and_resumes(world, tiny_model_dir, tmp_path):
         grpo.main(["--model", tiny_model_dir, "--data", world["train_rl"], "--out", str(tmp_path / out), "--rollouts", "2",
                    "--batch-pairs", "2", "--mini-pairs", "1", "--max-new-tokens", "8", "--lr", "1e-3", "--workers", "0",
                    "--length-low", "1", "--length-high", "9", "--kl-coef", "0.01", "--max-steps", str(steps), *more])  # fmt: skip
-        return parallel.read_metrics(str(tmp_path / out))
+        return logs.read_metrics(str(tmp_path / out))
 
     whole = go("whole", 3)
     assert len(go("parts", 1)) == 1
@@ -233,14 +216,15 @@ def test_script_runs_logs_saves_and_resumes(world, tiny_model_dir, tmp_path):
         assert {k: v for k, v in a.items() if not k.endswith(clock)} == {
             k: v for k, v in b.items() if not k.endswith(clock)
         }
-    load = lambda out: model_module.DeScore.from_pretrained(str(tmp_path / out / "model")).state_dict()
+    load = lambda out: DeScore.from_pretrained(str(tmp_path / out / "model")).state_dict()
     one, two = load("whole"), load("parts")
     assert all(torch.equal(one[name], two[name]) for name in one)  # bit for bit
-    start = model_module.DeScore.from_pretrained(tiny_model_dir).state_dict()
+    start = DeScore.from_pretrained(tiny_model_dir).state_dict()
     changed = {name for name in one if not torch.equal(one[name], start[name])}
     assert {"query", "head.weight", "backbone.lm_head.weight"} <= changed
     assert not any(".visual." in name for name in changed)  # the vision tower is frozen in stage 2
-    assert whole[0]["kl"] >= 0 and whole[0]["ratio_max"] >= 1 and 0 <= whole[0]["flat_groups"] <= 1
+    assert whole[0]["ratio_max"] > 1.0001  # two updates per batch: in the second the policy has moved away from π_old
+    assert whole[0]["kl"] >= 0 and 0 <= whole[0]["flat_groups"] <= 1
     assert (tmp_path / "whole" / "curves.png").stat().st_size > 5000
     sample = json.loads((tmp_path / "whole" / "samples.jsonl").read_text().splitlines()[0])
     assert {"cot", "total", "advantage", "truth"} <= set(sample)
@@ -248,13 +232,16 @@ def test_script_runs_logs_saves_and_resumes(world, tiny_model_dir, tmp_path):
     assert settings["kl_coef"] == 0.01 and settings["clip_high"] == 0.3
 
 
-def test_lora_reference_needs_no_second_model(world, tiny_model_dir, tmp_path):
-    grpo.main(["--model", tiny_model_dir, "--data", world["train_rl"], "--out", str(tmp_path), "--rollouts", "2", "--train", "lora",
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_the_reference_is_the_start_of_the_stage(world, tiny_model_dir, tmp_path, train):
+    """π_ref of the KL term: with LoRA the model without its adapter, else a second, frozen model. It never moves."""
+    grpo.main(["--model", tiny_model_dir, "--data", world["train_rl"], "--out", str(tmp_path), "--rollouts", "2", "--train", train,
                "--lora-r", "4", "--batch-pairs", "1", "--mini-pairs", "1", "--max-new-tokens", "6", "--lr", "1e-2", "--workers", "0",
                "--kl-coef", "0.01", "--max-steps", "2"])  # fmt: skip
-    first, second = parallel.read_metrics(str(tmp_path))
-    assert first["kl"] == pytest.approx(0.0, abs=1e-9)  # step 1: the adapter is still 0, the policy IS the reference
-    assert second["kl"] > 0
+    first, second = logs.read_metrics(str(tmp_path))
+    assert first["kl"] == pytest.approx(0.0, abs=1e-9)  # step 1, on-policy: nothing has moved, the policy IS the reference
+    assert second["kl"] > 1e-6
+    assert first["ratio_max"] == second["ratio_max"] == 1.0  # one update per batch: the old log-probs ARE the current ones
 
 
 def test_stage_2_needs_annotations(world, tiny_model_dir, tmp_path, capsys):

@@ -92,6 +92,22 @@ def test_group_advantages():
         losses.group_advantages(torch.rand(8))
 
 
+def test_a_group_of_equal_rewards_has_advantage_exactly_zero():
+    """A group whose CoTs are all as good says nothing. A rounded mean must not make it say something.
+
+    All rewards that the rules can give: R = .7 right/annotated + .1 format + .2 length, in groups of G equal ones.
+    """
+    quality = sorted({right / annotated for annotated in range(1, 6) for right in range(annotated + 1)})
+    levels = [0.7 * q + 0.1 * f + 0.2 * tokens / 1500 for q in quality for f in (0, 1) for tokens in range(0, 1501, 5)]
+    for group in (1, 2, 3, 5, 8, 16):
+        advantages = losses.group_advantages(torch.tensor([[level] * group for level in levels]))
+        assert not advantages.any(), f"G = {group}: |A| up to {advantages.abs().max():.3f}"
+    # the limit: one CoT that is better by the last bit of fp32 still counts, and the flat neighbour's row stays 0
+    last_bit = torch.tensor([[0.86] * 8, [0.86] * 7 + [0.86 + 6e-8]])
+    assert losses.group_advantages(last_bit)[0].tolist() == [0.0] * 8
+    assert losses.group_advantages(last_bit)[1].any()
+
+
 def naive_grpo(log_probs, old, advantages, mask, low, high, dual):
     total, count = 0.0, 0
     for n in range(len(log_probs)):
@@ -115,7 +131,7 @@ def test_grpo_loss_eq7_by_hand():
     mask = torch.ones(4, 1)
     expected = (-1.3 + 1.648721 + 3.0 - 0.367879) / 4
     assert losses.grpo_loss(log_probs, old, advantages, mask).item() == pytest.approx(expected, abs=1e-5)
-    assert losses.clip_share(log_probs, old, advantages, mask).item() == 1  # only the first token's gradient is cut
+    assert losses.clipped_tokens(log_probs, old, advantages, mask).item() == 1  # only the first token's gradient is cut
 
 
 def test_grpo_loss_equals_the_naive_loop():
@@ -163,6 +179,23 @@ def test_kl_estimator_has_the_right_mean():
     expected = (pi * (pi / ref).log()).sum()
     estimate = (pi * losses.kl_to_reference(pi.log()[None], ref.log()[None])[0]).sum()
     assert estimate.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_old_and_reference_log_probs_are_constants():
+    """π_old and π_ref are where we came from: they get no gradient, even where they hang on the same graph.
+
+    Given log π itself as old log-probs, ρ = π/π_old is 1 everywhere; were π_old not detached, its slope would cancel
+    that of π, and nothing would ever be learned. For the KL, moving π_ref to π would be as good as moving π back.
+    """
+    log_probs, mask = torch.randn(2, 3, requires_grad=True), torch.ones(2, 3)
+    losses.grpo_loss(log_probs, log_probs, torch.tensor([1.0, -1.0]), mask).backward()
+    assert torch.allclose(log_probs.grad, torch.tensor([[-1 / 6] * 3, [1 / 6] * 3]))  # -A / tokens, as on-policy
+    policy, reference = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    losses.kl_to_reference(policy, reference).sum().backward()
+    assert reference.grad is None
+    # d/dlogπ (π_ref/π - 1 - log π_ref/π) = 1 - π_ref/π: up in π where π is above π_ref, so descent brings it down
+    expected = 1 - (reference.detach() - policy.detach()).exp()
+    assert torch.allclose(policy.grad, expected, atol=1e-6)
 
 
 def test_token_log_probs():

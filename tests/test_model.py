@@ -1,20 +1,22 @@
 """DeScore: layout, packing, log-probs, rewards, gradients, sampling, and every checkpoint's round trip."""
 
 import json
-import os
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import rollout
+from lab import import_released
+from plumbing import checkpoint
 import data
 import grpo
-import model as model_module
 from conftest import refuses
 from data import InputError
 from losses import bt_loss, grpo_loss
-from model import DeScore, lay_out, sample_cots
+from model import DeScore, lay_out
+from rollout import sample_cots
 
 COTS = [[[70, 71, 72, 73], [80], []], [[90, 91, 92, 93, 94, 95, 96], [75, 76], [77, 78, 79]]]  # [video][G], unequal
 
@@ -151,7 +153,8 @@ def test_grpo_gradient_never_reaches_the_head_and_bt_reaches_the_llm(model, pref
     output = model(lay_out(model.backbone, prefixes[:2], [[[70, 71]], [[90]]]))
     mask = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
     grpo_loss(output.log_probs, output.log_probs.detach(), torch.tensor([1.0, -1.0]), mask).backward(retain_graph=True)
-    assert model.head.weight.grad is None and model.query.grad is None or not model.query.grad.any()
+    assert model.head.weight.grad is None  # not on the way from the CoT's log-probs to the LLM
+    assert model.query.grad is None or not model.query.grad.any()  # in the row, but no CoT token looks at it
     assert model.backbone.lm_head.weight.grad.any()
     model.zero_grad()
     bt_loss(output.rewards[:1], output.rewards[1:]).backward()
@@ -229,22 +232,33 @@ def test_sampling_reads_each_video_once(model, prefixes, processor):
 
 
 def test_sampling_follows_softmax_and_stops(model, prefixes, processor):
-    banned = model_module.banned_tokens(processor.tokenizer)
-    assert model.backbone.config.video_token_id in banned and processor.tokenizer.eos_token_id not in banned
-    with torch.no_grad():  # a model that wants nothing but <|video_pad|>, and after it EOS
+    with torch.no_grad():  # a model that likes all tokens equally
         model.backbone.lm_head.weight.zero_()
     (cots,) = sample_cots(model.backbone, processor, prefixes[:1], [list(range(60))], 40)
     drawn = [token for cot in cots for token in cot]
-    assert not set(drawn) & set(banned)
     assert len(set(drawn)) > 100  # flat logits: temperature 1 spreads over the vocabulary
     eos = processor.tokenizer.eos_token_id
     assert all(eos not in cot[:-1] for cot in cots)  # nothing after EOS; cut-off CoTs have none
     assert all(len(cot) == 40 or cot[-1] == eos for cot in cots)
 
 
+def test_only_text_eos_and_think_can_be_sampled(model, prefixes, processor):
+    rows, names = model.backbone.config.text_config.vocab_size, {i: t for t, i in processor.tokenizer.get_vocab().items()}
+    banned = rollout.banned_tokens(processor.tokenizer, rows)
+    assert set(banned) >= set(range(len(names), rows)) and rows > len(names)  # rows without a token
+    added = {i: token.content for i, token in processor.tokenizer.added_tokens_decoder.items()}
+    assert {added[i] for i in added.keys() - set(banned)} == {"<|im_end|>", "<think>", "</think>"}
+    assert not set(names) - set(added) & set(banned)
+    with torch.no_grad():  # a model that wants nothing but what is banned
+        model.backbone.lm_head.weight.zero_()[banned] = torch.randn(len(banned), 64).sign() * 3
+    for temperature in (1.0, 0.0):
+        (cots,) = sample_cots(model.backbone, processor, prefixes[:1], [list(range(20))], 20, temperature)
+        assert not {token for cot in cots for token in cot} & set(banned)
+
+
 def test_seeded_sampling_draws_from_the_softmax():
     logits = torch.log(torch.tensor([[0.6, 0.3, 0.1]])).expand(3000, 3)
-    sampler = model_module.SeededSampling(list(range(3000)), temperature=1.0)
+    sampler = rollout.SeededSampling(list(range(3000)), temperature=1.0)
     share = torch.bincount(sampler(None, logits).argmax(-1), minlength=3) / 3000
     assert share.tolist() == pytest.approx([0.6, 0.3, 0.1], abs=0.04)
 
@@ -297,14 +311,12 @@ def disturb(model):
             parameter.data.add_(torch.randn_like(parameter) * 0.02)
 
 
-@pytest.mark.parametrize("merge", [True, False])
-def test_lora_round_trip(model, prefixes, tmp_path, merge):
+def test_lora_round_trip(model, prefixes, tmp_path):
     model.make_trainable("lora", vision=True, lora_r=4, lora_alpha=8)
     disturb(model)
     batch = lay_out(model.backbone, prefixes[:1], [[[70, 71]]])
     expected = model.eval()(batch)
-    model.save_pretrained(str(tmp_path), merge=merge)
-    assert os.path.exists(tmp_path / ("model.safetensors" if merge else "adapter_model.safetensors"))
+    model.save_pretrained(str(tmp_path))
     again = DeScore.from_pretrained(str(tmp_path))
     assert torch.allclose(again(batch).rewards, expected.rewards, atol=1e-5)
     assert torch.allclose(again(batch).log_probs, expected.log_probs, atol=1e-4)
@@ -317,7 +329,7 @@ def test_merged_folder_is_a_plain_qwen3_vl(model, prefixes, tmp_path, monkeypatc
 
     model.make_trainable("lora", vision=True, lora_r=4, lora_alpha=8)
     disturb(model)
-    monkeypatch.setattr(model_module, "FILE_BYTES", file_bytes)
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", file_bytes)
     model.save_pretrained(str(tmp_path))
     files = list(tmp_path.glob("*.safetensors"))
     assert len(files) > 4 if file_bytes < 1e6 else [file.name for file in files] == ["model.safetensors"]
@@ -420,14 +432,14 @@ def test_import_of_a_released_checkpoint(model, prefixes, processor, tmp_path):
     model.backbone.save_pretrained(folder)
     released.save_pretrained(folder)
     torch.save({"model": {"base_model.model.rm_head.weight": model.head.weight.data}}, f"{folder}/rm_head.pth")
-    model_module.main(["--import-released", folder, "--out", str(tmp_path / "ours")])
+    import_released.main(["--dir", folder, "--out", str(tmp_path / "ours")])
     ours = DeScore.from_pretrained(str(tmp_path / "ours"))
     assert torch.allclose(ours(batch).rewards, expected, atol=1e-5)
-    assert row in model_module.banned_tokens(ours.processor.tokenizer)
+    assert row in rollout.banned_tokens(ours.processor.tokenizer, row + 1)
     assert row not in data.encode_text(ours.processor.tokenizer, "<Reward>")
     torch.save({"rm_head.weight": torch.ones(1, 8)}, f"{folder}/rm_head.pth")
     with pytest.raises(InputError, match="rm_head.weight of shape"):
-        model_module.import_released(folder)
+        import_released.import_released(folder)
 
     class Evil:
         def __reduce__(self):
@@ -435,7 +447,7 @@ def test_import_of_a_released_checkpoint(model, prefixes, processor, tmp_path):
 
     torch.save({"rm_head.weight": Evil()}, f"{folder}/rm_head.pth")
     with pytest.raises(InputError, match="more than plain tensors"):
-        model_module.import_released(folder)
+        import_released.import_released(folder)
 
 
 def test_normalized_rewards_and_thoughts(model, tiny_clips):
@@ -455,16 +467,16 @@ def test_an_empty_model_is_read_part_by_part_and_equals_the_whole(model, tiny_mo
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.01 * parameter.requires_grad)  # the vision tower too
-    model.save_pretrained(str(tmp_path), merge=False)
+    model.save_pretrained(str(tmp_path))
     for folder in (tiny_model_dir, str(tmp_path)):
         whole = DeScore.from_pretrained(folder).state_dict()
         empty = DeScore.from_pretrained(folder, empty=True)
         on_disk = [p for name, p in empty.named_parameters() if name.startswith("backbone.") and ".lora_" not in name]
         assert on_disk and all(p.is_meta for p in on_disk)
         block = empty.backbone.model.language_model.layers[0]
-        empty.fill(block, "cpu")
+        checkpoint.fill(empty, block, "cpu")
         assert not any(p.is_meta for p in block.parameters()) and sum(p.is_meta for p in on_disk) == len(on_disk)
-        empty.fill(empty, "cpu")
+        checkpoint.fill(empty, empty, "cpu")
         for name, value in empty.state_dict().items():
             assert torch.equal(value, whole[name]), name
     query = DeScore.from_pretrained(tiny_model_dir, new_head=True, empty=True).query
@@ -489,7 +501,7 @@ def test_random_init_needs_no_weights_and_is_the_same_on_every_rank(base_dir, pr
     folder = shutil.copytree(base_dir, tmp_path / "sizes", ignore=shutil.ignore_patterns("*.safetensors"))
     models = [DeScore.from_pretrained(str(folder), random_init=True) for _ in "ab"]
     for one in models:
-        one.fill(one, "cpu")
+        checkpoint.fill(one, one, "cpu")
     a, b = (one.backbone.state_dict() for one in models)
     assert all(torch.equal(a[name], b[name]) for name in a)
     with torch.no_grad():

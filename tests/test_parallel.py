@@ -13,7 +13,10 @@ import time
 import pytest
 import torch
 
+from lab import plan
+from plumbing import checkpoint, logs, resume, settings
 import cold_start
+import data
 import grpo
 import parallel
 from conftest import ROOT, refuses, run
@@ -34,7 +37,7 @@ def test_two_ranks_equal_one_in_stage_1(world, base_dir, tmp_path):
     out = {name: tmp_path / name for name in ("one", "two", "killed")}
     cold_start.main([*flags, "--out", str(out["one"]), "--max-steps", "4"])
     run("cold_start.py", *flags, "--out", out["two"], "--max-steps", "4", ranks=2)
-    one, two = (parallel.read_metrics(str(out[name])) for name in ("one", "two"))
+    one, two = (logs.read_metrics(str(out[name])) for name in ("one", "two"))
     names = ["loss", "accuracy", "margin", "grad_norm_llm", "grad_norm_vision", "grad_norm_head"]
     same_metrics(one, two, names, 1e-4)
     assert one[-1]["val_accuracy"] == two[-1]["val_accuracy"]
@@ -48,7 +51,7 @@ def test_two_ranks_equal_one_in_stage_1(world, base_dir, tmp_path):
     assert all(torch.equal(b[name], c[name]) for name in b)
     # and a checkpoint of two ranks goes on with one
     cold_start.main([*flags, "--out", str(out["two"]), "--max-steps", "5", "--resume"])
-    assert [line["step"] for line in parallel.read_metrics(str(out["two"]))] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in logs.read_metrics(str(out["two"]))] == [1, 2, 3, 4, 5]
 
 
 def kill_after_step(step, out, *flags):
@@ -75,7 +78,7 @@ def test_two_ranks_equal_one_in_stage_2(world, tiny_model_dir, tmp_path):
     grpo.main([*flags, "--out", str(tmp_path / "one"), "--no-packing"])
     two_ranks = [*flags, "--out", tmp_path / "two", "--shard-ranks", "1", "--cpu-offload", "--save-every", "1"]
     run("grpo.py", *two_ranks, ranks=2)
-    one, two = (parallel.read_metrics(str(tmp_path / name)) for name in ("one", "two"))
+    one, two = (logs.read_metrics(str(tmp_path / name)) for name in ("one", "two"))
     names = [
         "rollout_reward",
         "quality",
@@ -108,12 +111,12 @@ def test_ctrl_c_saves_and_says_how_to_go_on(world, base_dir, tmp_path):
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     deadline = time.time() + 120
-    while not parallel.read_metrics(str(tmp_path)) and time.time() < deadline:
+    while not logs.read_metrics(str(tmp_path)) and time.time() < deadline:
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume goes on" in output and "Traceback" not in output
-    steps = [line["step"] for line in parallel.read_metrics(str(tmp_path))]
+    steps = [line["step"] for line in logs.read_metrics(str(tmp_path))]
     assert os.listdir(tmp_path / "checkpoints") == [f"step-{steps[-1]:06d}"]
 
 
@@ -137,14 +140,14 @@ def test_clip_gradients():
 
 
 def test_what_is_not_finite_is_kept_with_its_rows(tmp_path):
-    settings, ranks = cold_start.Settings(data="pairs.csv", out=str(tmp_path)), parallel.Ranks()
-    rows = [{"row": 12, "prompt": "a cat"}, {"row": 3, "prompt": "a dog"}]
-    parallel.require_finite(1.5, "loss", rows, settings, ranks)
+    stage, ranks = cold_start.Settings(data="pairs.csv", out=str(tmp_path)), parallel.Ranks()
+    rows = [{"line": 12, "prompt": "a cat"}, {"line": 3, "prompt": "a dog"}]
+    resume.require_finite(1.5, "loss", rows, stage, ranks)
     assert not os.listdir(tmp_path)
     with pytest.raises(
-        parallel.InputError, match="pairs.csv: the gradient norm is nan at line 3, 12 .*not_finite.jsonl"
+        data.InputError, match="pairs.csv: the gradient norm is nan at line 3, 12 .*not_finite.jsonl"
     ):
-        parallel.require_finite(float("nan"), "gradient norm", rows, settings, ranks)
+        resume.require_finite(float("nan"), "gradient norm", rows, stage, ranks)
     assert [json.loads(line) for line in open(tmp_path / "not_finite.jsonl")] == rows
 
 
@@ -159,19 +162,19 @@ def test_warm_up_is_a_function_of_the_step():
 
 def test_replacing_a_folder_is_atomic(tmp_path):
     path = str(tmp_path / "model")
-    with parallel.replacing(path) as folder:
+    with checkpoint.replacing(path) as folder:
         open(os.path.join(folder, "new"), "w").close()
     with pytest.raises(RuntimeError):
-        with parallel.replacing(path) as folder:
+        with checkpoint.replacing(path) as folder:
             open(os.path.join(folder, "half"), "w").close()
             raise RuntimeError("killed while saving")
     assert os.listdir(path) == ["new"]  # the old folder is untouched
-    with parallel.replacing(path) as folder:
+    with checkpoint.replacing(path) as folder:
         open(os.path.join(folder, "newer"), "w").close()
     assert os.listdir(path) == ["newer"]
     os.rename(path, path + ".old")  # killed between the two renames: the next save starts from the only good folder
     with pytest.raises(RuntimeError):
-        with parallel.replacing(path):
+        with checkpoint.replacing(path):
             raise RuntimeError("killed again")
     assert os.listdir(path) == ["newer"]
 
@@ -180,26 +183,26 @@ def test_checkpoints_on_disk_are_bounded(model, tmp_path):
     model.make_trainable("head", vision=False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     for step in range(1, 5):
-        parallel.save_checkpoint(str(tmp_path), step, model, optimizer, parallel.Ranks(), keep=2)
+        resume.save_checkpoint(str(tmp_path), step, model, optimizer, parallel.Ranks(), keep=2)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-000003", "step-000004"]
 
 
 def test_a_kill_while_saving_leaves_the_checkpoint_before(model, tmp_path, monkeypatch):
     model.make_trainable("head", vision=False)
     optimizer, ranks = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), parallel.Ranks()
-    parallel.save_checkpoint(str(tmp_path), 1, model, optimizer, ranks)
+    resume.save_checkpoint(str(tmp_path), 1, model, optimizer, ranks)
     for breaks in ("torch.save", "os.rename", "json.dump"):
         with monkeypatch.context() as patch, pytest.raises(BaseException):  # the library wraps some of them
             patch.setattr(breaks, lambda *_, **__: (_ for _ in ()).throw(InterruptedError))
-            parallel.save_checkpoint(str(tmp_path), 2, model, optimizer, ranks)
-        assert parallel.load_checkpoint(str(tmp_path), model, optimizer, ranks)["step"] == 1
-    parallel.save_checkpoint(str(tmp_path), 2, model, optimizer, ranks)  # what the kill left is no obstacle
+            resume.save_checkpoint(str(tmp_path), 2, model, optimizer, ranks)
+        assert resume.load_checkpoint(str(tmp_path), model, optimizer, ranks)["step"] == 1
+    resume.save_checkpoint(str(tmp_path), 2, model, optimizer, ranks)  # what the kill left is no obstacle
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-000001", "step-000002"]
 
 
 def test_plan_counts_what_training_holds(base_dir):
     """The states of the plan, byte for byte against a model after one update; and the 8B has its published size."""
-    plan = parallel.Plan(plan=base_dir, stage=1, train="full", gpus=1)
+    wanted = plan.Plan(plan=base_dir, stage=1, train="full", gpus=1)
     model = DeScore.from_pretrained(base_dir, new_head=True)
     model.make_trainable("full", vision=True)
     trained = [p for name, p in model.named_parameters() if name not in ("query", "head.weight")]
@@ -209,31 +212,31 @@ def test_plan_counts_what_training_holds(base_dir):
     optimizer.step()
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
     moments = [t for state in optimizer.state.values() for name, t in state.items() if name.startswith("exp_avg")]
-    weights, gradients, adam = list(parallel.plan_memory(parallel.model_config(base_dir), plan).values())[:3]
+    weights, gradients, adam = list(plan.plan_memory(plan.model_config(base_dir), wanted).values())[:3]
     assert (weights, gradients, adam) == (size(trained), size(p.grad for p in trained), size(moments))
     model.make_trainable("lora", vision=False, lora_r=4)
     adapters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
-    assert parallel.count_parameters(model.backbone.config, 4)["lora"] == adapters
-    sizes = parallel.count_parameters(parallel.model_config("8B"), 64)
+    assert plan.count_parameters(model.backbone.config, 4)["lora"] == adapters
+    sizes = plan.count_parameters(plan.model_config("8B"), 64)
     assert round((sizes["llm"] + sizes["vision"]) / 1e9, 2) == 8.77
 
 
 def test_plan_moves_the_right_way(capsys):
-    config, total = parallel.model_config("8B"), {}
+    config, total = plan.model_config("8B"), {}
     for gpus in (1, 8):
         for train in ("lora", "full"):
-            plan = parallel.Plan(gpus=gpus, train=train)
-            total[gpus, train] = sum(parallel.plan_memory(config, plan).values())
+            wanted = plan.Plan(gpus=gpus, train=train)
+            total[gpus, train] = sum(plan.plan_memory(config, wanted).values())
     assert total[1, "full"] > total[1, "lora"] > total[8, "lora"] and total[8, "full"] < total[1, "full"] / 3
-    slow, fast = (parallel.plan_time(config, parallel.Plan(gpus=n)) for n in (1, 8))
+    slow, fast = (plan.plan_time(config, plan.Plan(gpus=n)) for n in (1, 8))
     assert slow["update"] == pytest.approx(8 * fast["update"])
-    parallel.main(["--plan", "8B", "--gpus", "1", "--train", "full"])
+    plan.main(["--plan", "8B", "--gpus", "1", "--train", "full"])
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
 def test_half_a_metrics_line_is_dropped(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
-    assert parallel.read_metrics(str(tmp_path)) == [{"step": 1}]
+    assert logs.read_metrics(str(tmp_path)) == [{"step": 1}]
 
 
 def test_settings_and_flags():
@@ -241,12 +244,12 @@ def test_settings_and_flags():
     class Some:
         """Settings."""
 
-        rate: float = parallel.arg(0.5, "a rate of 5 %")
-        name: str | None = parallel.arg(None, "a name")
-        deep: bool = parallel.arg(True, "deep")
-        files: list[str] = parallel.arg(None, "files")
+        rate: float = settings.arg(0.5, "a rate of 5 %")
+        name: str | None = settings.arg(None, "a name")
+        deep: bool = settings.arg(True, "deep")
+        files: list[str] = settings.arg(None, "files")
 
-    parse = lambda *argv: parallel.parse(Some, "doc", argv)
+    parse = lambda *argv: settings.parse(Some, "doc", argv)
     assert parse() == Some(0.5, None, True, None)
     assert parse("--rate", "2", "--name", "x", "--no-deep", "--files", "a", "b") == Some(2.0, "x", False, ["a", "b"])
     with pytest.raises(SystemExit) as error:

@@ -2,18 +2,17 @@
 
 import dataclasses
 import importlib
-import pathlib
 import re
 import shlex
 import types
 
 import pytest
 
-import bench
+from lab import best_of, bench, plan
+from plumbing import logs
 import cold_start
 import evaluate
 import grpo
-import parallel
 import rollout
 from conftest import ROOT
 
@@ -23,8 +22,9 @@ SCRIPTS = {
     "grpo.py": grpo,
     "evaluate.py": evaluate,
     "rollout.py": rollout,
-    "bench.py": bench,
-    "parallel.py": types.SimpleNamespace(Settings=parallel.Plan),
+    "lab/bench.py": bench,
+    "lab/best_of.py": best_of,
+    "lab/plan.py": types.SimpleNamespace(Settings=plan.Plan),
 }
 
 
@@ -35,7 +35,7 @@ def flags_of(settings):
 
 @pytest.mark.parametrize("file, name", sorted(set(re.findall(r"`([a-z_/]+\.py)::([\w.]+)`", TEXT))))
 def test_every_name_in_the_map_exists(file, name):
-    module = importlib.import_module(pathlib.Path(file).stem)
+    module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
     for part in name.split("."):
         module = getattr(module, part)
     assert callable(module)
@@ -48,7 +48,7 @@ def test_every_exercise_has_tests(file, words):
 
 
 def test_every_file_exists():
-    for path in re.findall(r"\]\((?!http)([\w./-]+)\)", TEXT) + re.findall(r"`((?:tests/)?[a-z_]+\.py)`", TEXT):
+    for path in re.findall(r"\]\((?!http)([\w./-]+)\)", TEXT) + re.findall(r"`((?:\w+/)?[a-z_]+\.py)`", TEXT):
         assert (ROOT / path).exists(), path
 
 
@@ -58,6 +58,7 @@ def commands():
         r"`((?:python|torchrun) [^`]+)`", joined
     ):
         words = shlex.split(line.split("  #")[0], comments=True)
+        words = [f"{w.replace('.', '/')}.py" if w.startswith("lab.") else w for w in words if w != "-m"]
         script = next((word for word in words if word.endswith(".py")), None)
         if script:
             yield script, words[words.index(script) + 1 :]
@@ -81,7 +82,8 @@ def test_every_flag_that_is_named_exists():
     known = set().union(*(flags_of(m.Settings) for m in SCRIPTS.values())) | {
         "--show",
         "--index-url",
-        "--import-released",
+        "--dir",
+        "--make-pairs",
         "--runs",
         "--local-dir",
         "--repo-type",
@@ -103,10 +105,8 @@ def test_every_flag_that_is_named_exists():
 def test_every_logged_metric_is_in_the_glossary(world, tiny_model_dir, tmp_path):
     grpo.main(["--model", tiny_model_dir, "--data", world["train_rl"], "--out", str(tmp_path), "--rollouts", "2", "--batch-pairs", "1",
                "--mini-pairs", "1", "--max-new-tokens", "4", "--workers", "0", "--max-steps", "1"])  # fmt: skip
-    import parallel
-
     glossary = TEXT[TEXT.index("## What the metrics mean") : TEXT.index("## Data formats")]
-    for name in parallel.read_metrics(str(tmp_path))[0]:
+    for name in logs.read_metrics(str(tmp_path))[0]:
         short = re.sub(r"^grad_norm(_\w+)$", r"\1", name)
         assert f"`{name}`" in glossary or f"`{short}`" in glossary or name in ("step", "seconds", "reward_std"), name
 

@@ -12,8 +12,10 @@ import subprocess
 import numpy as np
 import pytest
 
+from lab import best_of, compare
+from plumbing import page, report
+import data
 import evaluate
-import report
 from data import DIMENSIONS, InputError, PreferencePair
 
 NASTY = '<script>alert(1)</script><img src=x onerror=alert(2)>" onload="x $\\frac{1 | `a` [b](http://c) & =1+1'
@@ -25,7 +27,7 @@ GOOD = "<think>\nsubject: asked a cat; shown a cat; verdict 2\n</think>\n<answer
 def judged(margins, labels, name="ours", prompts=None, extra=None):
     """One Judged and its pairs. Reward of A = margin, of B = 0."""
     prompts = prompts or [f"prompt {k}" for k in range(len(labels))]
-    pairs = [PreferencePair(f"{k}a.mp4", f"{k}b.mp4", prompt, label, row=k + 2, extra=extra or {})
+    pairs = [PreferencePair(f"{k}a.mp4", f"{k}b.mp4", prompt, label, line=k + 2, extra=extra or {})
              for k, (label, prompt) in enumerate(zip(labels, prompts))]  # fmt: skip
     one = evaluate.measure(name, pairs, np.array([[m, 0.0] for m in margins]))
     one.numbers.update(data="pairs.csv", benchmark=None, skipped_pairs=0, skipped_videos=0, difference_to_first=None)
@@ -56,17 +58,7 @@ def test_calibration_of_a_model_that_is_right_about_its_doubt():
     assert report.calibration(np.array([1, -1]), np.array([1e9, -1e9]))["expected_calibration_error"] < 1e-9
 
 
-@pytest.mark.parametrize("broken", [
-    "", "no tags", GOOD.replace("</think>", ""), GOOD.replace("<answer>", ""), GOOD.replace("N/A", "5"),
-    GOOD.replace('"style"', '"stile"'), GOOD.replace("dimensional_scores", "scores"), GOOD[: len(GOOD) - 20],
-    "<think></think><answer>[1, 2]</answer>", '<think></think><answer>{"dimensional_scores": 3}</answer>',
-])  # fmt: skip
-def test_malformed_thoughts(broken):
-    assert report.verdicts_of(broken) is None
-
-
 def test_thought_statistics():
-    assert report.verdicts_of(GOOD) == dict(zip(DIMENSIONS, ["2", "1", "N/A", "0", "2"]))
     truth = dict(zip(DIMENSIONS, ["2", "0", "N/A", "0", "1"]))
     pairs = [PreferencePair("a", "b", "p", 1, annotation_a=truth)]
     records = [
@@ -144,23 +136,23 @@ class Tags(html.parser.HTMLParser):
 
 
 @pytest.fixture
-def page(tmp_path, tiny_clips):
+def page_file(tmp_path, tiny_clips):
     """A page of three pairs (right; human tie; wrong with a large margin) with nasty text wherever text can be."""
     one, pairs = judged([2.0, 0.1, 9.0], [1, 0, -1], name=NASTY, prompts=[NASTY, "x" * 100_000, "plain"])
-    pairs[0] = PreferencePair(tiny_clips[0], f"/no/such/{NASTY}.mp4", NASTY, 1, row=2)
+    pairs[0] = PreferencePair(tiny_clips[0], f"/no/such/{NASTY}.mp4", NASTY, 1, line=2)
     thoughts = {(tiny_clips[0], NASTY): {"thoughts": [f"{NASTY}\nsubject: {NASTY}; verdict 2\nstyle"]}}
     path = tmp_path / "page.html"
-    report.write_page(str(path), one, pairs, np.array([[2.0, 0.0], [0.1, 0.0], [9.0, 0.0]]), thoughts)
+    page.write_page(str(path), one, pairs, np.array([[2.0, 0.0], [0.1, 0.0], [9.0, 0.0]]), thoughts, data.sample_frames)
     return path
 
 
-def test_page_is_self_contained_and_escaped(page):
-    text = page.read_text()
+def test_page_is_self_contained_and_escaped(page_file):
+    text = page_file.read_text()
     found = Tags(text)
     assert {tag for tag, _ in found.tags} <= set(
         "html head meta title style body h1 p nav button span article b div small img pre mark script".split()
     )
-    assert [tag for tag, _ in found.tags].count("script") == 1 and found.scripts == [report.SCRIPT]
+    assert [tag for tag, _ in found.tags].count("script") == 1 and found.scripts == [page.SCRIPT]
     for _, attributes in found.tags:
         assert not any(name.startswith("on") or name == "href" for name in attributes)
         assert attributes.get("src", "data:image/jpeg;base64,").startswith("data:image/jpeg;base64,")
@@ -171,13 +163,13 @@ def test_page_is_self_contained_and_escaped(page):
     assert classes == ["", "tie", "wrong large"]
 
 
-def test_page_in_a_real_browser(page, tmp_path):
+def test_page_in_a_real_browser(page_file, tmp_path):
     browser = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
     if browser is None:
         pytest.skip("no Chromium on this machine")
     for kind, hidden in (("", 0), ("wrong", 2), ("tie", 2), ("large", 2)):
         flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", "--dump-dom"]
-        done = subprocess.run([browser, *flags, f"file://{page}#{kind}"], capture_output=True, text=True, timeout=60)
+        done = subprocess.run([browser, *flags, f"file://{page_file}#{kind}"], capture_output=True, text=True, timeout=60)
         articles = [a for tag, a in Tags(done.stdout).tags if tag == "article"]
         assert len(articles) == 3 and sum("hidden" in a for a in articles) == hidden
         assert f"{3 - hidden} pairs shown" in done.stdout  # our script ran under the page's policy
@@ -185,14 +177,14 @@ def test_page_in_a_real_browser(page, tmp_path):
 
 def test_page_shows_at_most_so_many_pairs(tmp_path):
     one, pairs = judged(range(30), [1] * 30)
-    report.write_page(str(tmp_path / "p.html"), one, pairs, np.zeros((30, 2)), {}, limit=7)
+    page.write_page(str(tmp_path / "p.html"), one, pairs, np.zeros((30, 2)), {}, data.sample_frames, limit=7)
     assert (tmp_path / "p.html").read_text().count("<article") == 7
 
 
 def test_best_and_worst_leaves_out_what_has_no_order(tmp_path):
     groups = {"two": [(2.0, "v/a.mp4"), (1.0, "v/c.mp4")], "one": [(2.0, "b.mp4")]}
     groups["equal"] = [(1.0, "d.mp4"), (1.0, "e.mp4")]
-    report.write_best_and_worst(str(tmp_path / "dpo.csv"), groups)
+    best_of.write_best_and_worst(str(tmp_path / "dpo.csv"), groups)
     lines = (tmp_path / "dpo.csv").read_text().splitlines()
     assert len(lines) == 2 and lines[1].endswith("two,A,2.0,1.0")
 
@@ -203,13 +195,13 @@ def test_several_runs_in_one_table(tmp_path):
     for name, value in (("a", 0.75), ("b", 0.25)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.json").write_text(json.dumps(numbers | {"accuracy_without_ties": value}))
-    report.main(["--runs", f"one={tmp_path}/a/*.json", f"two={tmp_path}/b/*.json", "--out", str(tmp_path / "out")])
+    compare.main(["--runs", f"one={tmp_path}/a/*.json", f"two={tmp_path}/b/*.json", "--out", str(tmp_path / "out")])
     lines = (tmp_path / "out" / "results.md").read_text().splitlines()
     assert lines[0] == "| model | genai-bench w/o ties | genai-bench w/ ties |"
     assert lines[2:] == ["| one | 0.750 | 0.500 |", "| two | 0.250 | 0.500 |"]
     assert (tmp_path / "out" / "results.png").stat().st_size > 5000
     with pytest.raises(InputError, match="no such report"):
-        report.main(["--runs", "x=/nowhere/*.json", "--out", str(tmp_path)])
+        compare.main(["--runs", "x=/nowhere/*.json", "--out", str(tmp_path)])
 
 
 def test_several_seeds_give_mean_and_standard_deviation(tmp_path):
@@ -230,10 +222,10 @@ def test_several_seeds_give_mean_and_standard_deviation(tmp_path):
         (folder / "stage2" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     folders = [str(tmp_path / f"seed{seed}") for seed in (0, 1)]
     runs = ["--runs", f"one={tmp_path}/seed*/eval/report.json", "--out", str(tmp_path / "out")]
-    report.main([*runs, "--training", *folders])
+    compare.main([*runs, "--training", *folders])
     text = (tmp_path / "out" / "results.md").read_text()
     assert "| one | 0.500 ± 0.354 | - |" in text  # .25 * sqrt(2)
     assert "| stage 2: rise of quality | 0.100 | 0.200 | 0.150 ± 0.071 |" in text
     assert "| stage 1: validation accuracy | 0.750 | 0.750 | 0.750 ± 0.000 |" in text
     with pytest.raises(InputError, match="give folders that `make demo` wrote"):
-        report.main([*runs, "--training", str(tmp_path)])
+        compare.main([*runs, "--training", str(tmp_path)])

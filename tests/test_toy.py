@@ -1,14 +1,20 @@
 """toy.py: the truth of the toy world, real mp4 files, the real CSV formats, the tokenizer and the tiny model."""
 
 import csv
+import os
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 import data
-import toy
+from conftest import ROOT
+from lab import toy, toy_model
+from plumbing.answers import read_verdicts, well_formed
+from rollout import sample_cots
 
 RED_CIRCLE = {"subject": ("red", "circle"), "dynamics": "moving left", "camera": "still", "environment": "night",
               "style": "plain"}  # fmt: skip
@@ -41,15 +47,8 @@ def test_cot_by_hand():
     ]
     answer = data.extract_answer(text)
     assert answer == {"dimensional_scores": toy.annotate(WISH, RED_CIRCLE), "overall_score": 3.5}
-    assert toy.read_verdicts(text) == answer["dimensional_scores"]
+    assert read_verdicts(text) == answer["dimensional_scores"] and well_formed(text)
     assert toy.prompt_text(WISH).startswith("A red square moving left")
-
-
-@pytest.mark.parametrize("text", [
-    "", "<think>", "no thought <answer>{}</answer>", "<think>\n</think>\n<answer>{",
-    '<think></think><answer>{"dimensional_scores": {"subject": "2"}}</answer>'])  # fmt: skip
-def test_broken_answers_are_invalid(text):
-    assert toy.read_verdicts(text) is None
 
 
 def test_motion_is_drawn_in_the_right_direction():
@@ -115,6 +114,26 @@ def test_same_seed_same_files_and_other_seed_other_files(tiny_world, tmp_path):
     assert (tmp_path / "a" / clip).read_bytes() == (folder / clip).read_bytes() != (tmp_path / "b" / clip).read_bytes()
 
 
+def test_two_processes_write_the_same_clips(tmp_path):
+    """Encoders keep memory that they never filled; whatever stands in it must not reach the file.
+
+    MALLOC_PERTURB_ (glibc) fills fresh memory with another byte in each process: what is luck elsewhere, one file in
+    fifty, is certain here.
+    """
+    code = (f"import sys, numpy as np; from {toy.__name__} import random_values, render_clip, write_mp4\n"
+            "for k in range(6):\n"
+            "    rng = np.random.default_rng(k)\n"
+            "    write_mp4(f'{sys.argv[1]}/{k}.mp4', render_clip(random_values(rng), rng), 4)")  # fmt: skip
+    fills = ("85", "170")
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, tmp_path / fill], cwd=ROOT, env={**os.environ, "MALLOC_PERTURB_": fill})
+        for fill in fills
+    ]
+    assert [process.wait(timeout=120) for process in started] == [0, 0]
+    one, two = ([(tmp_path / fill / f"{k}.mp4").read_bytes() for k in range(6)] for fill in fills)
+    assert one == two
+
+
 def test_tokenizer_round_trip_of_any_text(processor):
     tokenizer, rng = processor.tokenizer, np.random.default_rng(0)
     texts = ["", " ", "\n\n  \t", "A red circle, zoomed  in.", "naïve 東京 🎬 \u200b\x00\x7f", "<think> a </think>"]
@@ -125,7 +144,7 @@ def test_tokenizer_round_trip_of_any_text(processor):
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
     assert set(ids) and tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token == "<|endoftext|>"
     special = set(tokenizer.all_special_ids)
-    assert special == set(tokenizer.convert_tokens_to_ids(list(toy.SPECIAL)))
+    assert special == set(tokenizer.convert_tokens_to_ids(list(toy_model.SPECIAL)))
     assert not special & set(tokenizer.convert_tokens_to_ids(["<think>", "</think>"]))
 
 
@@ -154,17 +173,17 @@ def test_patches_equal_the_processors(processor):
     frames = toy.render_clip(RED_CIRCLE, np.random.default_rng(0), np.arange(8) / 2)
     inputs = data.encode_prompt(processor, data.Video(frames, 2.0, 8, tuple(range(8))), "A red circle.")
     assert inputs["video_grid_thw"].tolist() == [[4, 4, 4]]  # not upsized
-    torch.testing.assert_close(toy.patchify(frames[None]), inputs["pixel_values_videos"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(toy_model.patchify(frames[None]), inputs["pixel_values_videos"], atol=1e-6, rtol=0)
     assert len(inputs["input_ids"]) < 110
 
 
 def test_tiny_base_trains_saves_and_opens(processor, tmp_path):
     from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
-    model, twin = (toy.build_model(processor, 5, **toy.MICRO) for _ in range(2))
+    model, twin = (toy_model.build_model(processor, 5, **toy_model.MICRO) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
     assert model.config.text_config.vocab_size % 64 == 0 and not model.config.tie_word_embeddings
-    loss = toy.pretrain(model, processor, seed=0, vision_steps=2, steps=30, batch=8, pool=16, progress=False)
+    loss = toy_model.pretrain(model, processor, seed=0, vision_steps=2, steps=30, batch=8, pool=16, progress=False)
     assert loss < np.log(model.config.text_config.vocab_size)
     model.save_pretrained(tmp_path), processor.save_pretrained(tmp_path)
     model_2 = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path)
@@ -178,7 +197,7 @@ def test_tiny_base_trains_saves_and_opens(processor, tmp_path):
         outputs = [either(**batch).logits for either in (model, model_2)]
     assert torch.isfinite(outputs[0]).all() and torch.equal(*outputs)
     assert model_2.generation_config.eos_token_id == processor.tokenizer.eos_token_id
-    assert len(toy.generate(model_2, processor_2, inputs, sample=False, max_new_tokens=4)) == 2
+    assert len(sample_cots(model_2, processor_2, inputs, [[0], [1]], max_new_tokens=4, temperature=0.0)) == 2
 
 
 @pytest.mark.parametrize("arguments, code", [(["--help"], 0), (["data", "--out", "x", "--no-such-flag"], 2), ([], 2)])

@@ -1,6 +1,6 @@
 """What our layouts save: stage 2, stage 1, sampling, decoding and the metric, each beside its rivals, on this machine.
 
-    python bench.py [--quick] [--only stage2,metric]   ->   OUT/bench.json, bench.md (the tables printed), bench.png
+    python -m lab.bench [--quick] [--only stage2,metric]   ->   OUT/bench.json, bench.md (the tables printed), bench.png
 
 Needs no data: it renders clips and makes a random Qwen3-VL (toy.py), hidden 256 x 4 layers on a CPU, 1024 x 12 on a
 GPU: so wide that arithmetic, not Python, takes the time. `lm_head` is 4 % of the language model (8 % in the 8B).
@@ -42,13 +42,14 @@ import data
 import grpo
 import metrics
 import parallel
-import toy
+from lab import toy, toy_model
 from data import InputError
 from layout import lay_out
 from losses import bt_loss, group_advantages, token_log_probs
 from model import DeScore, Output, to_device
-from parallel import arg
-from rollout import make_engine, task_seed
+from plumbing.settings import arg, cli, parse
+from plumbing.jobs import task_seed
+from rollout import make_engine
 
 LAYOUTS = ("packed", "plain", "released")
 
@@ -120,10 +121,10 @@ def inspect(model, work, right=None) -> tuple[dict, tuple]:
 def make_world(s: Settings) -> types.SimpleNamespace:
     """-> settings, ranks, processor; model (LLM trained fully, tower frozen, as in stage 2); reference, with slightly
     other weights, or KL would be 0 in any layout; seen, a list of the tokens of each LLM forward."""
-    ranks, processor, on_gpu, seen = parallel.start(s.seed), toy.build_processor(), torch.cuda.is_available(), []
+    ranks, processor, on_gpu, seen = parallel.start(s.seed), toy_model.build_processor(), torch.cuda.is_available(), []
     heads = max(2, s.hidden // 64)
     size = dict(hidden=s.hidden, layers=s.layers, heads=heads, vision_hidden=24 * heads, vision_layers=min(3, s.layers))
-    model = DeScore(toy.build_model(processor, s.seed, **size), processor)
+    model = DeScore(toy_model.build_model(processor, s.seed, **size), processor)
     torch.nn.init.normal_(model.head.weight, std=s.hidden**-0.5)  # rewards that differ: a BT loss that is not ln 2
     model.make_trainable("full", vision=False)
     reference = copy.deepcopy(model).requires_grad_(False)
@@ -192,7 +193,8 @@ def update_ours(world, rollouts: grpo.Rollouts, settings: grpo.Settings) -> floa
     batch = grpo.lay_out_pair(model, rollouts, settings)
     with ranks.autocast():
         output = model(batch, video_features=rollouts.video_features)
-    loss, _ = grpo.losses_of(output, batch, rollouts, settings, counts)
+    policy, kl, bt = grpo.losses_of(output, batch["response_mask"], rollouts, settings, counts)
+    loss = policy + settings.kl_coef * kl + settings.bt_coef * bt
     parallel.backward(loss, ranks)
     return loss.item()
 
@@ -215,7 +217,7 @@ def update_released(world, rollouts: grpo.Rollouts, settings: grpo.Settings) -> 
 
     model.zero_grad()
     counts, total = {"tokens": rollouts.num_tokens, "bt": settings.rollouts}, 0.0
-    policy_only, parts = dataclasses.replace(settings, bt_coef=0.0), []
+    parts = []
     for i in range(0, settings.rollouts, size):
         cots, advantages = [row[i : i + size] for row in rollouts.cots], rollouts.advantages[:, i : i + size]
         parts.append(dataclasses.replace(rollouts, cots=cots, advantages=advantages))
@@ -227,7 +229,8 @@ def update_released(world, rollouts: grpo.Rollouts, settings: grpo.Settings) -> 
         batch = grpo.lay_out_pair(model, part, settings)
         with ranks.autocast():
             output = Output(torch.zeros(2 * len(part.cots[0]), device=ranks.device), full_log_probs(model, batch))
-        loss, _ = grpo.losses_of(output, batch, part, policy_only, counts)
+        policy, kl, _ = grpo.losses_of(output, batch["response_mask"], part, settings, counts)
+        loss = policy + settings.kl_coef * kl
         parallel.backward(loss, ranks)
         with ranks.autocast():
             chosen, rejected = model(batch, want_log_probs=False).rewards.view(2, -1)  # the pair's label is +1
@@ -534,7 +537,7 @@ def draw(results: dict, path: str) -> None:
 
 
 def main(argv=None) -> None:
-    s, big = parallel.parse(Settings, __doc__, argv), torch.cuda.is_available()
+    s, big = parse(Settings, __doc__, argv), torch.cuda.is_available()
     chosen = [name.strip() for name in s.only.split(",")]
     if unknown := [name for name in chosen if name not in SECTIONS]:
         raise InputError(f"--only {unknown[0]}: choose from {', '.join(SECTIONS)}.")
@@ -560,4 +563,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    parallel.cli(main)
+    cli(main)

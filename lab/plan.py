@@ -1,0 +1,155 @@
+"""Will it fit? Memory per GPU and time per step for a model size, before anything is bought or loaded.
+
+    python -m lab.plan --plan 8B --gpus 8
+"""
+
+import dataclasses
+
+import torch
+
+from plumbing.settings import InputError, arg, cli, parse
+
+
+@dataclasses.dataclass
+class Plan:
+    """Memory per GPU and time per step, by arithmetic alone: nothing is loaded but a config.json."""
+
+    plan: str = arg("8B", "8B: the sizes of Qwen3-VL-8B-Instruct; or a model's folder or hub name")
+    stage: int = arg(2, "1: cold start, 2: RL", choices=[1, 2])
+    train: str = arg("full", "what of the LLM is trained", choices=["lora", "full"])
+    lora_r: int = arg(64, "LoRA rank")
+    gpus: int = arg(8, "number of GPUs")
+    shard_ranks: int = arg(0, "GPUs that share one copy of the weights; 0: all")
+    gpu_gb: float = arg(80.0, "memory of one GPU, 10^9 bytes")
+    tflops: float = arg(989.0, "a GPU's dense bf16 rate, 10^12 operations per second (H100 SXM: 989)")
+    bandwidth: float = arg(3.35, "a GPU's memory bandwidth, 10^12 bytes per second (H100 SXM: 3.35)")
+    utilisation: float = arg(0.4, "share of both rates that is reached: an assumption, not a measurement")
+    video_tokens: int = arg(2048, "prompt and video tokens (5 s at 2 fps and 448 x 448: 5 x 196, plus the text)")
+    cot_tokens: int = arg(1024, "tokens of a CoT (at most 4,096)")
+    rollouts: int = arg(8, "G, CoTs per video in stage 2")
+    batch_pairs: int | None = arg(None, "pairs per step over all GPUs; default the paper's: 32 in stage 1, 128 in 2")
+    gradient_checkpointing: bool = arg(True, "recompute activations in backward")
+    kl: bool = arg(True, "stage 2 holds a reference for the KL term")
+    engine_memory: float = arg(0.4, "share of the GPU that vLLM may use while it samples")
+
+
+def model_config(name: str):
+    """The Qwen3-VL configuration of "8B" (its published sizes: 8.77 B parameters), a folder, or a hub name."""
+    from transformers import AutoConfig, Qwen3VLConfig
+
+    if name != "8B":
+        return AutoConfig.from_pretrained(name)
+    text = {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+            "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936}  # fmt: skip
+    vision = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "out_hidden_size": 4096,
+              "deepstack_visual_indexes": [8, 16, 24], "num_position_embeddings": 2304}  # fmt: skip
+    return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+
+
+def count_parameters(config, lora_r: int) -> dict[str, int]:
+    """Parameters of the LLM, of one of its blocks, of what lies outside all blocks, of vision, and of the adapters."""
+    from accelerate import init_empty_weights
+    from transformers import Qwen3VLForConditionalGeneration
+
+    with init_empty_weights():
+        backbone = Qwen3VLForConditionalGeneration._from_config(config)
+    size = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    layers, visual = backbone.model.language_model.layers, backbone.model.visual
+    linear = [m for layer in layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+    counts = {"vision": size(visual), "llm": size(backbone) - size(visual), "block": size(layers[0])}
+    counts["root"] = size(backbone) - size(layers) - size(visual.blocks)
+    return counts | {"lora": sum(lora_r * (m.in_features + m.out_features) for m in linear)}
+
+
+def plan_memory(config, s: Plan) -> dict[str, float]:
+    """Bytes on one GPU, by use. States are exact; activations and gathered weights are estimates from above."""
+    n, text, vision = count_parameters(config, s.lora_r), config.text_config, config.vision_config
+    gpus = s.shard_ranks or s.gpus
+    lora = s.train == "lora"
+    trained = (n["lora"] if lora else n["llm"]) + (n["vision"] if s.stage == 1 else 0)
+    frozen = n["llm"] + n["vision"] + (n["lora"] if lora else 0) - trained
+    memory = {
+        "weights: trained fp32, frozen bf16 (fp32 with full)": (4 * trained + (2 if lora else 4) * frozen) / gpus,
+        "gradients, fp32": 4 * trained / gpus,
+        "AdamW, two fp32 moments": 8 * trained / gpus,
+    }
+    if s.stage == 2 and s.kl and not lora:
+        memory["reference, bf16"] = 2 * (n["llm"] + n["vision"]) / gpus
+    if gpus == 1:
+        memory["bf16 copies of the trained weights (autocast)"] = 2 * trained
+    else:  # a block, the next one on its way, and what lies outside the blocks; the gradients of a block and of those
+        memory["gathered weights, bf16"] = 2 * (2 * n["block"] + n["root"])
+        memory["gathered gradients, bf16 and fp32"] = 0 if lora else 6 * (n["block"] + n["root"])
+    row = s.video_tokens + (s.cot_tokens + 1) * (s.rollouts if s.stage == 2 else 1)
+    tokens, wide = 2 * row, text.num_attention_heads * text.head_dim
+    inside = 2 * (6 * text.hidden_size + 4 * wide + 3 * text.intermediate_size)  # bytes per token inside one block
+    layers = text.num_hidden_layers
+    patches = 2 * s.video_tokens * vision.spatial_merge_size**2
+    kept = tokens * (2 * layers * text.hidden_size + inside if s.gradient_checkpointing else layers * inside)
+    if s.stage == 1:  # the vision tower is trained
+        within = 2 * (8 * vision.hidden_size + 2 * vision.intermediate_size)
+        in_tower = 2 * vision.depth * vision.hidden_size + within if s.gradient_checkpointing else vision.depth * within
+        kept += patches * in_tower
+    memory["activations of one pair"] = kept + 3 * 2 * row**2  # the attention mask: bool, and bf16 for the kernel
+    memory["logits of one chunk, fp32, with gradient"] = 3 * 4 * 1024 * text.vocab_size if s.stage == 2 else 0
+    return memory
+
+
+def plan_time(config, s: Plan) -> dict[str, float]:
+    """Seconds of one step: operations / (GPUs x rate x utilisation); sampling reads weights and KV cache from memory."""
+    n, text = count_parameters(config, s.lora_r), config.text_config
+    pairs = s.batch_pairs or (128 if s.stage == 2 else 32)
+    group = s.rollouts if s.stage == 2 else 1
+    row, patches = (
+        s.video_tokens + (s.cot_tokens + 1) * group,
+        s.video_tokens * config.vision_config.spatial_merge_size**2,
+    )
+    in_layers = n["block"] * text.num_hidden_layers
+    attention = 2 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * row**2  # Q K' and P V, causal
+    lm_head = text.hidden_size * text.vocab_size * s.cot_tokens * group if s.stage == 2 else 0
+    vision = 2 * n["vision"] * patches
+    forward = 2 * (in_layers * row + lm_head) + attention
+    # Backward costs a forward for the activations' gradients, and another for the weights' (with LoRA hardly any).
+    passes = 2 + (s.train == "full") + s.gradient_checkpointing
+    total = 2 * pairs * (forward * passes + vision * (4 if s.stage == 1 else 1))
+    if s.stage == 2 and s.kl:
+        total += 2 * pairs * (forward + vision)
+    times = {"update": total / (s.gpus * s.tflops * 1e12 * s.utilisation)}
+    if s.stage == 2:
+        cots, cache = 2 * pairs * group / s.gpus, 4 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+        weights = 2 * (n["llm"] + n["vision"])
+        free = max(1e9, s.engine_memory * s.gpu_gb * 1e9 - weights)
+        waves = max(1.0, cots * cache * (s.video_tokens / group + s.cot_tokens) / free)  # the prefix is shared
+        read = s.cot_tokens * (waves * weights + cots * cache * (s.video_tokens + s.cot_tokens / 2))
+        times["rollouts"] = read / (s.bandwidth * 1e12 * s.utilisation)
+    return times
+
+
+def main(argv=None) -> None:
+    s = parse(Plan, "Memory per GPU and time per step for a model size, before anything is bought or loaded.", argv)
+    try:
+        config = model_config(s.plan)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--plan {s.plan}: no config.json found ({str(error).splitlines()[0]}).") from error
+    memory, times = plan_memory(config, s), plan_time(config, s)
+    total = sum(memory.values())
+    print(f"{s.plan}, stage {s.stage}, {s.train}, {s.gpus} GPUs; {s.video_tokens} + {s.cot_tokens} tokens")
+    for use, size in memory.items():
+        print(f"  {size / 2**30:8.1f} GiB  {use}")
+    room = s.gpu_gb * 1e9
+    print(
+        f"  {total / 2**30:8.1f} GiB  in all, of {room / 2**30:.1f}: {'fits' if total < 0.95 * room else 'DOES NOT FIT'}"
+    )
+    if s.stage == 2:
+        states = total - sum(size for use, size in memory.items() if "gathered" in use or "of one" in use)
+        engine = s.engine_memory * room
+        fits = "fits" if states + engine < 0.97 * room else "DOES NOT FIT"
+        print(
+            f"  {(states + engine) / 2**30:8.1f} GiB  while sampling: states and {engine / 2**30:.1f} of vLLM: {fits}"
+        )
+    for name, seconds in times.items():
+        print(f"  {seconds:8.1f} s    {name} of one step, at {s.utilisation:.0%} of the peak rates")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,295 @@
+"""A DeScore folder on disk: written tensor by tensor, read strictly, whole or block by block."""
+
+import contextlib
+import glob
+import json
+import os
+import shutil
+import zlib
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen3VLForConditionalGeneration
+
+from plumbing.settings import InputError, first_line
+
+
+SETTINGS_FILE, HEAD_FILE = "descore.json", "reward_head/head.safetensors"
+# The head lies in a folder of its own: vLLM loads EVERY *.safetensors beside config.json as weights of the backbone.
+QUERY_AND_HEAD = ("query", "head.weight")  # what is ours: their names in the model and in HEAD_FILE
+
+
+def write_model(model, path: str, whole=lambda tensor: tensor, write=True) -> None:
+    """DeScore.save_pretrained. COLLECTIVE through `whole` if the model is sharded.
+
+    Files: config.json, model*.safetensors, tokenizer and processor; reward_head/head.safetensors (query, head.weight);
+    descore.json (sizes, sampling settings).
+    """
+    from safetensors.torch import save_file
+
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    text = model.backbone.config.text_config
+    sizes = {"hidden_size": text.hidden_size, "layers": text.num_hidden_layers, "vocab_size": text.vocab_size}
+    head = {key: whole(state[key]).cpu().contiguous() for key in QUERY_AND_HEAD}
+    if write:
+        os.makedirs(os.path.dirname(os.path.join(path, HEAD_FILE)), exist_ok=True)
+        save_file(head, os.path.join(path, HEAD_FILE))
+        with open(os.path.join(path, SETTINGS_FILE), "w", encoding="utf-8") as file:
+            json.dump({**model.settings, **sizes}, file, indent=1)
+        if model.processor is not None:
+            model.processor.save_pretrained(path)
+    if model.backbone.config.tie_word_embeddings:
+        state.pop("backbone.lm_head.weight", None)
+    write_tensors(path, merge_lora(state, model.lora_scaling(), whole), write)
+    if write:
+        model.backbone.config.save_pretrained(path)
+        model.backbone.generation_config.save_pretrained(path)
+
+
+def open_model(cls, path: str, device, dtype: torch.dtype, new_head: bool, empty: bool, random_init: bool):
+    """DeScore.from_pretrained; `cls` is DeScore."""
+    settings_path = os.path.join(path, SETTINGS_FILE)
+    settings = {"base_model": str(path)}
+    if os.path.isfile(settings_path):
+        with open(settings_path, encoding="utf-8") as file:
+            settings = json.load(file)
+    elif not new_head and not random_init:
+        raise InputError(
+            f"{path}: has no {SETTINGS_FILE}, so no reward head; give --model a folder that cold_start.py wrote."
+        )
+    empty = empty or random_init
+    backbone = empty_backbone(path, dtype) if empty else load_backbone(path, dtype)
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: the processor's files are missing or broken ({first_line(error)}).") from error
+    model = cls(backbone, processor, settings)
+    if empty:
+        model.weights = RandomWeights(backbone) if random_init else Weights(path, backbone)
+        model.query = nn.Parameter(model.weights[EMBEDDING].to(dtype).float().mean(dim=0))
+    if not random_init and (not new_head or os.path.isfile(settings_path)):
+        sizes = backbone.config.text_config
+        for key, have in (("hidden_size", sizes.hidden_size), ("layers", sizes.num_hidden_layers)):
+            if settings.get(key) != have:
+                raise InputError(
+                    f"{path}: the head was trained on a base with {key} {settings.get(key)}, this one has {have}."
+                )
+        head = os.path.join(path, HEAD_FILE)
+        load_strictly(model, read_tensors(head), head, QUERY_AND_HEAD)
+    return (model if empty else model.to(device)).eval()
+
+
+@torch.no_grad()
+def fill(model, module: nn.Module, device) -> None:
+    """Reads the parameters of `module`, a part of `model`, that are still empty. Without any it does nothing."""
+    wanted = {id(parameter) for parameter in module.parameters() if parameter.is_meta}
+    for name, parameter in [(n, p) for n, p in model.backbone.named_parameters() if id(p) in wanted]:
+        owner, _, leaf = name.rpartition(".")
+        value = model.weights[name.replace(".base_layer.", ".")].to(device, parameter.dtype)
+        setattr(model.backbone.get_submodule(owner), leaf, nn.Parameter(value, parameter.requires_grad))
+    if wanted and model.backbone.config.tie_word_embeddings:
+        model.backbone.lm_head.weight = model.backbone.get_input_embeddings().weight
+
+
+def merge_lora(state: dict[str, torch.Tensor], scaling: dict[str, float], whole=lambda tensor: tensor):
+    """This model's state dict -> (Hugging Face name, tensor) of the backbone, adapters folded in: W + (alpha/r) B A,
+    fp32.
+
+    A generator: a caller that sends the weights on needs room for one layer, not for a second model. `whole` turns a
+    shard into the whole tensor, where the model is sharded.
+    """
+    for key, value in state.items():
+        if not key.startswith("backbone.") or ".lora_" in key:
+            continue
+        layer = key.removesuffix(".base_layer.weight")
+        if layer != key:
+            a, b = (whole(state[f"{layer}.lora_{x}.default.weight"]).float() for x in "AB")  # (r, in), (out, r)
+            value, key = whole(value).float() + scaling[layer] * (b @ a), f"{layer}.weight"
+        else:
+            value = whole(value)
+        yield key.removeprefix("backbone.").replace(".base_layer.", "."), value
+
+
+FILE_BYTES = 4 << 30  # a file of weights, at most
+
+
+def write_tensors(path: str, named_tensors, write=True) -> None:
+    """(name, tensor) one by one -> model*.safetensors in Hugging Face's layout, a file for every FILE_BYTES.
+
+    So the host needs room for one file, not for the model. `write=False`: only walks through.
+    """
+    from safetensors.torch import save_file
+
+    parts, size, part = [], 0, {}  # parts: the names in each file
+
+    def flush():
+        save_file(part, os.path.join(path, f"model-{len(parts) + 1:05d}.part"), metadata={"format": "pt"})
+        parts.append(list(part))
+        part.clear()
+
+    for name, tensor in named_tensors:
+        if not write:
+            continue
+        if part and sum(t.nbytes for t in part.values()) + tensor.nbytes > FILE_BYTES:
+            flush()
+        part[name], size = tensor.cpu().contiguous(), size + tensor.nbytes
+    if not write:
+        return
+    flush()
+    files = [f"model-{k + 1:05d}-of-{len(parts):05d}.safetensors" for k in range(len(parts))]
+    files = files if len(files) > 1 else ["model.safetensors"]
+    for k, file in enumerate(files):
+        os.replace(os.path.join(path, f"model-{k + 1:05d}.part"), os.path.join(path, file))
+    if len(files) > 1:
+        where = {name: file for file, names in zip(files, parts) for name in names}
+        with open(os.path.join(path, "model.safetensors.index.json"), "w", encoding="utf-8") as file:
+            json.dump({"metadata": {"total_size": size}, "weight_map": where}, file, indent=1)
+
+
+def load_backbone(path: str, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:
+    """The Qwen3-VL in a folder (or on the hub), every weight accounted for. Raises InputError otherwise."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+        if config.model_type != "qwen3_vl":
+            raise InputError(f"{path}: is a {config.model_type} model; DeScore needs a Qwen3-VL (model_type qwen3_vl).")
+        backbone, info = Qwen3VLForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: cannot be opened as a Qwen3-VL checkpoint ({first_line(error)}).") from error
+    refuse_odd_weights(path, info)
+    return backbone
+
+
+def refuse_odd_weights(path: str, found: dict) -> None:
+    """InputError if any of the three lists of names in `found` is not empty."""
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(str(name) for name in found[kind]):
+            raise InputError(
+                f"{path}: {len(names)} {kind.replace('_', ' ')}, e.g. {names[0]}; is it the right base model?"
+            )
+
+
+def empty_backbone(path: str, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:
+    """The Qwen3-VL of a folder's config.json on the meta device: names, shapes and types, but no memory."""
+    from accelerate import init_empty_weights
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be opened as a Qwen3-VL checkpoint ({first_line(error)}).") from error
+    if config.model_type != "qwen3_vl":
+        raise InputError(f"{path}: is a {config.model_type} model; DeScore needs a Qwen3-VL (model_type qwen3_vl).")
+    with init_empty_weights(include_buffers=False):  # buffers, such as the rotary frequencies, are in no checkpoint
+        backbone = Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+    with contextlib.suppress(OSError):  # a base model may come without one
+        backbone.generation_config = GenerationConfig.from_pretrained(path)
+    return backbone
+
+
+EMBEDDING = "model.language_model.embed_tokens.weight"
+
+
+class Weights:
+    """A folder's safetensors, read one tensor at a time, when asked for: `weights[name]`.
+
+    So each rank can read a block, keep its own rows of it, and go on: no host ever holds a whole 8B model.
+    """
+
+    def __init__(self, path: str, backbone):
+        from huggingface_hub import snapshot_download
+
+        folder = path if os.path.isdir(path) else snapshot_download(path, allow_patterns="*.safetensors")
+        self.places, shapes = {}, {}  # name -> file; name -> shape
+        for file in sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))):
+            with open_tensors(file) as tensors:
+                self.places |= {name: file for name in tensors.keys()}
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
+        own = {name: tuple(value.shape) for name, value in backbone.state_dict().items()}
+        if backbone.config.tie_word_embeddings:
+            own.pop("lm_head.weight"), shapes.pop("lm_head.weight", None)
+        wrong = [name for name in own.keys() & shapes.keys() if own[name] != shapes[name]]
+        found = {"missing_keys": own.keys() - shapes.keys(), "unexpected_keys": shapes.keys() - own.keys()}
+        refuse_odd_weights(path, found | {"mismatched_keys": wrong})
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        with open_tensors(self.places[name]) as tensors:
+            return tensors.get_tensor(name)
+
+
+class RandomWeights:
+    """In place of `Weights`: normal with std .02, norms 1, biases 0; by name, so every rank draws the same."""
+
+    def __init__(self, backbone):
+        self.shapes = {name: value.shape for name, value in backbone.state_dict().items()}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if len(self.shapes[name]) == 1:
+            return torch.full(self.shapes[name], float("norm" in name and name.endswith("weight")))
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        return torch.randn(self.shapes[name], generator=generator) * 0.02
+
+
+def read_tensors(file: str) -> dict[str, torch.Tensor]:
+    """A safetensors file; a missing or broken one is an InputError. (Nothing is ever unpickled.)"""
+    with open_tensors(file) as tensors:
+        return {key: tensors.get_tensor(key) for key in tensors.keys()}
+
+
+def open_tensors(file: str):
+    """safetensors' handle, for `with`: reads single tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, "pt")
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file}: missing or not a safetensors file ({first_line(error)}).") from error
+
+
+def load_strictly(model: nn.Module, tensors: dict, file: str, expected) -> None:
+    """Copies tensors into the model; a missing, extra or wrongly sized one is an InputError."""
+    own = dict(model.state_dict())
+    if set(tensors) != set(expected):
+        odd = sorted(set(tensors) ^ set(expected))
+        raise InputError(f"{file}: missing or extra weights: {', '.join(odd[:3])}.")
+    for name, value in tensors.items():
+        if name not in own or own[name].shape != value.shape:
+            have = tuple(own[name].shape) if name in own else "none"
+            raise InputError(
+                f"{file}: {name} is {tuple(value.shape)}, the model's is {have}; is it the right base model?"
+            )
+        with torch.no_grad():
+            own[name].copy_(value)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """COLLECTIVE: a shard -> the whole tensor, on every rank."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def save_model(model, path: str, ranks) -> None:
+    """COLLECTIVE: writes the Hugging Face folder; rank 0 holds one file's worth of it (4 GiB) at a time.
+
+    Atomic: a kill while saving leaves the old folder or the new one.
+    """
+    with replacing(path) if ranks.is_main else contextlib.nullcontext() as temporary:
+        write_model(model, temporary, whole, ranks.is_main)
+    ranks.barrier()
+
+
+@contextlib.contextmanager
+def replacing(path: str):
+    """Yields a temporary folder beside `path`; renamed to `path` once complete."""
+    temporary, old = f"{path}.tmp", f"{path}.old"
+    if os.path.isdir(old) and not os.path.isdir(path):
+        os.rename(old, path)  # a kill came between the two renames below
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    os.makedirs(temporary)
+    yield temporary
+    if os.path.isdir(path):
+        os.rename(path, old)
+    os.rename(temporary, path)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,197 @@
+"""CSV files: the published formats of preference pairs, recognised by their columns, and files of ready-made scores."""
+
+import csv
+import os
+import re
+
+import numpy as np
+
+from plumbing.answers import extract_answer, parse_literal
+from plumbing.settings import InputError
+
+LABELS = {
+    "a": 1, "video 1 is better": 1, "leftvote": 1, "left": 1,
+    "b": -1, "video 2 is better": -1, "rightvote": -1, "right": -1,
+    "same": 0, "tie": 0, "tievote": 0, "bothbad_vote": 0, "bothbad": 0,
+    "invalid": None,  # annotators could not judge: the row is dropped. NOT the same as "same" (README, difference 9)
+}  # fmt: skip
+
+
+def open_table(path: str, need: tuple[str, ...] = ()):
+    """The one CSV opener: UTF-8, with or without a byte order mark. Returns (columns, iterator of (line, row)).
+
+    line counts records, the header being 1, as a spreadsheet does: a CoT of many lines in one cell counts once.
+    row is {column: text}, "" where the record is shorter than the header. InputError: no such file, a missing column
+    of `need`, broken text.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file.")
+    csv.field_size_limit(2**31 - 1)  # a CoT can be longer than csv's default of 131,072 characters
+
+    def records():
+        line = 1
+        try:
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                for line, row in enumerate(csv.DictReader(file), 2):
+                    yield line, {column: text or "" for column, text in row.items() if column is not None}
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}: is not UTF-8 text ({error.reason}); save it as UTF-8.") from error
+        except csv.Error as error:
+            raise InputError(f"{path}: the record after line {line} is not CSV ({error}).") from error
+
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            columns = next(csv.reader(file), [])
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: is not CSV in UTF-8 ({error}); save it as UTF-8.") from error
+    lacking = [column for column in need if column not in columns]
+    if lacking:
+        raise InputError(f"{path}: has no column {', '.join(lacking)}; its columns: {columns}.")
+    return columns, records()
+
+
+def read_records(csv_path: str, dimension: str, root: str):
+    """Yields {field of data.PreferencePair: value} for each record of a CSV of pairs, None for one labelled invalid."""
+    columns, records = open_table(csv_path)
+    read_row = _format_of(csv_path, columns, dimension)
+    for line, row in records:
+        yield _read_row(csv_path, line, row, read_row, root)
+
+
+def _format_of(csv_path, columns, dimension):
+    """Columns -> a function row -> (path_a, path_b, prompt, label text, more fields of PreferencePair)."""
+    have = set(columns)
+
+    def cold_start(row):
+        return *_two(row["videos"]), row["prompt"], row["GSB"], {"cot_a": row.get("CoT_A"), "cot_b": row.get("CoT_B")}
+
+    def reinforcement(row):
+        label, more = _read_answer(row["answer"])
+        return *_two(row["videos"]), row.get("prompt") or row["problem"], label, more
+
+    def in_domain(row):
+        label, more = _read_answer(row["answer"])
+        return row["video_A"], row["video_B"], row["prompt"], label, more
+
+    def video_align(row):
+        return row["path_A"], row["path_B"], row["prompt"], row[dimension], {}
+
+    def genai_bench(row):
+        left, right = (row.get(f"{side}_video") or row.get(f"{side}_video_path") for side in ("left", "right"))
+        return left, right, row["prompt"], row["vote_type"], {}
+
+    if {"path_A", "path_B", "prompt"} <= have:
+        if dimension not in have:
+            options = ", ".join(c for c in ("TA", "VQ", "MQ", "Overall") if c in have) or "none"
+            raise InputError(f"{csv_path}: has no label column {dimension}; --dimension can be one of: {options}.")
+        return video_align
+    for need, reader in (
+        ({"videos", "prompt", "GSB"}, cold_start),
+        ({"videos", "problem", "answer"}, reinforcement),
+        ({"videos", "prompt", "answer"}, reinforcement),
+        ({"video_A", "video_B", "prompt", "answer"}, in_domain),
+        ({"left_video", "right_video", "prompt", "vote_type"}, genai_bench),
+        ({"left_video_path", "right_video_path", "prompt", "vote_type"}, genai_bench),
+    ):
+        if need <= have:
+            return reader
+    raise InputError(
+        f"{csv_path}: columns {sorted(have)} fit none of the known formats, which need e.g. path_A, path_B, prompt "
+        "and a label column (README, 'Data formats')."
+    )
+
+
+def _two(text):
+    value = parse_literal(text)
+    if not (isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, str) for v in value)):
+        raise ValueError("`videos` is not a list of two paths")
+    return value
+
+
+def _read_answer(text):
+    """RL `answer` cell: a label alone, or `<answer>` JSON with gsb_result and the two videos' true verdicts."""
+    answer = extract_answer(text)
+    if answer is None:
+        return re.sub(r"</?answer>", "", text), {}
+    truth = {f"annotation_{side}": answer.get(f"video_{n}_scores") for side, n in (("a", 1), ("b", 2))}
+    for scores in truth.values():
+        if scores is not None and not isinstance(scores, dict):
+            raise ValueError("video_1_scores / video_2_scores are not objects")
+    truth = {k: {d: str(v).strip().upper() for d, v in s.items()} if s else None for k, s in truth.items()}
+    return str(answer.get("gsb_result", "")), truth
+
+
+def _read_row(csv_path, line, row, read_row, root):
+    where = f"{csv_path}, line {line}"
+    try:
+        path_a, path_b, prompt, label, more = read_row(row)
+        prompt, label, path_a, path_b = prompt.strip(), label.strip(), path_a.strip(), path_b.strip()
+    except (ValueError, AttributeError) as error:  # AttributeError: the row is shorter than the header (None)
+        raise InputError(f"{where}: cannot be read ({error}).") from error
+    if label.lower() not in LABELS:
+        raise InputError(f"{where}: unknown label {label[:40]!r}; known: {', '.join(LABELS)}.")
+    if LABELS[label.lower()] is None:
+        return None
+    if not prompt:
+        raise InputError(f"{where}: the prompt is empty; a reward needs the prompt the video was made from.")
+    if not path_a or not path_b:
+        raise InputError(f"{where}: a video path is empty.")
+    more = {key: value or None for key, value in more.items()}
+    extra = {k: v for k, v in row.items() if k and k.endswith("_model")}
+    path_a, path_b = (os.path.normpath(os.path.join(root, path)) for path in (path_a, path_b))
+    return {"video_a": path_a, "video_b": path_b, "prompt": prompt, "label": LABELS[label.lower()], "line": line,
+            "extra": extra, **more}
+
+
+def refuse_outside(root: str, path: str, line: int) -> None:
+    """A downloaded CSV must not make us open, and show on the page, files elsewhere: `..`, absolute, symlinks."""
+    try:
+        inside = os.path.commonpath([os.path.realpath(root), os.path.realpath(path)]) == os.path.realpath(root)
+    except ValueError:  # a path with a zero byte
+        inside = False
+    if not inside:
+        raise InputError(f"line {line}: the video {path!r} is outside --root {root}; it is not opened.")
+
+
+def number(path: str, line: int, row: dict, column: str) -> float:
+    """A finite reward; nan for an empty cell (no score); InputError naming file and line for anything else."""
+    text = row[column].strip()
+    try:
+        value = float(text) if text else float("nan")
+    except ValueError:
+        value = float("inf")
+    if text and not np.isfinite(value):
+        raise InputError(f"{path}, line {line}: {column} is {text[:40]!r}, not a finite number.")
+    return value
+
+
+def read_scores(path: str, data_path: str, pairs: list, root: str) -> np.ndarray:
+    """Ready-made rewards (n, 2) of the pairs' A and B; nan where the file has none. Read row by row: it may be large.
+
+    reward_A,reward_B: row k belongs to row k of the data. path,reward[,prompt]: looked up; paths as in the data.
+    """
+    first, _ = open_table(path)
+    rewards, found = np.full((len(pairs), 2), float("nan")), {}
+    if {"reward_A", "reward_B"} <= set(first):
+        index = {line: k for k, (line, _) in enumerate(open_table(data_path)[1])}
+        place = {index[pair.line]: i for i, pair in enumerate(pairs)}
+        k = -1
+        for k, (line, row) in enumerate(open_table(path)[1]):
+            i = place.get(k)
+            if i is not None:
+                rewards[i] = [number(path, line, row, column) for column in ("reward_A", "reward_B")]
+                if row.get("prompt", pairs[i].prompt).strip() != pairs[i].prompt:
+                    raise InputError(f"{path}, line {line}: has another prompt than line {pairs[i].line} of {data_path}.")
+        if k + 1 != len(index):
+            raise InputError(f"{path}: has {k + 1} rows but {data_path} has {len(index)}; they belong row by row.")
+        return rewards
+    if not {"path", "reward"} <= set(first):
+        raise InputError(f"{path}: needs the columns reward_A,reward_B or path,reward; it has {sorted(first)}.")
+    for line, row in open_table(path)[1]:
+        key = os.path.normpath(os.path.join(root, row["path"].strip())), row.get("prompt", "").strip()
+        reward = number(path, line, row, "reward")
+        if found.setdefault(key, reward) != reward:
+            raise InputError(f"{path}, line {line}: a second reward for {row['path']!r}.")
+    for i, pair in enumerate(pairs):
+        rewards[i] = [found.get((v, pair.prompt), found.get((v, ""), float("nan"))) for v in pair.videos]
+    return rewards

@@ -1,0 +1,56 @@
+"""Sampled frames on disk, so that a clip that is used in every epoch is decoded once."""
+
+import contextlib
+import hashlib
+import os
+import zipfile
+
+import numpy as np
+
+
+class FrameCache:
+    """Sampled frames on disk, so that a clip that is used in every epoch is decoded once. At most `gigabytes` (and 1 %
+    for each process that writes), oldest out.
+
+    The key holds path, size, time of change, fps and pixel budget: an edited clip is decoded again. Raw uint8 frames:
+    16 s of 448 x 448 at 2 fps are 19 MB. Several processes may share a folder: files appear by renaming.
+    """
+
+    def __init__(self, folder: str, gigabytes: float, decode):
+        self.folder, self.limit, self.decode = folder, gigabytes * 1e9, decode
+        self.written = 0  # bytes since the last look at the folder
+        os.makedirs(folder, exist_ok=True)
+        self._shrink()
+
+    def sample(self, path: str, fps: float, max_pixels: int) -> dict:
+        """The fields of data.Video, as `decode(path, fps, max_pixels)` gives them; from the cache where it can."""
+        if not os.path.isfile(path):
+            return self.decode(path, fps, max_pixels)  # for its message
+        info = os.stat(path)
+        key = hashlib.sha256(repr((os.path.abspath(path), info.st_size, info.st_mtime_ns, fps, max_pixels)).encode())
+        file = os.path.join(self.folder, key.hexdigest()[:32] + ".npz")
+        try:
+            with np.load(file) as saved:
+                os.utime(file)  # used now: the oldest are removed first
+                return dict(saved)
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile):  # not there, or cut short
+            fields = self.decode(path, fps, max_pixels)
+        temporary = f"{file}.{os.getpid()}.tmp"
+        with open(temporary, "wb") as target:
+            np.savez(target, **fields)
+        self.written += os.path.getsize(temporary)
+        os.replace(temporary, file)
+        if self.written > self.limit / 100:  # listing a large folder takes longer than decoding a clip
+            self._shrink()
+        return fields
+
+    def _shrink(self):
+        self.written = 0
+        with contextlib.suppress(FileNotFoundError):  # another process may remove the same file
+            files = sorted((e.stat().st_mtime, e.stat().st_size, e.path) for e in os.scandir(self.folder))
+            total = sum(size for _, size, _ in files)
+            for _, size, path in files:
+                if total <= self.limit:
+                    break
+                os.remove(path)
+                total -= size

@@ -1,0 +1,150 @@
+"""Working through many videos, resumable: one line per finished item, appended at once, shared out over the ranks."""
+
+import contextlib
+import functools
+import glob
+import hashlib
+import json
+import os
+import typing
+
+import numpy as np
+
+from plumbing.settings import InputError
+
+
+def task_seed(*parts) -> int:
+    """A seed from anything that names a sample, e.g. (seed, video, prompt, k); the same on every machine."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "big")
+
+
+class Item(typing.NamedTuple):
+    """A video, its prompt, and the CSV line that asks for it first. The key of everything kept is item[:2]."""
+
+    video: str
+    prompt: str
+    line: int
+
+
+def read_log(out: str, name: str) -> dict[tuple[str, str], dict]:
+    """All ranks' lines of a phase, {(video, prompt): record}. A last line cut short by a kill is left out."""
+    records = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(out), f"{name}*.jsonl"))):
+        with open(path, "rb") as file:
+            for count, line in enumerate(file, 1):
+                if line.endswith(b"\n"):
+                    try:
+                        record = json.loads(line)
+                        records[record["video"], record["prompt"]] = record
+                    except (ValueError, KeyError, TypeError) as error:
+                        raise InputError(f"{path}, line {count}: is damaged; delete it and run again.") from error
+    return records
+
+
+def open_log(out: str, name: str, rank: int):
+    """This rank's file, to append to. A half-written last line is cut off, or the next would be glued to it."""
+    file = open(os.path.join(out, f"{name}.rank{rank}.jsonl" if rank else f"{name}.jsonl"), "ab+")
+    file.seek(0)
+    file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
+    return file
+
+
+def attempt(work, batch: list[Item], skip: bool, skipped: list[dict]):
+    """Yields work(batch)'s records. If the batch holds a bad video, goes one by one: names it, or skips only it."""
+    try:
+        records = work(batch)
+    except InputError as error:
+        if len(batch) > 1:
+            for item in batch:
+                yield from attempt(work, [item], skip, skipped)
+            return
+        if not skip:
+            raise InputError(f"line {batch[0].line}: {error}") from error
+        skipped.append({**batch[0]._asdict(), "error": str(error)})
+        return
+    yield from records
+
+
+def run_phase(name: str, items: list[Item], load_model, work, s, ranks) -> tuple[dict, list[dict]]:
+    """COLLECTIVE: appends one line per item that has none yet. Returns all {(video, prompt): record} and the skipped.
+
+    work(model, list of items) -> list of records. Lines are flushed one by one, so a kill loses at most one batch.
+    """
+    done = read_log(s.out, name)
+    ranks.barrier()  # nobody may append before everybody has read, or the ranks would share out different lists
+    mine, new, skipped = ranks.share([item for item in items if item[:2] not in done]), [], []
+    model = load_model() if mine else None  # not inside attempt: a broken checkpoint must not count as a broken video
+    with open_log(s.out, name, ranks.rank) as file, ranks.progress(total=len(mine), desc=name) as bar:
+        for start in range(0, len(mine), s.batch_size):
+            batch = mine[start : start + s.batch_size]
+            for record in attempt(functools.partial(work, model), batch, s.skip_bad_videos, skipped):
+                if not np.isfinite(record.get("reward", 0.0)):
+                    raise InputError(f"{record['video']}: reward {record['reward']}; the checkpoint is broken.")
+                file.write(json.dumps(record).encode() + b"\n")
+                file.flush()
+                new.append(record)
+            bar.update(len(batch))
+    done.update({(record["video"], record["prompt"]): record for record in ranks.gather_objects(new)})
+    return done, ranks.gather_objects(skipped)
+
+
+def claim_out(s, ranks) -> None:
+    """COLLECTIVE: refuses an --out that holds results of another model or other settings; they must not be mixed.
+
+    The model is known by its files' names, sizes and both ends (hashing all of an 8B would take a minute).
+    """
+    digest = hashlib.sha256()
+    patterns = ("*.safetensors", "*/*.safetensors", "*config.json", "descore.json", "tokenizer.json", "*.jinja")
+    for pattern in patterns:
+        for file_path in sorted(glob.glob(os.path.join(glob.escape(s.model), pattern))):
+            with open(file_path, "rb") as file:
+                size = os.path.getsize(file_path)
+                digest.update(f"{os.path.basename(file_path)} {size}".encode() + file.read(1 << 20))
+                file.seek(max(0, size - (1 << 20)))
+                digest.update(file.read())
+    names = ("think", "thoughts", "max_new_tokens", "temperature", "engine", "fps", "max_pixels", "dtype", "seed")
+    now, path = {"model": digest.hexdigest()} | {n: getattr(s, n) for n in names}, os.path.join(s.out, "settings.json")
+    if ranks.is_main:
+        if read_log(s.out, "thoughts") or read_log(s.out, "rewards"):
+            before = {}
+            with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+                before = json.load(file)
+            changed = [name for name in now if before.get(name, "unknown") != now[name]]
+            if changed:
+                raise InputError(f"{s.out}: holds results made with another {', '.join(changed)}; give another --out.")
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            json.dump(now, file, indent=1)
+        os.replace(path + ".tmp", path)
+    ranks.barrier()
+
+
+def readable_pairs(pairs: list, settings, ranks, sample_frames) -> list:
+    """COLLECTIVE: the pairs whose videos exist; with --skip-bad-videos, whose videos decode (each is tried once).
+
+    Skipped ones are counted and listed in OUT/skipped.jsonl. Without the flag a missing file is an InputError now, a
+    broken one when its turn comes.
+    """
+    paths = sorted({path for pair in pairs for path in pair.videos})
+    bad = {path: "no such file" for path in paths if not os.path.isfile(path)}
+    if not settings.skip_bad_videos:
+        for pair in pairs:
+            if path := next((path for path in pair.videos if path in bad), None):
+                raise InputError(f"line {pair.line}: {path}: no such video; fix the path, or use --skip-bad-videos.")
+        return pairs
+    found = []
+    for path in ranks.progress(ranks.share([path for path in paths if path not in bad]), desc="checking videos"):
+        try:
+            sample_frames(path, settings.fps, settings.max_pixels)
+        except InputError as error:
+            found.append((path, str(error)))
+    bad.update(ranks.gather_objects(found))
+    kept = [pair for pair in pairs if not bad.keys() & set(pair.videos)]
+    if ranks.is_main and bad:
+        with open(os.path.join(settings.out, "skipped.jsonl"), "a", encoding="utf-8") as file:
+            file.writelines(
+                json.dumps({"video": path, "reason": reason}) + "\n" for path, reason in sorted(bad.items())
+            )
+        print(f"skipped {len(pairs) - len(kept)} pairs with {len(bad)} bad videos; see {settings.out}/skipped.jsonl")
+    if not kept:
+        raise InputError("no pair is left with two readable videos.")
+    return kept

@@ -1,0 +1,275 @@
+"""What people look at after an evaluation: report.json, report.md, report.png.
+
+Numbers and texts come in, files go out; nothing here thinks or scores. Whatever comes from a CSV, a file name or a
+model is untrusted: it is escaped for HTML, for Markdown, for the figure's formulas and for spreadsheets.
+Symbols: r_A, r_B rewards; margin = r_A - r_B; label +1 (A is better), -1 (B), 0 (the same); n pairs.
+"""
+
+import csv
+import html
+import json
+import math
+import os
+import re
+import typing
+
+import numpy as np
+
+from plumbing.answers import DIMENSIONS, read_verdicts, well_formed
+
+# The paper's Table 1: accuracy in-domain with ties; GenAI-Bench with, without; VideoGen-RewardBench with, without.
+PUBLISHED = {
+    "VideoScore": (0.552, 0.490, 0.720, 0.372, 0.503),
+    "VideoAlign": (0.642, 0.494, 0.728, 0.538, 0.722),
+    "VisionReward": (0.571, 0.525, 0.724, 0.465, 0.611),
+    "UnifiedReward": (0.492, 0.458, 0.686, 0.303, 0.564),
+    "UnifiedReward-Thinking": (0.578, 0.548, 0.709, 0.428, 0.582),
+    "VideoScore2": (0.617, 0.391, 0.616, 0.301, 0.497),
+    "DeScore": (0.734, 0.504, 0.765, 0.568, 0.768),
+}
+COLUMNS = {"in-domain": (0, None), "genai-bench": (1, 2), "videogen-rewardbench": (3, 4)}  # benchmark -> with, without
+
+
+class Judged(typing.NamedTuple):
+    """One reward model on one set of pairs.
+
+    numbers: what goes into report.json. labels, margins (n,). curve: candidate thresholds and accuracies, both (m,).
+    hits: {"without_ties" | "with_ties": (n,) bool, was the pair right}. groups (n,): number of the pair's prompt.
+    """
+
+    numbers: dict
+    labels: np.ndarray
+    margins: np.ndarray
+    curve: tuple[np.ndarray, np.ndarray]
+    hits: dict[str, np.ndarray]
+    groups: np.ndarray
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 1. Numbers about the rewards and the CoTs
+# ---------------------------------------------------------------------------------------------------------------
+def calibration(labels: np.ndarray, margins: np.ndarray, bins: int = 10) -> dict:
+    """Does A win as often as the Bradley-Terry model says? P(A wins) = 1 / (1 + exp(-margin)), human ties left out.
+
+    Returns {said, won, pairs} of each non-empty one of `bins` equal slices of [0, 1], and the expected calibration
+    error sum_b n_b / n |mean said - share won|: 0 is perfect; rewards on too large a scale are over-confident.
+    """
+    decided = labels != 0
+    won = labels[decided] > 0
+    said = 1 / (1 + np.exp(-np.clip(margins[decided], -700, 700)))  # exp overflows at 710
+    slot = np.minimum((said * bins).astype(int), bins - 1)
+    chosen = [slot == b for b in np.unique(slot)]
+    rows = [{"said": float(said[c].mean()), "won": float(won[c].mean()), "pairs": int(c.sum())} for c in chosen]
+    error = sum(r["pairs"] * abs(r["said"] - r["won"]) for r in rows) / len(said) if rows else None
+    return {"bins": rows, "expected_calibration_error": error}
+
+
+def thought_statistics(records: list[dict], pairs: list) -> dict:
+    """records {video, prompt, thoughts, tokens}; pairs, whose annotations are the truth -> what the CoTs are like.
+
+    verdict_accuracy: per dimension, share of CoTs whose verdict is the annotated one, as R_qual counts it.
+    """
+    truth = {}
+    for pair in pairs:
+        for video, annotation in zip(pair.videos, (pair.annotation_a, pair.annotation_b)):
+            if annotation:
+                truth[video, pair.prompt] = annotation
+    hits, malformed = {d: [] for d in DIMENSIONS}, []
+    for record in records:
+        annotation = truth.get((record["video"], record["prompt"]), {})
+        for text in record["thoughts"]:
+            malformed.append(not well_formed(text))
+            said = read_verdicts(text)
+            for d in DIMENSIONS:
+                if d in annotation:
+                    hits[d].append(said.get(d) == annotation[d])
+    lengths = [n for record in records for n in record["tokens"]]
+    return {
+        "cots": len(malformed), "malformed_share": float(np.mean(malformed)),
+        "tokens_mean": float(np.mean(lengths)), "tokens_median": float(np.median(lengths)), "tokens_max": max(lengths),
+        "verdict_accuracy": {d: float(np.mean(h)) for d, h in hits.items() if h},
+        "verdicts": sum(map(len, hits.values())),
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 2. report.json, report.md
+# ---------------------------------------------------------------------------------------------------------------
+def markdown_cell(text, limit: int = 80) -> str:
+    """Untrusted text for one Markdown table cell: one line, no HTML, no formula, no table or link syntax."""
+    text = " ".join(str(text).split())
+    text = text if len(text) <= limit else text[: limit - 3] + "..."
+    return re.sub(r"([\\`*_{}\[\]|$~#!])", r"\\\1", html.escape(text, quote=False))
+
+
+def shown(value, interval=None) -> str:
+    """.734, with its interval: .734 (.701 to .765); a dash for what is not defined."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    if interval is None or not all(map(math.isfinite, interval)):
+        return f"{value:.3f}"
+    return f"{value:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"
+
+
+def accuracy_table(judged: list[Judged], videoalign: bool) -> str:
+    """One row per model."""
+    kinds, many = ("without_ties", "with_ties"), len(judged) > 1
+    head = ["model", "without ties (95 %)", "with ties (95 %)", "threshold", "cross-fitted", "calibration error"]
+    head += ["with ties, VideoAlign's script"] * videoalign
+    head += ["minus first, without ties", "minus first, with ties"] * many
+    rows = []
+    for n, *_ in judged:
+        row = [markdown_cell(n["name"]), *(shown(n[f"accuracy_{k}"], n[f"accuracy_{k}_interval"]) for k in kinds)]
+        row += ["nothing is tied" if n["threshold"] < 0 else f"{n['threshold']:.4g}"]
+        row += [shown(n["accuracy_with_ties_cross_fitted"]), shown(n["calibration"]["expected_calibration_error"])]
+        row += [shown(n["accuracy_with_ties_videoalign_compatible"])] * videoalign
+        gap = n["difference_to_first"] or {}
+        rows.append(row + [shown(gap.get(k), gap.get(f"{k}_interval")) for k in kinds] * many)
+    return table(head, rows)
+
+
+def markdown(judged: list[Judged], videoalign: bool) -> str:
+    """The whole report.md: what was measured here, then what the paper published, which says so; then details."""
+    first = judged[0].numbers
+    text = [
+        f"# Agreement with people: {markdown_cell(first['data'])}\n",
+        f"{first['pairs']} pairs of {first['prompts']} prompts, {first['human_ties']} human ties; left out: "
+        f"{first['skipped_pairs']} pairs ({first['skipped_videos']} videos could not be read).\n",
+        accuracy_table(judged, videoalign),
+        "Without ties: human ties are dropped. With ties: |margin| <= threshold is a predicted tie; the threshold is\n"
+        "tuned on these pairs, as in published tables; cross-fitted: on the other half. Intervals: by prompt.\n",
+        "## Published results (the paper's Table 1; not measured here)\n",
+        published(first),
+    ]
+    if first.get("thoughts"):
+        t = first["thoughts"]
+        text += [
+            f"## Chains of thought\n\n{t['cots']} CoTs, {t['malformed_share']:.1%} malformed. Tokens: mean "
+            f"{t['tokens_mean']:.0f}, median {t['tokens_median']:.0f}, longest {t['tokens_max']}.\n"
+        ]
+        if t["verdict_accuracy"]:
+            text += [table(["dimension", "verdicts right"], [[d, shown(v)] for d, v in t["verdict_accuracy"].items()])]
+    if first["model_pairs"]:
+        rows = [
+            [*map(markdown_cell, p["models"]), str(p["pairs"]), shown(p["without_ties"]), shown(p["with_ties"])]
+            for p in first["model_pairs"]
+        ]
+        text += ["## By the models that made the videos\n"]
+        text += [table(["model", "model", "pairs", "without ties", "with ties"], rows)]
+    return "\n".join(text + ["![report.png](report.png)\n"])
+
+
+def published(ours: dict) -> str:
+    """Table 1 with ours below it, in the columns of the benchmark that was run; for other data only a scale."""
+    head = ["model", "source", "in-domain w/ ties", "GenAI w/", "GenAI w/o", "VideoGen w/", "VideoGen w/o"]
+    rows = [[name, "published", *map(shown, values)] for name, values in PUBLISHED.items()]
+    if ours["benchmark"]:
+        mine = ["-"] * 5
+        for column, key in zip(COLUMNS[ours["benchmark"]], ("accuracy_with_ties", "accuracy_without_ties")):
+            if column is not None:
+                mine[column] = shown(ours[key])
+        rows.append([markdown_cell(ours["name"]), "this run", *mine])
+    return table(head, rows)
+
+
+def finite(value):
+    """JSON has no NaN: null instead, at any depth."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write(out: str, judged: list[Judged], videoalign: bool = False) -> None:
+    """Writes report.json (one model: its numbers; several: {"models": [...]}), report.md and .png; prints a table."""
+    os.makedirs(out, exist_ok=True)
+    numbers = [finite(one.numbers) for one in judged]
+    with open(os.path.join(out, "report.json"), "w", encoding="utf-8") as file:
+        json.dump(numbers[0] if len(numbers) == 1 else {"models": numbers}, file, indent=1, allow_nan=False)
+    text = markdown(judged, videoalign)
+    with open(os.path.join(out, "report.md"), "w", encoding="utf-8") as file:
+        file.write(text)
+    draw(os.path.join(out, "report.png"), judged)
+    print(text.split("## Published")[0].strip(), f"\n\n{out}/report.md, report.json, report.png")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 3. report.png
+# ---------------------------------------------------------------------------------------------------------------
+def draw(path: str, judged: list[Judged]) -> None:
+    """Three panels: margins by label (several models: accuracies), reliability, accuracy by share of called ties."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, middle, rest) = plt.subplots(1, 3, figsize=(15, 4.4))
+    names = [one.numbers["name"][:40].replace("$", r"\$") for one in judged]  # a lone $ would start a formula
+    (draw_margins if len(judged) == 1 else draw_accuracies)(left, judged, names)
+    middle.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1, label="perfect")
+    for one, name in zip(judged, names):
+        bins = one.numbers["calibration"]["bins"]
+        said, won, count = ([b[k] for b in bins] for k in ("said", "won", "pairs"))
+        line = middle.plot(said, won, marker="o", markersize=3, label=name)[0]
+        middle.scatter(said, won, s=[300 * c / sum(count) for c in count], color=line.get_color(), alpha=0.35)
+        thresholds, accuracies = one.curve
+        share = np.searchsorted(np.sort(np.abs(one.margins)), thresholds, side="right") / len(one.margins)
+        rest.plot(share, accuracies, label=name, color=line.get_color(), drawstyle="steps-post")
+        best = int(np.argmax(accuracies))
+        rest.plot(share[best], accuracies[best], "o", color=line.get_color())
+        rest.annotate(f" {accuracies[best]:.3f}", (share[best], accuracies[best]), fontsize=9, va="bottom")
+    rest.axhline((judged[0].labels == 0).mean(), color="grey", linestyle="--", linewidth=1, label="share of human ties")
+    middle.set(title="Reliability (area: number of pairs)", xlabel="P(A wins), said", ylabel="share that A won")
+    rest.set(title="Accuracy with ties, by threshold", xlabel="share of pairs called a tie", ylabel="accuracy")
+    for axis in (left, middle, rest):
+        axis.grid(alpha=0.25), axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_margins(axis, judged, names) -> None:
+    """Histogram of r_A - r_B, one outline per human label. A good model keeps the three apart."""
+    one = judged[0]
+    low, high = np.quantile(one.margins, (0.005, 0.995))
+    edges = np.linspace(low, high if high > low else low + 1, 31)
+    looks = ((1, "A is better", "tab:blue"), (0, "the same", "tab:grey"), (-1, "B is better", "tab:orange"))
+    for label, text, colour in looks:
+        chosen = np.clip(one.margins[one.labels == label], edges[0], edges[-1])
+        axis.hist(chosen, edges, histtype="stepfilled", alpha=0.35, color=colour, label=f"{text} ({len(chosen)})")
+        axis.hist(chosen, edges, histtype="step", color=colour)
+    threshold = one.numbers["threshold"]
+    if threshold > 0:
+        axis.axvspan(-threshold, threshold, color="black", alpha=0.07, label="called a tie")
+    axis.set(title=f"Margins by human label: {names[0]}", xlabel="margin r_A - r_B", ylabel="pairs")
+
+
+def draw_accuracies(axis, judged, names) -> None:
+    """A dot and its 95 % interval per model, without and with ties."""
+    for shift, key, colour in ((0.12, "without_ties", "tab:blue"), (-0.12, "with_ties", "tab:orange")):
+        for row, one in enumerate(reversed(judged)):
+            value, (low, high) = one.numbers[f"accuracy_{key}"], one.numbers[f"accuracy_{key}_interval"]
+            if value is not None:
+                axis.plot([low, high], [row + shift] * 2, color=colour)
+                axis.plot(value, row + shift, "o", color=colour, label=key.replace("_", " ") if row == 0 else None)
+    axis.set_yticks(range(len(judged)), names[::-1], fontsize=8)
+    axis.set(title="Accuracy, 95 % intervals", xlabel="accuracy")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 4. CSV files
+# ---------------------------------------------------------------------------------------------------------------
+def write_csv(path: str, head: list[str], rows: list[list]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([head, *rows])
+
+
+def write_scores(path: str, rows: list[tuple[str, str, float]], root: str) -> None:
+    """path,prompt,reward: what --scores and --compare read back, so texts stay exact: beware of spreadsheets."""
+    write_csv(path, ["path", "prompt", "reward"], [[os.path.relpath(v, root or "."), p, r] for v, p, r in rows])

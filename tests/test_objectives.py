@@ -1,0 +1,203 @@
+"""Which loss does an update descend, and which way? Both stages through their own loops, not equation by equation.
+
+`test_losses.py` shows that each equation is right. Here: that the loops feed it the right numbers, in the right order,
+with the right sign and weight. A loop that trains the wrong way round still runs, logs and saves.
+"""
+
+import csv
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import cold_start
+import data
+import grpo
+import parallel
+from plumbing import logs, monitor
+from conftest import judge
+from model import DeScore, lay_out
+
+TRUTH = dict.fromkeys(data.DIMENSIONS, "2")
+COTS = [[[70, 71, 72, 73], [80], [90, 91]], [[92, 93, 94], [75, 76, 77, 78, 79], [81]]]  # [video][G = 3] token ids
+ADVANTAGES = torch.tensor([[1.0, -0.6, -0.4], [-1.1, 0.3, 0.8]])
+
+
+# -- stage 1 ----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("loss", ["bt", "btt"])
+def test_stage_1_raises_the_winner_whichever_side_it_is_on(world, base_dir, tmp_path, loss):
+    """Eq. 3: -log σ(r_w - r_l) is lowered by raising r_w - r_l. The winner w is A where the label says A, else B.
+
+    The script learns three pairs by heart, won by A, won by B and a tie; then we score them with the model it wrote.
+    Plain BT leaves the tie out; Rao and Kupper's pulls its two rewards together.
+    """
+    pairs = data.read_pairs(world["train_cold_start"])[:3]
+    with open(tmp_path / "pairs.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["videos", "prompt", "CoT_A", "CoT_B", "GSB"])
+        writer.writerows([list(p.videos), p.prompt, "one", "two", label] for p, label in zip(pairs, ("A", "B", "same")))
+    cold_start.main([
+        "--model", base_dir, "--data", str(tmp_path / "pairs.csv"), "--out", str(tmp_path), "--loss", loss,
+        "--batch-pairs", "2" if loss == "bt" else "3", "--epochs", "8", "--mask-probability", "0", "--workers", "0",
+        "--train", "head", "--no-train-vision", "--no-gradient-checkpointing", "--lr", "3e-2",
+    ])  # fmt: skip
+    model = DeScore.from_pretrained(str(tmp_path / "model"))
+    prompts = [pair.prompt for pair in pairs]
+    r_a = model.score([pair.video_a for pair in pairs], prompts, ["one"] * 3)
+    r_b = model.score([pair.video_b for pair in pairs], prompts, ["two"] * 3)
+    won_by_a, won_by_b, tie = (r_a - r_b).tolist()
+    assert won_by_a > 1 and won_by_b < -1
+    assert loss == "bt" or abs(tie) < 1
+    steps = logs.read_metrics(str(tmp_path))
+    assert steps[-1]["accuracy"] == 1.0 and steps[-1]["margin"] > 1 and steps[-1]["loss"] < steps[0]["loss"] / 2
+
+
+# -- stage 2 ----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def settings():
+    return grpo.Settings(rollouts=3, batch_pairs=1, mini_pairs=1, kl_coef=0.0, bt_coef=0.0, max_grad_norm=1e9)
+
+
+@pytest.fixture
+def rollouts(world, processor):
+    """A pair that A has won, and its rollouts with advantages as if judged."""
+    pair = dataclasses.replace(data.read_pairs(world["train_rl"])[0], label=1)
+    ((_, prefixes),) = data.take(data.EncodedPairs([pair], processor), [0])
+    return grpo.Rollouts(pair, prefixes, COTS, advantages=ADVANTAGES)
+
+
+def update(model, rollouts, settings, *more):
+    """One update at learning rate 0, of one pair or of several. Returns {parameter: the gradient that the optimizer got} and what is logged."""
+    model.make_trainable("full", vision=False)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    gradients = {}
+
+    def note(*_):
+        gradients.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    optimizer.register_step_pre_hook(note)
+    return gradients, grpo.update(model, optimizer, [rollouts, *more], settings, parallel.Ranks())
+
+
+def rewards_one_by_one(model, rollouts):
+    """(2, G): the head's reward of each rollout, each in a forward of its own."""
+    with torch.no_grad():
+        return torch.stack([torch.cat([model(lay_out(model.backbone, [prefix], [[cot]])).rewards for cot in row])
+                            for prefix, row in zip(rollouts.prefixes, rollouts.cots)])  # fmt: skip
+
+
+def dot(one, two):
+    return sum((one[name] * two[name]).sum() for name in one).item()
+
+
+def test_eq10_pairs_rollout_i_of_the_winner_with_rollout_i_of_the_loser(rollouts, model, settings):
+    """Eq. 10: mean over i of -log σ(r_w,i - r_l,i). The order of B's rollouts matters, and so does who has won."""
+    settings = dataclasses.replace(settings, bt_coef=1.0)
+    by_hand = lambda winner, loser: sum(math.log(1 + math.exp(l - w)) for w, l in zip(winner.tolist(), loser.tolist())) / 3
+    for_two_videos = by_hand(*rewards_one_by_one(model, rollouts))
+    assert update(model, rollouts, settings)[1]["bt_loss"] == pytest.approx(for_two_videos, rel=1e-4)
+
+    # From here one video twice: only the CoTs differ, so margins are small and of both signs.
+    rollouts = grpo.Rollouts(rollouts.pair, [rollouts.prefixes[0]] * 2, COTS, advantages=ADVANTAGES)
+    r_a, r_b = rewards_one_by_one(model, rollouts)
+    gradients, logged = update(model, rollouts, settings)
+    assert logged["bt_loss"] == pytest.approx(by_hand(r_a, r_b), rel=1e-4)
+
+    order = [1, 2, 0]  # B's rollouts in another order: other opponents, another loss
+    moved = dataclasses.replace(rollouts, cots=[COTS[0], [COTS[1][i] for i in order]])
+    other_gradients, other = update(model, moved, settings)
+    assert other["bt_loss"] == pytest.approx(by_hand(r_a, r_b[order]), rel=1e-4)
+    assert abs(other["bt_loss"] - logged["bt_loss"]) > 1e-3
+    assert not torch.allclose(gradients["head.weight"], other_gradients["head.weight"], rtol=1e-2)
+
+    flipped = dataclasses.replace(rollouts, pair=dataclasses.replace(rollouts.pair, label=-1))
+    other_gradients, other = update(model, flipped, settings)
+    assert other["bt_loss"] == pytest.approx(by_hand(r_b, r_a), rel=1e-4)
+    assert abs(other["bt_loss"] - logged["bt_loss"]) > 1e-2
+    assert dot(gradients, other_gradients) < 0  # what raised A's rewards over B's now lowers them
+    assert other["margin"] == pytest.approx(-logged["margin"], rel=1e-4)
+
+
+def test_a_human_tie_does_not_thin_out_the_others_bt(rollouts, model, settings):
+    """Eq. 10 averages over the pairs that have a winner. A tie beside them has none: it counts neither above nor below."""
+    tie = dataclasses.replace(rollouts, pair=dataclasses.replace(rollouts.pair, label=0), advantages=torch.zeros(2, 3))
+    settings = dataclasses.replace(settings, bt_coef=1.0)
+    alone, logged = update(model, dataclasses.replace(rollouts, advantages=torch.zeros(2, 3)), settings)
+    beside, also = update(model, dataclasses.replace(rollouts, advantages=torch.zeros(2, 3)), settings, tie)
+    for name in ("bt_loss", "margin"):
+        assert also[name] == pytest.approx(logged[name], rel=1e-5), name
+    assert torch.allclose(alone["head.weight"], beside["head.weight"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("kl_coef, bt_coef", [(0.0, 0.0), (2.0, 0.0), (0.0, 3.0), (0.7, 0.4)])
+def test_the_update_descends_the_sum_of_its_three_losses(rollouts, model, tiny_model_dir, settings, kl_coef, bt_coef):
+    """L = GRPO (Eq. 7) + kl_coef KL + bt_coef BT (Eq. 10): the gradient of the update is the slope of this sum.
+
+    Measured without autograd: all weights move by ±h along the gradient's direction, and the three logged losses are
+    added up by hand. (L(+h) - L(-h)) / 2h must be |gradient|. A weight that is forgotten, swapped or negative shows.
+    """
+    settings = dataclasses.replace(settings, kl_coef=kl_coef, bt_coef=bt_coef)
+    other = DeScore.from_pretrained(tiny_model_dir)  # any other policy as reference, so that the KL has a slope
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "language_model" in name:
+                parameter.mul_(1.2)
+    rollouts.old = grpo.log_probs_now(model, rollouts, settings, parallel.Ranks())  # fixed, or the loss would not move
+    rollouts.reference = grpo.log_probs_now(other, rollouts, settings, parallel.Ranks())
+    gradients, logged = update(model, rollouts, settings)
+    assert logged["kl"] > 1e-3
+    norm, h = dot(gradients, gradients) ** 0.5, 2e-3
+
+    def total_at(distance):
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, gradient in gradients.items():
+                parameters[name].add_(gradient, alpha=distance / norm)
+        _, sums = update(model, rollouts, settings)
+        with torch.no_grad():
+            for name, gradient in gradients.items():
+                parameters[name].sub_(gradient, alpha=distance / norm)
+        return sums["grpo_loss"] + kl_coef * sums["kl"] + bt_coef * sums["bt_loss"]
+
+    assert (total_at(h) - total_at(-h)) / (2 * h) == pytest.approx(norm, rel=0.02)
+
+
+def test_the_two_objectives_are_independent(rollouts, model, tiny_model_dir, settings):
+    """No gradient of GRPO or KL reaches query or head, and none of BT reaches `lm_head`: they meet in the LLM only."""
+    rollouts.reference = grpo.log_probs_now(DeScore.from_pretrained(tiny_model_dir), rollouts, settings, parallel.Ranks())
+    thinking, _ = update(model, rollouts, dataclasses.replace(settings, kl_coef=1.0))
+    silent = dataclasses.replace(rollouts, advantages=torch.zeros(2, 3))
+    scoring, _ = update(model, silent, dataclasses.replace(settings, bt_coef=1.0))
+    zero = lambda gradients, name: name not in gradients or not gradients[name].any()
+    assert zero(thinking, "head.weight") and zero(thinking, "query") and zero(scoring, "backbone.lm_head.weight")
+    for name in ("backbone.lm_head.weight", "backbone.model.language_model.layers.0.mlp.up_proj.weight"):
+        assert thinking[name].any()
+    for name in ("head.weight", "query", "backbone.model.language_model.layers.0.mlp.up_proj.weight"):
+        assert scoring[name].any()
+
+
+def test_r_len_counts_tokens(rollouts, processor, settings):
+    """R_len = 0 up to `low` TOKENS, 1 from `high`. Characters are another unit: here a token has eight or more.
+
+    10 tokens between 0 and 20: R_len = .5. Their 80 and more characters would give 1.
+    """
+    word = processor.tokenizer(" moving left", add_special_tokens=False)["input_ids"]
+    assert len(word) == 1
+    settings = dataclasses.replace(settings, length_low=0, length_high=20)
+    pair = dataclasses.replace(rollouts.pair, annotation_a=TRUTH, annotation_b=TRUTH)
+    judged = dataclasses.replace(rollouts, pair=pair, cots=[[word * 10, word * 5, word], [word * 20, word * 30, []]])
+    judge(judged, processor.tokenizer, settings)
+    assert [[reward.length for reward in row] for row in judged.rule_rewards] == [[0.5, 0.25, 0.05], [1.0, 1.0, 0.0]]
+    assert judged.rule_rewards[0][0].total == pytest.approx(0.2 * 0.5)  # R = .7 R_qual + .1 R_fmt + .2 R_len, the others 0
+
+
+def test_a_flat_group_is_counted(rollouts, model, settings):
+    """Video A's three CoTs are worth the same, those of B are not: one of two groups is flat."""
+    settings = dataclasses.replace(settings, length_low=0, length_high=7)  # R = .2 tokens / 7
+    pair = dataclasses.replace(rollouts.pair, annotation_a=TRUTH, annotation_b=TRUTH)
+    judged = dataclasses.replace(rollouts, pair=pair, cots=[[[70, 71, 72], [80, 81, 82], [90, 91, 92]], COTS[0]])
+    judge(judged, model.processor.tokenizer, settings)
+    assert judged.advantages[0].tolist() == [0.0, 0.0, 0.0] and judged.advantages[1].abs().min() > 0.1
+    _, sums = update(model, judged, settings)
+    assert monitor.grpo_metrics([judged], [sums], settings, parallel.Ranks())["flat_groups"] == 0.5
