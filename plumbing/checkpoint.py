@@ -2,12 +2,14 @@
 
 import contextlib
 import glob
+import inspect
 import json
 import os
 import shutil
 import zlib
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen3VLForConditionalGeneration
 
@@ -146,8 +148,21 @@ def write_tensors(path: str, named_tensors, write=True) -> None:
             json.dump({"metadata": {"total_size": size}, "weight_map": where}, file, indent=1)
 
 
+def refuse_blind_transformers() -> None:
+    """InputError for a transformers whose Qwen3-VL takes no `mm_encoder_outputs` (5.17 and before).
+
+    It would be swallowed by **kwargs, and the model would train and score without seeing the video.
+    """
+    if "mm_encoder_outputs" not in inspect.signature(transformers.Qwen3VLModel.forward).parameters:
+        raise InputError(
+            f"transformers {transformers.__version__}: its Qwen3-VL would not see the video; 5.18 or newer is needed: "
+            "pip install -r requirements.txt."
+        )
+
+
 def load_backbone(path: str, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:
     """The Qwen3-VL in a folder (or on the hub), every weight accounted for. Raises InputError otherwise."""
+    refuse_blind_transformers()
     try:
         config = AutoConfig.from_pretrained(path)
         if config.model_type != "qwen3_vl":
@@ -176,6 +191,7 @@ def empty_backbone(path: str, dtype: torch.dtype) -> Qwen3VLForConditionalGenera
     """The Qwen3-VL of a folder's config.json on the meta device: names, shapes and types, but no memory."""
     from accelerate import init_empty_weights
 
+    refuse_blind_transformers()
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import rollout
@@ -281,6 +282,20 @@ def test_think_score_reward(model, tiny_clips):
     assert torch.allclose(model.reward(clips, prompts, think=False), model.score(clips, prompts, [None, ""]), atol=1e-6)
     with pytest.raises(InputError, match="one prompt per video"):
         model.think(clips, prompts[:1])
+
+
+def test_the_reward_depends_on_the_video(model, tiny_clips):
+    prompts, thoughts = ["a red circle"] * 2, ["<think>the same</think>"] * 2
+    one, other = model.score(tiny_clips[:2], prompts, thoughts).tolist()
+    swapped = model.score(tiny_clips[:2][::-1], prompts, thoughts).tolist()
+    assert abs(one - other) > 1e-3 and swapped == pytest.approx([other, one], abs=1e-5)
+
+
+def test_a_transformers_that_would_drop_the_video_is_refused(base_dir, monkeypatch):
+    monkeypatch.setattr(transformers.Qwen3VLModel, "forward", lambda self, input_ids, **kwargs: None)
+    for empty in (False, True):
+        with pytest.raises(InputError, match="would not see the video; 5.18 or newer"):
+            DeScore.from_pretrained(base_dir, new_head=True, empty=empty)
 
 
 def test_several_thoughts_cost_one_prefix_and_score_as_alone(model, tiny_clips):
