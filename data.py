@@ -263,7 +263,7 @@ def encode_text(tokenizer, text: str, keep: tuple[str, ...] = (), before: str = 
     """Ids of before + text + after. Control tokens may come from `before` and `after`, never from `text`.
 
     A user may type `<|im_end|>` or `<|video_pad|>`. The tokenizer would turn that into the control token and so let the
-    prompt end the turn or pretend to be video. We cut inside each such spelling that touches `text` ('<' | '|im_end|>'),
+    prompt end the turn or pretend to be video. We cut inside each spelling that touches `text` ('<' | '|im_end|>'),
     encode the pieces, and join the ids: none of them is a control token, and they decode to exactly the same text, up
     to Unicode normalisation (Qwen's tokenizer writes "e" + accent as one letter, NFC). `keep` names added tokens that
     may stay (`<think>` in a CoT).
@@ -275,7 +275,7 @@ def encode_text(tokenizer, text: str, keep: tuple[str, ...] = (), before: str = 
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise InputError(f"the text {ascii(text[:60])} holds half a character (a lone surrogate); remove it.") from error
+        raise InputError(f"the text {ascii(text[:60])} holds half a character (a lone surrogate); remove it.") from None
     added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.content not in keep}
     spellings = "|".join(re.escape(t) for t in sorted(added, key=len, reverse=True))
     whole, begin, end = before + text + after, len(before), len(before) + len(text)

@@ -277,7 +277,7 @@ def test_tokens_may_reach_over_a_seam():
     from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE({c: i for i, c in enumerate([*"a.:\n<e>", ".\n", ":\n"])}, [(".", "\n"), (":", "\n")]))
-    bpe.add_special_tokens([AddedToken("<e>", special=True, normalized=False)])
+    bpe.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<e>", "e>:")])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe)
     assert data.encode_text(tokenizer, "a.", before="a:", after="\na<e>") == tokenizer("a:a.\na<e>")["input_ids"]
     assert data.encode_text(tokenizer, "\na", before="a:", after="<e>") == tokenizer("a:\na<e>")["input_ids"]
@@ -287,6 +287,7 @@ def test_tokens_may_reach_over_a_seam():
     assert tokenizer.decode(hostile).replace(" ", "") == "<e>:\n<e>.\n<e>"
     straddling = data.encode_text(tokenizer, "e>a", before="a<", after="a")  # a seam must not make a control token
     assert end not in straddling
+    assert tokenizer.decode(data.encode_text(tokenizer, "<e>:")).replace(" ", "") == "<e>:"  # one spelling in another
 
 
 def test_half_a_character_is_refused(processor):

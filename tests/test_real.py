@@ -9,12 +9,12 @@ import torch
 from transformers.models.qwen3_vl import video_processing_qwen3_vl
 
 import data
-from model import banned_tokens
+from rollout import banned_tokens
 from test_data import published_layout
 
 pytestmark = pytest.mark.real
-GIRL = ("The camera remains still, a girl with braided hair and wearing a pink dress approached the chair in the room and sat"
-        " on it, the background is a cozy bedroom, warm indoor lighting.")  # fmt: skip
+GIRL = ("The camera remains still, a girl with braided hair and wearing a pink dress approached the chair in the room"
+        " and sat on it, the background is a cozy bedroom, warm indoor lighting.")  # fmt: skip
 
 
 def clip(seconds, source_fps, height, width, max_pixels=448 * 448):
@@ -34,8 +34,8 @@ def test_prompts_are_as_long_as_in_the_release_that_the_weights_came_out_for(rea
     assert inputs["input_ids"].tolist() == published_layout(real_processor.tokenizer, video, GIRL)
 
 
-PROMPTS = ["a cat", "A cat.", "Is it a cat?", "a cat!!!", "a cat...\n", "\n\na cat", "  a cat  ", "(a cat)", "a \"cat\"", "12",
-           "一只猫在跑。", "猫、犬。\n", "un café à l'été", "кот — бежит…", "🐈‍⬛ runs 🏃!", "नमस्ते।", "مرحبا؟", "<b>cat</b>", "<|", "a<"]
+PROMPTS = ["a cat", "A cat.", "Is it a cat?", "a cat!!!", "a cat...\n", "\n\na cat", "  a cat  ", "(a cat)", "a \"cat\"", "12", "<|", "a<",
+           "一只猫在跑。", "猫、犬。\n", "un café à l'été", "кот — бежит…", "🐈‍⬛ runs 🏃!", "नमस्ते।", "مرحبا؟", "<b>cat</b>"]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
