@@ -4,7 +4,8 @@
     python -m lab.real --model DIR --text-layers all --vision-layers all      on a GPU      ->   OUT/real.json
 
 What a new machine runs first. DIR is a published Qwen3-VL; only its config.json, tokenizer and processor are read. One
-pair of clips, P : C = 1 : 1 unless --cot-tokens says otherwise. Nothing is sampled: the CoTs are given. Each case runs in a model of its own: once untimed, for its memory and gradient norms, then --repeats times.
+pair of clips, P : C = 1 : 1 unless --cot-tokens says otherwise. Nothing is sampled: the CoTs are given. Each case runs
+in a model of its own: once untimed, for its memory and gradient norms, then --repeats times.
 
     stage1-lora    score_pairs, BT loss, backward, clipping, AdamW; LoRA and the whole vision tower are trained
     stage2-lora    the reference's pass (adapters off), then grpo.update; the tower is frozen

@@ -47,5 +47,5 @@ def test_bad_flags_are_one_sentence(base_dir, tmp_path, capsys):
     out = ["--out", str(tmp_path)]
     refuses(capsys, real.main, "--model", tmp_path, *out, says="no config.json")
     refuses(capsys, real.main, "--model", base_dir, "--text-layers", "3", *out, says="--text-layers 3: give 1 to 2")
-    refuses(capsys, real.main, "--model", base_dir, "--text-layers", "1", "--vision-layers", "1", "--clips", "a.mp4", *out,
-            says="a pair needs two")  # fmt: skip
+    layers = "--text-layers", "1", "--vision-layers", "1"
+    refuses(capsys, real.main, "--model", base_dir, *layers, "--clips", "a.mp4", *out, says="a pair needs two")
