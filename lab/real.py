@@ -1,24 +1,22 @@
-"""One update of each stage at the published widths: the real code, a real clip, random weights. What a new machine runs first.
+"""One update of each stage at the published widths: the real code, a real clip, random weights.
 
-    python bench_real.py --model DIR                                                  minutes on a CPU, 12 GB
-    python bench_real.py --model DIR --text-layers all --vision-layers all            on a GPU      ->   OUT/real.json
+    python -m lab.real --model DIR --bf16                                     minutes on a CPU
+    python -m lab.real --model DIR --text-layers all --vision-layers all      on a GPU      ->   OUT/real.json
 
-DIR is a published Qwen3-VL; only its config.json, tokenizer and processor are read. One pair, its two videos the same clip,
-P : C = 1 : 1 unless --cot-tokens says otherwise. Nothing is sampled: the CoTs are given. Each case runs in a model of its
-own: once untimed, for its memory and gradient norms, and then --repeats times.
+What a new machine runs first. DIR is a published Qwen3-VL; only its config.json, tokenizer and processor are read. One
+pair of clips, P : C = 1 : 1 unless --cot-tokens says otherwise. Nothing is sampled: the CoTs are given. Each case runs
+in a model of its own: once untimed, for its memory and gradient norms, then --repeats times.
 
     stage1-lora    score_pairs, BT loss, backward, clipping, AdamW; LoRA and the whole vision tower are trained
     stage2-lora    the reference's pass (adapters off), then grpo.update; the tower is frozen
     stage2-full    the same with all of the LLM trained and a second, frozen model as reference: states of 18 bytes a
                    parameter and more, so choose --text-layers that fit
 
-tokens/s: positions that enter the LLM once (a packed prefix counts once), over the seconds of the update. MFU: the FLOPs
-that the update needs, without those of recomputing, over seconds and over the rate of a large bf16 matrix product on the
-same card. "plan" is `parallel.py --plan` for the same sizes on one GPU; it counts bf16 compute, as on GPUs or with --bf16.
+tokens/s: positions that enter the LLM (a packed prefix counts once), over the seconds of the update. MFU: the FLOPs
+the update needs, without those of recomputing, over seconds and over the rate of a large bf16 matrix product on this
+card. "plan GB" is lab/plan.py for the same sizes on one GPU; it counts bf16 compute, as on GPUs or with --bf16.
 """
 
-import contextlib
-import copy
 import dataclasses
 import json
 import os
@@ -34,12 +32,11 @@ import cold_start
 import data
 import grpo
 import parallel
-import toy
-from bench import forward_flops, measure, table, with_peak
-from data import InputError
+from lab import plan, toy
+from lab.bench import forward_flops, measure, table, with_peak
 from losses import bt_loss, group_advantages
 from model import DeScore
-from parallel import arg
+from plumbing.settings import InputError, arg, cli, parse
 
 CASES = ("stage1-lora", "stage2-lora", "stage2-full")
 
@@ -48,10 +45,10 @@ CASES = ("stage1-lora", "stage2-lora", "stage2-full")
 class Settings:
     """What runs, and how large."""
 
-    model: str = arg(None, "folder of a published Qwen3-VL: config.json, tokenizer, processor; its weights are not read")
+    model: str = arg(None, "folder of a published Qwen3-VL; its weights are not read")
     out: str = arg("runs/bench", "output folder")
     cases: list[str] = arg(CASES[:2], "what runs", choices=CASES)
-    clip: str | None = arg(None, "a video file; default: 5 seconds at 448 x 448 are rendered")
+    clips: list[str] = arg(None, "two video files; default: two of 5 seconds at 448 x 448 are rendered")
     text_layers: str = arg("2", "layers of the LLM: a number, or all")
     vision_layers: str = arg("4", "layers of the vision tower: a number, or all")
     rollouts: int = arg(8, "G, CoTs per video in stage 2")
@@ -94,12 +91,14 @@ def load(folder: str, s: Settings, ranks, train: str, stage: int) -> DeScore:
     return parallel.shard(model, ranks).train()
 
 
-def clip_of(s: Settings):
-    """(video, frames per second of what is in memory)"""
-    if s.clip:
-        return s.clip, None
+def clips_of(s: Settings) -> tuple[list, float | None]:
+    """(two videos, frames per second if they are in memory). Two unlike ones, or the head would have no gradient."""
+    if s.clips:
+        if len(s.clips) != 2:
+            raise InputError(f"--clips: {len(s.clips)} given; a pair needs two.")
+        return s.clips, None
     rng = np.random.default_rng(s.seed)
-    return toy.render_clip(toy.random_values(rng), rng, np.arange(40) / 8, size=448), 8.0
+    return [toy.render_clip(toy.random_values(rng), rng, np.arange(40) / 8, size=448) for _ in "AB"], 8.0
 
 
 # ---- 2. One update of each stage, as a function without arguments --------------------------------------------
@@ -113,10 +112,8 @@ def stage_1(model, item, settings: cold_start.Settings, ranks):
             chosen, rejected = cold_start.score_pairs(model, [item], settings)
         loss = bt_loss(chosen, rejected)
         parallel.backward(loss, ranks)
-        norms = parallel.clip_gradients(model, settings.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        return {"loss": loss.item(), **{f"|g| {part}": norm for part, norm in norms.items()}}
+        norms = parallel.take_step(model, optimizer, cold_start.rows_of([item]), settings, ranks)
+        return {"loss": loss.item(), **in_short(norms)}
 
     return update
 
@@ -127,13 +124,16 @@ def stage_2(model, reference, rollouts: grpo.Rollouts, settings: grpo.Settings, 
     parallel.set_learning_rate(optimizer, 1, 1)
 
     def update():
-        with model.reference_policy() if reference is None else contextlib.nullcontext():
-            rollouts.reference = grpo.log_probs_now(reference or model, rollouts, settings, ranks)
+        grpo.log_probs_before(model, reference, rollouts, settings, ranks)
         done = grpo.update(model, optimizer, [rollouts], settings, ranks)
-        norms = {name.replace("grad_norm_", "|g| "): x for name, x in done.items() if name.startswith("grad_norm_")}
-        return {"loss": done["bt_loss"], **norms}
+        return {"BT loss": done["bt_loss"], **in_short(done)}
 
     return update
+
+
+def in_short(logged: dict) -> dict[str, float]:
+    """The gradient norms among what an update logs, before clipping, as "|g| llm"."""
+    return {name.replace("grad_norm_", "|g| "): x for name, x in logged.items() if name.startswith("grad_norm_")}
 
 
 def update_flops(model, prefixes, cots, stage: int, train: str) -> float:
@@ -149,11 +149,11 @@ def update_flops(model, prefixes, cots, stage: int, train: str) -> float:
 
 def planned_gb(folder: str, s: Settings, stage: int, train: str, prefix: int, cot: int) -> float:
     """The plan's memory on one GPU, 10^9 bytes."""
-    plan = parallel.Plan(
+    sizes = plan.Plan(
         plan=folder, stage=stage, train=train, gpus=1, video_tokens=prefix, cot_tokens=cot, rollouts=s.rollouts,
         gradient_checkpointing=s.gradient_checkpointing,
     )  # fmt: skip
-    return sum(parallel.plan_memory(parallel.model_config(folder), plan).values()) / 1e9
+    return sum(plan.plan_memory(plan.model_config(folder), sizes).values()) / 1e9
 
 
 def run_case(case: str, folder: str, s: Settings, ranks, rate: float | None) -> dict:
@@ -163,9 +163,9 @@ def run_case(case: str, folder: str, s: Settings, ranks, rate: float | None) -> 
     settings.out = s.out
     reference = load(folder, s, ranks, "head", 2).eval().requires_grad_(False) if case == "stage2-full" else None
     model = load(folder, s, ranks, train, stage)
-    video, fps = clip_of(s)
+    videos, fps = clips_of(s)
     model.settings.update(fps=settings.fps, max_pixels=settings.max_pixels)
-    prefixes = model.encode([video, video], ["a red ball rolls to the left", "a blue ball"], fps)
+    prefixes = model.encode(videos, ["a red ball rolls to the left"] * 2, fps)
     p = max(len(prefix["input_ids"]) for prefix in prefixes)
     c, vocabulary = s.cot_tokens or p, model.backbone.config.text_config.vocab_size
     generator = torch.Generator().manual_seed(s.seed)
@@ -175,6 +175,7 @@ def run_case(case: str, folder: str, s: Settings, ranks, rate: float | None) -> 
         cots, update = [[c], [c]], stage_1(model, (pair, prefixes), settings, ranks)
     else:
         settings.rollouts, settings.packing = s.rollouts, s.packing
+        settings.mini_pairs = settings.batch_pairs  # on-policy: no pass for old log-probs
         words = torch.randint(vocabulary // 2, (2, s.rollouts, c), generator=generator).tolist()
         advantages = group_advantages(torch.rand(2, s.rollouts, generator=generator))
         pair = data.PreferencePair("a", "b", "a prompt", 1)
@@ -183,7 +184,8 @@ def run_case(case: str, folder: str, s: Settings, ranks, rate: float | None) -> 
     held = sum(x.nbytes for part in (model, reference) if part is not None for x in part.parameters())
     found, peak = with_peak(update)
     seconds = measure({case: update}, s.repeats)[case]
-    tokens, middle = sum(len(x["input_ids"]) + sum(n + 1 for n in y) for x, y in zip(prefixes, cots)), statistics.median(seconds)
+    tokens = sum(len(prefix["input_ids"]) + sum(n + 1 for n in lengths) for prefix, lengths in zip(prefixes, cots))
+    middle = statistics.median(seconds)
     flops = update_flops(model, prefixes, cots, stage, train)
     row = {"case": case, "P": p, "C": c, "G": s.rollouts if stage == 2 else 1, "tokens": tokens, "seconds": seconds,
            "tokens/s": tokens / middle, "TFLOP": flops / 1e12, "TFLOP/s": flops / middle / 1e12,
@@ -199,7 +201,7 @@ def matmul_rate(device) -> float:
 
 
 def main(argv=None) -> None:
-    s, on_gpu = parallel.parse(Settings, __doc__, argv), torch.cuda.is_available()
+    s, on_gpu = parse(Settings, __doc__, argv), torch.cuda.is_available()
     os.makedirs(s.out, exist_ok=True)
     ranks, rows = parallel.start(s.seed), []
     rate = matmul_rate(ranks.device) if on_gpu else None
@@ -223,4 +225,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    parallel.cli(main)
+    cli(main)
