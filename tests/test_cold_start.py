@@ -50,6 +50,16 @@ def test_one_mask_draw_per_pair_and_a_masked_cot_is_absent(pairs, model, process
     )
 
 
+def test_each_video_is_scored_with_its_own_cot(pairs, model, processor, settings):
+    """A's CoT stands behind A's video: stage 1 scores as `DeScore.score` does when the model is used."""
+    (r_a,), (r_b,) = cold_start.score_pairs(model, items(pairs, processor, 1), settings)
+    pair = pairs[0]
+    expected = model.score([pair.video_a, pair.video_b], [pair.prompt] * 2, [pair.cot_a, pair.cot_b])
+    crossed = model.score([pair.video_a, pair.video_b], [pair.prompt] * 2, [pair.cot_b, pair.cot_a])
+    assert [r_a.item(), r_b.item()] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert not torch.allclose(expected, crossed, atol=1e-3)
+
+
 def test_validation_never_masks(pairs, model, processor, settings, monkeypatch):
     calls = []
     real = cold_start.score_pairs
@@ -58,6 +68,7 @@ def test_validation_never_masks(pairs, model, processor, settings, monkeypatch):
     )
     settings = dataclasses.replace(settings, mask_probability=1.0, micro_pairs=2)
     accuracy = cold_start.validate(model, data.EncodedPairs(pairs, processor), settings, parallel.Ranks())
+    assert model.training  # it goes on training afterwards, with dropout
     assert calls == [None] * -(-len(pairs) // 2)
     right = sum(
         ((a - b) * p.label > 0).item()

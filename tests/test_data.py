@@ -103,6 +103,7 @@ def test_bad_csv_names_the_place(tmp_path):
 def test_sample_indices():
     assert data.sample_indices(12, 8.0, 2.0) == [0, 4, 8, 8]  # 1.5 s: t = 0, .5, 1; the last twice, to be even
     assert data.sample_indices(120, 24.0, 2.0) == list(range(0, 120, 12))  # 5 s: ten frames
+    assert data.sample_indices(100, 24.0, 2.0) == [*range(0, 100, 12), 96]  # 4.17 s: t = 4 is still on screen
     assert data.sample_indices(1, 24.0, 2.0) == [0, 0]  # shorter than two frames: padded
     assert data.sample_indices(10, 1.0, 2.0) == sorted(list(range(10)) * 2)  # slower than 2 fps: repeated
     for total, source, fps in ((7, 29.97, 2.0), (333, 23.976, 2.0), (3, 60, 1.0)):
@@ -322,6 +323,19 @@ def test_conversation_layout():
 def test_epoch_order():
     assert sorted(epoch_order(50, 0, 0)) == list(range(50))
     assert epoch_order(50, 0, 0) == epoch_order(50, 0, 0) != epoch_order(50, 0, 1)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_pairs_are_encoded_at_the_fps_and_size_asked_for(tmp_path, processor, cached):
+    """4 s of 96 x 128 pixels. 1 fps: 4 frames, 2 temporal patches; 4,096 at most: 64 x 64, 4 x 4 patches."""
+    toy.write_mp4(tmp_path / "x.mp4", np.zeros((16, 96, 128, 3), dtype=np.uint8), fps=4)
+    pair = data.PreferencePair(str(tmp_path / "x.mp4"), str(tmp_path / "x.mp4"), "a cat", 1)
+    folder = str(tmp_path / "cache") if cached else None
+    sizes = []
+    for fps, max_pixels in ((2.0, 448 * 448), (1.0, 448 * 448), (1.0, 4096), (2.0, 448 * 448)):  # one cache for all
+        _, (prefix, _) = data.EncodedPairs([pair], processor, fps, max_pixels, folder)[0]
+        sizes.append(prefix["video_grid_thw"].tolist()[0])
+    assert sizes == [[4, 6, 8], [2, 6, 8], [2, 4, 4], [4, 6, 8]]
 
 
 def test_loader_workers_report_bad_rows_in_one_sentence(world, processor, tmp_path):

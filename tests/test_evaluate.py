@@ -304,6 +304,35 @@ def test_paths_that_leave_the_root_are_refused(tmp_path, path):
         evaluate.read_data(evaluate.Settings(data=table, root=str(root)))
 
 
+def test_the_report_by_hand():
+    """Four pairs of two prompts; two were made by the models (x, y), the others by (x, z).
+
+    |    | label | margin | without ties | with ties, eps .5: |margin| <= .5 is a tie |
+    | p  | A     | 2      | right        | right                                      |
+    | p  | same  | .5     | dropped      | right                                      |
+    | q  | B     | -1     | right        | right                                      |
+    | q  | A     | -3     | wrong        | wrong                                      |
+    """
+    def pair(prompt, label, maker):
+        return PreferencePair("a", "b", prompt, label, extra={"A_model": "x", "B_model": maker})
+
+    pairs = [pair("p", 1, "y"), pair("p", 0, "y"), pair("q", -1, "z"), pair("q", 1, "z")]
+    judged = evaluate.measure("by hand", pairs, np.array([[2, 0], [0.5, 0], [0, 1], [0, 3.0]]))
+    numbers = judged.numbers
+    assert (numbers["pairs"], numbers["human_ties"], numbers["prompts"]) == (4, 1, 2)
+    assert (numbers["accuracy_without_ties"], numbers["accuracy_with_ties"], numbers["threshold"]) == (2 / 3, 3 / 4, 0.5)
+    assert judged.hits["with_ties"].tolist() == [True, True, True, False]
+    # Drawn by prompt: p and q, or one of them twice. Without ties p is 1 of 1 right, q 1 of 2; with ties 2 of 2, 1 of 2.
+    assert numbers["accuracy_without_ties_interval"] == numbers["accuracy_with_ties_interval"] == (0.5, 1.0)
+    (first, second) = numbers["model_pairs"]
+    assert (first["models"], first["with_ties"], first["without_ties"]) == (("x", "y"), 1.0, 1.0)
+    assert (second["models"], second["with_ties"], second["without_ties"]) == (("x", "z"), 0.5, 0.5)
+    # Intervals are each of their own hits: only human ties are hit here, and without ties all decided pairs are missed.
+    pairs = [pair(str(k), k % 2, "y") for k in range(20)]
+    numbers = evaluate.measure("ties only", pairs, np.array([[0, 1.0 if k % 2 else 0.0] for k in range(20)])).numbers
+    assert numbers["accuracy_without_ties_interval"] == (0.0, 0.0) and numbers["accuracy_with_ties_interval"][0] > 0.2
+
+
 def test_difference_is_paired():
     pairs = [PreferencePair("a", "b", f"prompt {k}", 1, line=k) for k in range(50)]
     good = np.stack([np.ones(50), np.zeros(50)], axis=1)
@@ -488,6 +517,8 @@ def test_sampled_thoughts_average_and_do_not_depend_on_the_batch(tmp_path, tiny_
     np.testing.assert_allclose(one, two, atol=1e-5, rtol=0)
     for record in jobs.read_log(str(tmp_path / "a"), "rewards").values():
         assert record["reward"] == pytest.approx(sum(record["rewards"]) / 2) and len(record["rewards"]) == 2
+    thoughts = [record["thoughts"] for record in jobs.read_log(str(tmp_path / "a"), "thoughts").values()]
+    assert all(first != second for first, second in thoughts)  # each has a random stream of its own
 
 
 def test_a_bad_clip_or_a_giant_prompt_stops_or_is_counted(tmp_path, tiny_model_dir, tiny_clips, capsys, no_figure):

@@ -8,6 +8,7 @@ import torch
 
 import rollout
 from plumbing import logs
+from plumbing.monitor import write_samples
 import data
 import grpo
 import parallel
@@ -48,6 +49,10 @@ class Scripted:
 
     def generate(self, prefixes, seeds, max_new_tokens, temperature):
         return [[data.encode_cot(self.tokenizer, next(self.texts)) for _ in row] for row in seeds]
+
+    def sync(self, named_weights): ...
+
+    def close(self): ...
 
 
 @pytest.fixture
@@ -198,6 +203,42 @@ def test_seeds_differ_between_rollouts_videos_steps(items, model, settings):
     first, again, other = (grpo.generate(items, engine, settings, step) for step in (0, 0, 1))
     assert [r.cots for r in first] == [r.cots for r in again] != [r.cots for r in other]
     assert len({tuple(c) for r in first for row in r.cots for c in row}) == 12
+    reseeded = grpo.generate(items, engine, dataclasses.replace(settings, seed=1), 0)
+    assert [r.cots for r in reseeded] != [r.cots for r in first]
+    twins = [items[0], (dataclasses.replace(items[0][0], line=99), items[0][1])]  # one clip in two lines of the CSV
+    one, two = grpo.generate(twins, engine, settings, 0)
+    assert one.cots != two.cots  # a line of the CSV has random streams of its own
+    greedy = grpo.generate(items, engine, dataclasses.replace(settings, temperature=0.0), 0)
+    assert all(len({tuple(c) for c in row}) == 1 for r in greedy for row in r.cots)
+
+
+def test_the_loop_hands_each_pair_with_its_advantages_to_one_update(world, tiny_model_dir, tmp_path, monkeypatch):
+    """--batch-pairs 4 --mini-pairs 2: two updates with two pairs each, no pair twice.
+
+    Of each video's two CoTs one is well formed and one is not, in turn: A is +.7071 for the good one, -.7071 for the other.
+    """
+    def scripted(_, path, processor, *more, **options):
+        return Scripted(processor.tokenizer, [cot(), "<think>what?</think>"] * 8)
+
+    updates, update = [], grpo.update
+    monkeypatch.setattr(grpo, "make_engine", scripted)
+    monkeypatch.setattr(grpo, "update", lambda m, o, mini, *more: updates.append(mini) or update(m, o, mini, *more))
+    grpo.main(["--model", tiny_model_dir, "--data", world["train_rl"], "--out", str(tmp_path), "--rollouts", "2", "--workers", "0",
+               "--batch-pairs", "4", "--mini-pairs", "2", "--max-steps", "1", "--kl-coef", "0"])  # fmt: skip
+    assert [len(mini) for mini in updates] == [2, 2]
+    pairs = [one for mini in updates for one in mini]
+    assert len({one.pair.line for one in pairs}) == 4
+    for one in pairs:
+        assert one.advantages.flatten().tolist() == pytest.approx([0.7071, -0.7071] * 2, abs=1e-4)
+
+
+def test_samples_are_the_worst_and_the_best(batch, model, tmp_path):
+    texts = [rollout.decode_cot(model.processor.tokenizer, ids) for ids in batch[0].cots[0]]
+    write_samples(str(tmp_path / "samples.jsonl"), 3, batch[0], texts)
+    worst, best = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    totals = [reward.total for reward in batch[0].rule_rewards[0]]
+    assert worst["total"] == min(totals) < max(totals) == best["total"] and worst["advantage"] < 0 < best["advantage"]
+    assert best["cot"] == texts[totals.index(max(totals))]
 
 
 # -- the script -------------------------------------------------------------------------------------------------------

@@ -262,6 +262,9 @@ def test_seeded_sampling_draws_from_the_softmax():
     sampler = rollout.SeededSampling(list(range(3000)), temperature=1.0)
     share = torch.bincount(sampler(None, logits).argmax(-1), minlength=3) / 3000
     assert share.tolist() == pytest.approx([0.6, 0.3, 0.1], abs=0.04)
+    sampler = rollout.SeededSampling(list(range(3000)), temperature=2.0)  # p^(1/2), normalised: flatter
+    share = torch.bincount(sampler(None, logits).argmax(-1), minlength=3) / 3000
+    assert share.tolist() == pytest.approx([0.473, 0.334, 0.193], abs=0.04)
 
 
 def test_greedy_matches_the_models_own_argmax(model, prefixes, processor):

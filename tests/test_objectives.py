@@ -10,6 +10,7 @@ import math
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import cold_start
 import data
@@ -25,32 +26,74 @@ ADVANTAGES = torch.tensor([[1.0, -0.6, -0.4], [-1.1, 0.3, 0.8]])
 
 
 # -- stage 1 ----------------------------------------------------------------------------------------------------------
+def stage_1(base_dir, pairs, labels, out, **more):
+    """Runs the script on pairs with the CoTs "one" and "two", training query and head alone: enough for a direction."""
+    out.mkdir()
+    with open(out / "pairs.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["videos", "prompt", "CoT_A", "CoT_B", "GSB"])
+        writer.writerows([list(pair.videos), pair.prompt, "one", "two", label] for pair, label in zip(pairs, labels))
+    flags = {"model": base_dir, "data": out / "pairs.csv", "out": out, "mask_probability": 0, "workers": 0, "train": "head"}
+    words = [str(word) for name, value in (flags | more).items() for word in ("--" + name.replace("_", "-"), value)]
+    cold_start.main([*words, "--no-train-vision", "--no-gradient-checkpointing"])
+    return logs.read_metrics(str(out))
+
+
 @pytest.mark.parametrize("loss", ["bt", "btt"])
-def test_stage_1_raises_the_winner_whichever_side_it_is_on(world, base_dir, tmp_path, loss):
+def test_stage_1_raises_the_winner_whichever_side_it_is_on(world, base_dir, tmp_path, capsys, loss):
     """Eq. 3: -log σ(r_w - r_l) is lowered by raising r_w - r_l. The winner w is A where the label says A, else B.
 
     The script learns three pairs by heart, won by A, won by B and a tie; then we score them with the model it wrote.
     Plain BT leaves the tie out; Rao and Kupper's pulls its two rewards together.
     """
-    pairs = data.read_pairs(world["train_cold_start"])[:3]
-    with open(tmp_path / "pairs.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["videos", "prompt", "CoT_A", "CoT_B", "GSB"])
-        writer.writerows([list(p.videos), p.prompt, "one", "two", label] for p, label in zip(pairs, ("A", "B", "same")))
-    cold_start.main([
-        "--model", base_dir, "--data", str(tmp_path / "pairs.csv"), "--out", str(tmp_path), "--loss", loss,
-        "--batch-pairs", "2" if loss == "bt" else "3", "--epochs", "8", "--mask-probability", "0", "--workers", "0",
-        "--train", "head", "--no-train-vision", "--no-gradient-checkpointing", "--lr", "3e-2",
-    ])  # fmt: skip
-    model = DeScore.from_pretrained(str(tmp_path / "model"))
+    pairs, labels, count = data.read_pairs(world["train_cold_start"])[:3], ("A", "B", "same"), 2 if loss == "bt" else 3
+    steps = stage_1(base_dir, pairs, labels, tmp_path / "out", loss=loss, batch_pairs=count, epochs=8, lr=3e-2)
+    assert loss == "btt" or "2 pairs; 1 ties left out" in capsys.readouterr().out
+    model = DeScore.from_pretrained(str(tmp_path / "out" / "model"))
     prompts = [pair.prompt for pair in pairs]
     r_a = model.score([pair.video_a for pair in pairs], prompts, ["one"] * 3)
     r_b = model.score([pair.video_b for pair in pairs], prompts, ["two"] * 3)
     won_by_a, won_by_b, tie = (r_a - r_b).tolist()
     assert won_by_a > 1 and won_by_b < -1
     assert loss == "bt" or abs(tie) < 1
-    steps = logs.read_metrics(str(tmp_path))
     assert steps[-1]["accuracy"] == 1.0 and steps[-1]["margin"] > 1 and steps[-1]["loss"] < steps[0]["loss"] / 2
+    # The loss is averaged over the batch, however that is cut into micro-batches.
+    how = {"loss": loss, "batch_pairs": count, "micro_pairs": count, "max_steps": 1}
+    (at_once,) = stage_1(base_dir, pairs, labels, tmp_path / "at once", **how)
+    for name in ("loss", "grad_norm_total"):
+        assert steps[0][name] == pytest.approx(at_once[name], rel=1e-4), name
+
+
+def test_stage_1_obeys_its_settings(world, base_dir, tmp_path, monkeypatch):
+    """A coin per pair AND epoch hides the CoT; a rate that rises, then stays; bounded gradients; frames as asked for."""
+    hidden, norms, sampled, score, sample = [], [], set(), cold_start.score_pairs, data.sample_frames
+
+    def note_masks(model, items, settings, masks=None):
+        hidden.extend((pair.line, mask) for (pair, _), mask in zip(items, masks))
+        return score(model, items, settings, masks)
+
+    def note_norm(optimizer, *_):
+        gradients = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+        norms.append(torch.cat(gradients).norm().item())
+
+    def note_sampling(path, fps, max_pixels):
+        sampled.add((fps, max_pixels))
+        return sample(path, fps, max_pixels)
+
+    monkeypatch.setattr(cold_start, "score_pairs", note_masks)
+    monkeypatch.setattr(data, "sample_frames", note_sampling)
+    hook = register_optimizer_step_pre_hook(note_norm)
+    pairs = data.read_pairs(world["train_cold_start"])[:4]
+    how = {"batch_pairs": 2, "epochs": 4, "mask_probability": 0.5, "lr": 1e-3, "warmup": 0.5, "max_grad_norm": 1e-3}
+    steps = stage_1(base_dir, pairs, "ABAB", tmp_path / "out", fps=1, max_pixels=4096, **how)
+    hook.remove()
+    assert [step["masked_share"] for step in steps] == [(hidden[i][1] + hidden[i + 1][1]) / 2 for i in range(0, 16, 2)]
+    by_pair = {line: [mask for other, mask in hidden if other == line] for line, _ in hidden}
+    assert len(by_pair) == 4 and any(len(set(masks)) == 2 for masks in by_pair.values())  # it changes between epochs
+    assert len({tuple(masks) for masks in by_pair.values()}) > 1  # and pairs differ within one
+    assert [step["lr"] for step in steps] == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 1e-3, 1e-3, 1e-3])
+    assert max(norms) < 1.001e-3 < min(step["grad_norm_total"] for step in steps)
+    assert sampled == {(1.0, 4096)}
 
 
 # -- stage 2 ----------------------------------------------------------------------------------------------------------
@@ -68,7 +111,10 @@ def rollouts(world, processor):
 
 
 def update(model, rollouts, settings, *more):
-    """One update at learning rate 0, of one pair or of several. Returns {parameter: the gradient that the optimizer got} and what is logged."""
+    """One update at learning rate 0, of one pair or of several.
+
+    Returns {parameter: the gradient that the optimizer got} and what is logged.
+    """
     model.make_trainable("full", vision=False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     gradients = {}
@@ -163,6 +209,32 @@ def test_the_update_descends_the_sum_of_its_three_losses(rollouts, model, tiny_m
     assert (total_at(h) - total_at(-h)) / (2 * h) == pytest.approx(norm, rel=0.02)
 
 
+def test_on_policy_the_loss_is_minus_the_mean_advantage_over_tokens(rollouts, model, settings):
+    """"Loss 0, ratio 1: is it broken?" On-policy L = -Σ A_i T_i / Σ T_i: 0 only where all CoTs have the same length T_i."""
+    _, logged = update(model, rollouts, settings)
+    pushes = [a * len(cot) for row, As in zip(COTS, ADVANTAGES.tolist()) for cot, a in zip(row, As)]
+    assert logged["grpo_loss"] == pytest.approx(-sum(pushes) / 16, rel=1e-5)  # 4 + 1 + 2 + 3 + 5 + 1 tokens
+    assert logged["ratio_max"] == 1.0
+
+
+@pytest.mark.parametrize("shift, up, down", [(0.2, 1.221403, 1.221403), (0.5, 1.4, 1.5), (-0.2, 0.818731, 0.9)])
+def test_the_clip_settings_reach_the_loss(rollouts, model, settings, shift, up, down):
+    """Off-policy by e^shift for each token. A > 0 is clipped above, 1 + .4; A < 0 below, 1 - .1, and at the dual clip 1.5.
+
+    L = -(up Σ_{A>0} A_i T_i + down Σ_{A<0} A_i T_i) / Σ T_i with the ratios `up` and `down` that the clip leaves.
+    """
+    settings = dataclasses.replace(settings, clip_low=0.1, clip_high=0.4, clip_dual=1.5)
+    rollouts.old = grpo.log_probs_now(model, rollouts, settings, parallel.Ranks()) - shift
+    _, logged = update(model, rollouts, settings)
+    pushes = [a * len(cot) * (up if a > 0 else down) for row, As in zip(COTS, ADVANTAGES.tolist()) for cot, a in zip(row, As)]
+    assert logged["grpo_loss"] == pytest.approx(-sum(pushes) / 16, rel=1e-4)
+
+
+def test_stage_2_bounds_its_gradient(rollouts, model, settings):
+    gradients, logged = update(model, rollouts, dataclasses.replace(settings, bt_coef=1.0, max_grad_norm=0.01))
+    assert dot(gradients, gradients) ** 0.5 == pytest.approx(0.01, rel=1e-3) and logged["grad_norm_total"] > 0.1
+
+
 def test_the_two_objectives_are_independent(rollouts, model, tiny_model_dir, settings):
     """No gradient of GRPO or KL reaches query or head, and none of BT reaches `lm_head`: they meet in the LLM only."""
     rollouts.reference = grpo.log_probs_now(DeScore.from_pretrained(tiny_model_dir), rollouts, settings, parallel.Ranks())
@@ -192,12 +264,16 @@ def test_r_len_counts_tokens(rollouts, processor, settings):
     assert judged.rule_rewards[0][0].total == pytest.approx(0.2 * 0.5)  # R = .7 R_qual + .1 R_fmt + .2 R_len, the others 0
 
 
-def test_a_flat_group_is_counted(rollouts, model, settings):
-    """Video A's three CoTs are worth the same, those of B are not: one of two groups is flat."""
-    settings = dataclasses.replace(settings, length_low=0, length_high=7)  # R = .2 tokens / 7
+def test_flat_groups_and_cut_off_cots_are_counted(rollouts, model, settings):
+    """Three of four groups are flat: all CoTs of a video are worth the same. One CoT of twelve met the limit of 5 tokens."""
+    eos = model.processor.tokenizer.eos_token_id
+    settings = dataclasses.replace(settings, length_low=0, length_high=7, batch_pairs=2, max_new_tokens=5)  # R = .2 T / 7
     pair = dataclasses.replace(rollouts.pair, annotation_a=TRUTH, annotation_b=TRUTH)
-    judged = dataclasses.replace(rollouts, pair=pair, cots=[[[70, 71, 72], [80, 81, 82], [90, 91, 92]], COTS[0]])
-    judge(judged, model.processor.tokenizer, settings)
-    assert judged.advantages[0].tolist() == [0.0, 0.0, 0.0] and judged.advantages[1].abs().min() > 0.1
-    _, sums = update(model, judged, settings)
-    assert monitor.grpo_metrics([judged], [sums], settings, parallel.Ranks())["flat_groups"] == 0.5
+    same, other = [[70, 71, eos], [80, 81, eos], [90, 91, eos]], [[70, 71, 72, 73, 74], [80, eos], [90, 91, eos]]
+    batch = [dataclasses.replace(rollouts, pair=pair, cots=cots) for cots in ([same, other], [same, same])]
+    for one in batch:
+        judge(one, model.processor.tokenizer, settings)
+    assert not batch[0].advantages[0].any() and batch[0].advantages[1].abs().min() > 0.1
+    _, sums = update(model, batch[0], settings, batch[1])
+    metrics = monitor.grpo_metrics(batch, [sums], settings, parallel.Ranks())
+    assert metrics["flat_groups"] == 3 / 4 and metrics["truncated"] == pytest.approx(1 / 12)

@@ -33,6 +33,23 @@ def test_collecting_cots_writes_a_cold_start_csv_and_resumes(world, base_dir, tm
     assert len(known) == len(set(known)) == 14
 
 
+def test_what_is_kept_of_a_thought(world, base_dir, tmp_path):
+    """thoughts.jsonl tells which CoT of which video, how many TOKENS, and whether EOS came before the limit."""
+    out, more, flags = {}, {}, ["--model", base_dir, "--data", world["val_cold_start"], "--max-new-tokens", "6"]
+    runs = {"sampled": [], "again": [], "seed 1": ["--seed", "1"], "greedy": ["--temperature", "0"]}
+    for name, flag in runs.items():
+        rollout.main([*flags, *flag, "--out", str(tmp_path / f"{name}.csv")])
+        lines = (tmp_path / f"{name}.csv.thoughts" / "thoughts.jsonl").read_text().splitlines()
+        out[name] = {(r["video"], r["prompt"]): r["thoughts"][0] for r in map(json.loads, lines)}
+        more[name] = [(r["tokens"][0], r["ended"][0], len(r["thoughts"][0])) for r in map(json.loads, lines)]
+    assert out["sampled"] == out["again"] and out["seed 1"] != out["sampled"] != out["greedy"]
+    for pair in data.read_pairs(str(tmp_path / "sampled.csv")):
+        assert pair.cots == tuple(out["sampled"][video, pair.prompt] for video in pair.videos)
+    # random weights hardly ever say EOS: all six tokens, cut off, and far more characters than tokens
+    assert {tokens for tokens, _, _ in more["sampled"]} == {6} and not any(ended for _, ended, _ in more["sampled"])
+    assert max(characters for _, _, characters in more["sampled"]) > 6
+
+
 def test_two_ranks_collect_the_same(world, base_dir, tmp_path, capsys):
     """Two ranks as one process; and several files with one engine as each by itself."""
     flags = ["--model", base_dir, "--max-new-tokens", "6"]
