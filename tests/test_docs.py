@@ -64,7 +64,7 @@ def test_every_link_and_path_leads_somewhere(name):
 @pytest.mark.parametrize("name", TEXTS)
 def test_every_page_renders(name):
     """A row with a cell too few shifts a table, a marker without its end hides the rest of what is measured."""
-    begins, ends = (TEXTS[name].count(marker) for marker in ("<!-- FROM ", "<!-- END -->"))
+    begins, ends = (len(re.findall(f"^<!-- {word}", TEXTS[name], flags=re.MULTILINE)) for word in ("FROM", "END"))
     assert begins == ends, "<!-- FROM ... --> and <!-- END --> come in pairs"
     for table in re.findall(r"(?:^\|.*\n)+", TEXTS[name], flags=re.MULTILINE):
         cells = {len(re.sub(r"`[^`]*`", "", row).strip().strip("|").split("|")) for row in table.strip().split("\n")}
@@ -112,7 +112,8 @@ def test_every_flag_that_is_named_exists():
     scripts = [str(path.relative_to(ROOT)) for path in scripts if "def main" in path.read_text(encoding="utf-8")]
     known = FOREIGN_FLAGS.union(*map(flags_of, scripts))
     text = re.sub(r"<!--|-->", "", TEXT)
-    assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - known
+    unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - known
+    assert not unknown, unknown
 
 
 def test_every_metric_is_in_the_glossary_and_every_name_there_is_a_metric(world, base_dir, tiny_model_dir, tmp_path):
