@@ -25,7 +25,7 @@ def note_scores(sums: Sums, loss, reward_a, reward_b, label, masks) -> None:
 
 
 def cold_start_metrics(sums: dict[str, float], settings) -> dict[str, float]:
-    """Sums over all ranks -> what is logged. README's glossary explains each name."""
+    """Sums over all ranks -> what is logged. docs/metrics.md explains each name."""
     pairs, decided = settings.batch_pairs, max(1, sums["decided"])
     return {
         "loss": sums["loss"],
@@ -80,7 +80,7 @@ def note_update(sums: Sums, output, mask, old, gap, rollouts, settings, counts) 
 
 
 def grpo_metrics(batch: list, updates: list[dict], settings, ranks) -> dict[str, float]:
-    """COLLECTIVE. What moves, averaged over all rollouts of all ranks. README's glossary explains each name."""
+    """COLLECTIVE. What moves, averaged over all rollouts of all ranks. docs/metrics.md explains each name."""
     rewards = [r for rollouts in batch for row in rollouts.rule_rewards for r in row]
     cots = [cot for rollouts in batch for row in rollouts.cots for cot in row]
     groups = [row for rollouts in batch for row in rollouts.advantages]  # of G advantages each
