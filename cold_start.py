@@ -29,7 +29,7 @@ from model import DeScore, lay_out, to_device
 from plumbing.checkpoint import save_model
 from plumbing.jobs import readable_pairs
 from plumbing.logs import Log, draw_curves, reward_scale
-from plumbing.resume import StopSignal, load_checkpoint, require_finite, save_checkpoint
+from plumbing.resume import StopSignal, claim_run, load_checkpoint, require_finite, save_checkpoint
 from plumbing.settings import arg, cli, parse
 
 
@@ -81,6 +81,7 @@ class Settings:
     save_every: int = arg(100, "steps between checkpoints; 0: only at the end")
     keep: int = arg(2, "checkpoints kept on disk")
     resume: bool = arg(False, "go on from the newest checkpoint in --out, exactly where it was")
+    overwrite: bool = arg(False, "first remove the run that --out holds")
     log_with: str | None = arg(None, "also log through accelerate's trackers", choices=["tensorboard", "wandb"])
 
 
@@ -147,7 +148,7 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
     steps_per_epoch, local_pairs = parallel.divide(len(pairs), settings, ranks)
     total = min(settings.max_steps or 10**9, settings.epochs * steps_per_epoch)
     first = load_checkpoint(settings.out, model, optimizer, ranks)["step"] if settings.resume else 0
-    log = Log(settings.out, settings, ranks, "cold_start", first)
+    log = Log(settings.out, ranks, "cold_start", first)
     stop = StopSignal()
 
     schedule = []  # this rank's pairs: (index, is its CoT masked), from the first step still to do
@@ -245,7 +246,7 @@ def main(argv=None) -> None:
     if settings.data is None:
         raise InputError("--data is missing; give a CSV of preference pairs.")
     ranks = parallel.start(settings.seed, settings.log_with, settings.out, settings.cpu_offload)
-    os.makedirs(settings.out, exist_ok=True)
+    claim_run(settings, ranks)
     pairs = prepare_pairs(settings.data, settings, ranks, need_cots=True)
     val_pairs = prepare_pairs(settings.val, settings, ranks, need_cots=False) if settings.val else []
     model = DeScore.from_pretrained(

@@ -34,7 +34,7 @@ from model import DeScore, lay_out, to_device
 from plumbing.checkpoint import save_model
 from plumbing.jobs import readable_pairs, task_seed
 from plumbing.logs import Log, draw_curves, reward_scale
-from plumbing.resume import StopSignal, load_checkpoint, require_finite, save_checkpoint
+from plumbing.resume import StopSignal, claim_run, load_checkpoint, require_finite, save_checkpoint
 from plumbing.settings import arg, cli, parse
 from rollout import decode_cot, make_engine
 
@@ -106,7 +106,8 @@ class Settings:
     out: str = arg("runs/stage2", "output folder")
     save_every: int = arg(10, "rollout batches between checkpoints; 0: only at the end")
     keep: int = arg(2, "checkpoints kept on disk")
-    resume: bool = arg(False, "go on from the newest checkpoint in --out")
+    resume: bool = arg(False, "go on from the newest checkpoint in --out, exactly where it was")
+    overwrite: bool = arg(False, "first remove the run that --out holds")
     log_with: str | None = arg(None, "also log through accelerate's trackers", choices=["tensorboard", "wandb"])
 
     @property
@@ -327,7 +328,7 @@ def train(model, reference, engine, pairs, settings: Settings, ranks) -> None:
     first = load_checkpoint(settings.out, model, optimizer, ranks)["step"] if settings.resume else 0
     if first or settings.random_init:
         engine.sync(parallel.trained_weights(model))
-    log = Log(settings.out, settings, ranks, "grpo", first)
+    log = Log(settings.out, ranks, "grpo", first)
     stop = StopSignal()
     schedule = []
     for step in range(first, total):
@@ -442,7 +443,7 @@ def main(argv=None) -> None:
     settings = parse(Settings, __doc__, argv)
     ranks = parallel.start(settings.seed, settings.log_with, settings.out, settings.cpu_offload)
     check(settings, ranks)
-    os.makedirs(settings.out, exist_ok=True)
+    claim_run(settings, ranks)
     pairs = readable_pairs(data.read_pairs(settings.data, video_root=settings.video_root), settings, ranks, data.sample_frames)
     for pair in pairs:
         if not pair.annotation_a or not pair.annotation_b:
