@@ -92,6 +92,8 @@ def prepare_pairs(path: str, settings: Settings, ranks, need_cots: bool) -> list
         raise InputError(
             f"{path}: has no CoT_A / CoT_B; collect them with rollout.py, or train with --mask-probability 1."
         )
+    if not need_cots and not any(pair.cot_a or pair.cot_b for pair in pairs):
+        ranks.print(f"{path}: has no CoT_A / CoT_B, so validation is without thinking")
     if settings.loss == "bt":
         ties = sum(pair.label == 0 for pair in pairs)
         pairs = [pair for pair in pairs if pair.label != 0]
@@ -258,7 +260,7 @@ def main(argv=None) -> None:
     )
     model.settings.update(base_model=settings.model, fps=settings.fps, max_pixels=settings.max_pixels)
     model.make_trainable(
-        settings.train, settings.train_vision, settings.lora_r, settings.lora_alpha, settings.lora_dropout
+        settings.train, settings.train_vision, settings.lora_r, settings.lora_alpha, settings.lora_dropout, lm_head=False
     )
     if settings.gradient_checkpointing:
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})

@@ -214,3 +214,20 @@ def test_nothing_in_a_checkpoint_can_run(with_cots, base_dir, tmp_path, capsys):
     flags = [*arguments(with_cots, base_dir, tmp_path), "--resume"]
     refuses(capsys, cold_start.main, *flags, says="no checkpoint of this code")
     assert not (tmp_path / "ran").exists()
+
+
+def test_full_training_resumes_bit_for_bit(with_cots, base_dir, tmp_path):
+    """Stage 1 leaves lm_head alone: nothing of its loss reaches it, so there would be no Adam state to go on with."""
+    cold_start.main(arguments(with_cots, base_dir, tmp_path / "whole", train="full", max_steps=2))
+    cold_start.main(arguments(with_cots, base_dir, tmp_path / "parts", train="full", max_steps=1))
+    cold_start.main([*arguments(with_cots, base_dir, tmp_path / "parts", train="full", max_steps=2), "--resume"])
+    one, two = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    start = DeScore.from_pretrained(base_dir, new_head=True).state_dict()
+    changed = {name for name in start if not torch.equal(start[name], one[name])}
+    assert any("embed_tokens" in name for name in changed) and not any("lm_head" in name for name in changed)
+
+
+def test_validation_without_cots_is_said(with_cots, world, base_dir, tmp_path, capsys):
+    cold_start.main(arguments(with_cots, base_dir, tmp_path, max_steps=1, val=world["train_cold_start"]))
+    assert "validation is without thinking" in capsys.readouterr().out
