@@ -274,7 +274,7 @@ def encode_text(tokenizer, text: str, keep: tuple[str, ...] = (), before: str = 
     """
     try:
         text.encode()
-    except UnicodeEncodeError as error:
+    except UnicodeEncodeError:
         raise InputError(f"the text {ascii(text[:60])} holds half a character (a lone surrogate); remove it.") from None
     added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.content not in keep}
     spellings = "|".join(re.escape(t) for t in sorted(added, key=len, reverse=True))

@@ -115,12 +115,15 @@ class DeScore(nn.Module):
 
     # -- what is trained ----------------------------------------------------------------------------------------
     def make_trainable(
-        self, train: str, vision: bool, lora_r: int = 64, lora_alpha: int = 128, lora_dropout: float = 0.05
+        self, train: str, vision: bool, lora_r: int = 64, lora_alpha: int = 128, lora_dropout: float = 0.05,
+        lm_head: bool = True,
     ) -> None:
         """Marks what is trained: always the query and the head; the LLM by `train`; the vision tower if `vision`.
 
         train = "lora": adapters on the LLM's linear layers (paper, stage 1: r 64, alpha 128, dropout .05);
         train = "full": all of the LLM, `lm_head` included (paper, stage 2); train = "head": nothing of the LLM.
+        lm_head=False leaves `lm_head` as it is: no loss of stage 1 reaches it, and a parameter without a gradient has
+        no Adam state, so a checkpoint could not be loaded. (Tied to the embeddings, it is trained as those.)
         Trained parameters are held in fp32: in bf16 an update of 1e-6 rounds away (README, difference 6).
         """
         if train not in ("lora", "full", "head"):
@@ -134,8 +137,8 @@ class DeScore(nn.Module):
             self._start_adapters()
         for name, parameter in self.named_parameters():  # after add_adapter, which freezes the whole backbone
             mine = name in QUERY_AND_HEAD or ".lora_" in name
-            in_tower = name.startswith("backbone.model.visual.")
-            parameter.requires_grad_(mine or (vision if in_tower else train == "full"))
+            in_tower, idle = name.startswith("backbone.model.visual."), name == "backbone.lm_head.weight" and not lm_head
+            parameter.requires_grad_(mine or (vision if in_tower else train == "full" and not idle))
         for parameter in self.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()

@@ -1,6 +1,7 @@
 """DeScore: layout, packing, log-probs, rewards, gradients, sampling, and every checkpoint's round trip."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -525,3 +526,21 @@ def test_random_init_needs_no_weights_and_is_the_same_on_every_rank(base_dir, pr
     with torch.no_grad():
         rewards = models[0](lay_out(models[0].backbone, prefixes[:1], [[[5, 6, 7]]])).rewards
     assert torch.isfinite(rewards).all()
+
+
+def test_saved_weights_are_readable_as_the_umask_says(model, tmp_path):
+    before = os.umask(0o022)
+    try:
+        model.save_pretrained(str(tmp_path))
+        assert os.umask(0o022) == 0o022  # and the umask is left as it was
+    finally:
+        os.umask(before)
+    for file in tmp_path.rglob("*.safetensors"):
+        assert file.stat().st_mode & 0o777 == 0o644, file
+
+
+def test_a_damaged_file_of_weights_is_one_sentence(tiny_model_dir, tmp_path):
+    shutil.copytree(tiny_model_dir, tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="cannot be opened as a Qwen3-VL"):
+        DeScore.from_pretrained(str(tmp_path / "m"))
