@@ -21,16 +21,16 @@ loss reaches the head, because log-probs do not pass through it.
 import dataclasses
 import json
 import os
-import re
 import time
 
 import torch
 
 import data
 import parallel
-from data import DIMENSIONS, InputError, read_verdicts
+from data import InputError
 from losses import bt_loss, clip_share, group_advantages, grpo_loss, kl_to_reference, policy_ratio
 from model import DeScore, lay_out, to_device
+from plumbing.answers import read_verdicts, well_formed
 from plumbing.checkpoint import save_model
 from plumbing.jobs import readable_pairs, task_seed
 from plumbing.logs import Log, draw_curves, reward_scale
@@ -130,11 +130,7 @@ class RolloutReward:
 
 def format_reward(text: str) -> float:
     """R_fmt: 1 if the text is `<think>...</think>`, then an `<answer>` with JSON verdicts on all dimensions; else 0."""
-    shape = re.fullmatch(
-        r"\s*<think>(?:(?!</?think>).)+</think>\s*<answer>(?:(?!</?answer>).)+</answer>\s*", text, re.DOTALL
-    )
-    verdicts = read_verdicts(text)
-    return float(shape is not None and all(verdicts.get(d) in ("0", "1", "2", "N/A") for d in DIMENSIONS))
+    return float(well_formed(text))
 
 
 def quality_reward(text: str, annotation: dict[str, str]) -> float:

@@ -28,6 +28,8 @@ from lab.toy import (
     render_clip,
     write_mp4,
 )
+from plumbing.answers import read_verdicts, well_formed
+from rollout import decode_cot, sample_cots
 
 # ---- 1. A tokenizer, a processor and a tiny Qwen3-VL ---------------------------------------------------------
 
@@ -272,30 +274,6 @@ def pretrain(model, processor, seed=0, vision_steps=100, steps=360, batch=32, po
     return loss
 
 
-@torch.no_grad()
-def generate(model, processor, inputs: list[dict], sample: bool, max_new_tokens: int = 80) -> list[str]:
-    """Encoded prompts (`data.encode_prompt`) -> texts. Prompts are padded on the left, where generation wants it."""
-    length = max(len(x["input_ids"]) for x in inputs)
-    pad = lambda row, value: torch.nn.functional.pad(row, (length - len(row), 0), value=value)  # noqa: E731
-    ids = model.generate(
-        input_ids=torch.stack([pad(x["input_ids"], processor.tokenizer.pad_token_id) for x in inputs]),
-        attention_mask=torch.stack([pad(torch.ones_like(x["input_ids"]), 0) for x in inputs]),
-        mm_token_type_ids=torch.stack([pad(x["mm_token_type_ids"], 0) for x in inputs]),
-        pixel_values_videos=torch.cat([x["pixel_values_videos"] for x in inputs]),
-        video_grid_thw=torch.cat([x["video_grid_thw"] for x in inputs]),
-        do_sample=sample, max_new_tokens=max_new_tokens,
-    )  # fmt: skip
-    return processor.batch_decode(ids[:, length:], skip_special_tokens=True)
-
-
-def read_verdicts(text: str) -> dict | None:
-    """The five verdicts of a generated text, or None when its format is not valid."""
-    scores = (data.extract_answer(text) or {}).get("dimensional_scores")
-    valid = text.startswith("<think>") and "</think>" in text and isinstance(scores, dict)
-    valid = valid and set(scores) == set(DIMENSIONS) and all(v in ("0", "1", "2", "N/A") for v in scores.values())
-    return scores if valid else None
-
-
 def measure(model, processor, seed: int, clips: int = 128, progress=True) -> dict[str, float]:
     """Valid-format share and sub-dimension accuracy on fresh mp4 clips, beside two baselines that never watch a video.
 
@@ -311,12 +289,16 @@ def measure(model, processor, seed: int, clips: int = 128, progress=True) -> dic
             truth.append(list(annotate(wish, seen).values()))
     truth = np.array(truth)  # (clips, 5)
     result = {"always 2": (truth == "2").mean(), "2 or N/A": np.isin(truth, ["2", "N/A"]).mean()}
-    torch.manual_seed(seed)
     for sample in (False, True):
         starts = tqdm(range(0, clips, 64), desc="measuring", disable=not progress)
-        texts = [text for k in starts for text in generate(model, processor, inputs[k : k + 64], sample)]
-        verdicts, name = [read_verdicts(text) for text in texts], "sampled" if sample else "greedy"
-        right = np.array([[v[n] if v else "" for n in DIMENSIONS] for v in verdicts]) == truth
-        result |= {f"{name} valid format": np.mean([v is not None for v in verdicts]), f"{name} accuracy": right.mean()}
+        texts = []
+        for k in starts:
+            batch = inputs[k : k + 64]
+            seeds = [[seed * 1000 + k + i] for i in range(len(batch))]
+            cots = sample_cots(model, processor, batch, seeds, max_new_tokens=80, temperature=float(sample))
+            texts += [decode_cot(processor.tokenizer, cot) for (cot,) in cots]
+        name = "sampled" if sample else "greedy"
+        right = np.array([[read_verdicts(text).get(n, "") for n in DIMENSIONS] for text in texts]) == truth
+        result |= {f"{name} valid format": np.mean([well_formed(t) for t in texts]), f"{name} accuracy": right.mean()}
         result |= {f"{name} {n}": right[:, k].mean() for k, n in enumerate(DIMENSIONS)}
     return {name: float(value) for name, value in result.items()}

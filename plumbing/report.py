@@ -15,7 +15,7 @@ import typing
 
 import numpy as np
 
-from plumbing.answers import DIMENSIONS, extract_answer
+from plumbing.answers import DIMENSIONS, read_verdicts, well_formed
 
 # The paper's Table 1: accuracy in-domain with ties; GenAI-Bench with, without; VideoGen-RewardBench with, without.
 PUBLISHED = {
@@ -64,23 +64,10 @@ def calibration(labels: np.ndarray, margins: np.ndarray, bins: int = 10) -> dict
     return {"bins": rows, "expected_calibration_error": error}
 
 
-def verdicts_of(text: str) -> dict[str, str] | None:
-    """A well-formed CoT's verdicts {dimension: "0" | "1" | "2" | "N/A"}; None if it is malformed.
-
-    Well-formed: <think>...</think>, then <answer> with JSON that has a verdict for each of the five dimensions.
-    """
-    answer = extract_answer(text) if re.search(r"<think>.*</think>.*<answer>", text, re.DOTALL) else None
-    scores = (answer or {}).get("dimensional_scores")
-    if not isinstance(scores, dict):
-        return None
-    scores = {d: str(scores.get(d, "")).strip().upper() for d in DIMENSIONS}
-    return scores if set(scores.values()) <= {"0", "1", "2", "N/A"} else None
-
-
 def thought_statistics(records: list[dict], pairs: list) -> dict:
     """records {video, prompt, thoughts, tokens}; pairs, whose annotations are the truth -> what the CoTs are like.
 
-    verdict_accuracy: per dimension, share of CoTs whose verdict is the annotated one; a malformed CoT is wrong.
+    verdict_accuracy: per dimension, share of CoTs whose verdict is the annotated one, as R_qual counts it.
     """
     truth = {}
     for pair in pairs:
@@ -91,11 +78,11 @@ def thought_statistics(records: list[dict], pairs: list) -> dict:
     for record in records:
         annotation = truth.get((record["video"], record["prompt"]), {})
         for text in record["thoughts"]:
-            said = verdicts_of(text)
-            malformed.append(said is None)
+            malformed.append(not well_formed(text))
+            said = read_verdicts(text)
             for d in DIMENSIONS:
                 if d in annotation:
-                    hits[d].append((said or {}).get(d) == annotation[d])
+                    hits[d].append(said.get(d) == annotation[d])
     lengths = [n for record in records for n in record["tokens"]]
     return {
         "cots": len(malformed), "malformed_share": float(np.mean(malformed)),

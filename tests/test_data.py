@@ -255,15 +255,6 @@ def test_conversation_layout():
         assert word in turns[0]["content"][1]["text"]
 
 
-@pytest.mark.parametrize("text, expected", [
-    ('x <answer>{"a": 1}</answer>', {"a": 1}), ("<answer>{'a': None}</answer>", {"a": None}), ("<answer>[1]</answer>", None),
-    ("no answer", None), ("<answer>{broken</answer>", None), ("<answer>1</answer><answer>{}</answer>", {}),
-    ("<answer>" + "[" * 100_000 + "</answer>", None),
-])  # fmt: skip
-def test_extract_answer(text, expected):
-    assert data.extract_answer(text) == expected
-
-
 def test_epoch_order():
     assert sorted(data.epoch_order(50, 0, 0)) == list(range(50))
     assert data.epoch_order(50, 0, 0) == data.epoch_order(50, 0, 0) != data.epoch_order(50, 0, 1)

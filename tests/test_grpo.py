@@ -15,14 +15,7 @@ from conftest import refuses
 from data import InputError
 from model import DeScore
 from rollout import TransformersEngine
-
-TRUTH = {"subject": "2", "dynamics": "1", "camera": "N/A", "environment": "2", "style": "0"}
-
-
-def cot(**changes):
-    verdicts = json.dumps({"dimensional_scores": TRUTH | changes, "overall_score": 3.5})
-    return f"<think>\nsubject: ...\n</think>\n<answer>{verdicts}</answer>"
-
+from test_answers import TRUTH, cot
 
 # -- the rules --------------------------------------------------------------------------------------------------------
 def test_rollout_reward_by_hand():
@@ -37,18 +30,6 @@ def test_rollout_reward_by_hand():
 @pytest.mark.parametrize("tokens, expected", [(0, 0), (500, 0), (501, 1 / 1500), (1250, 0.5), (2000, 1), (4096, 1)])
 def test_length_reward_is_linear_in_tokens(tokens, expected):
     assert grpo.length_reward(tokens) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("text, good", [
-    (cot(), True), ("  " + cot() + "\n", True), (cot(style=0), True),  # 0 and "0" are the same verdict
-    (cot().replace("<think>", ""), False), (cot().replace("</think>", ""), False), (cot() + "more", False),
-    (cot().removesuffix("</answer>"), False), (cot(style="3"), False), (cot(style=None), False),
-    (cot().replace('"dimensional_scores"', '"scores"'), False), ("<think></think>" + cot()[cot().index("<answer>"):], False),
-    (cot().replace("subject: ...", "<think>"), False), ('<think>x</think><answer>["a"]</answer>', False),
-    ('<think>x</think><answer>{"dimensional_scores": "2"}</answer>', False),
-])  # fmt: skip
-def test_format_reward(text, good):
-    assert grpo.format_reward(text) == float(good)
 
 
 def test_quality_counts_what_is_left_out_as_wrong():

@@ -13,6 +13,8 @@ import torch
 import data
 from conftest import ROOT
 from lab import toy, toy_model
+from plumbing.answers import read_verdicts, well_formed
+from rollout import sample_cots
 
 RED_CIRCLE = {"subject": ("red", "circle"), "dynamics": "moving left", "camera": "still", "environment": "night",
               "style": "plain"}  # fmt: skip
@@ -45,15 +47,8 @@ def test_cot_by_hand():
     ]
     answer = data.extract_answer(text)
     assert answer == {"dimensional_scores": toy.annotate(WISH, RED_CIRCLE), "overall_score": 3.5}
-    assert toy_model.read_verdicts(text) == answer["dimensional_scores"]
+    assert read_verdicts(text) == answer["dimensional_scores"] and well_formed(text)
     assert toy.prompt_text(WISH).startswith("A red square moving left")
-
-
-@pytest.mark.parametrize("text", [
-    "", "<think>", "no thought <answer>{}</answer>", "<think>\n</think>\n<answer>{",
-    '<think></think><answer>{"dimensional_scores": {"subject": "2"}}</answer>'])  # fmt: skip
-def test_broken_answers_are_invalid(text):
-    assert toy_model.read_verdicts(text) is None
 
 
 def test_motion_is_drawn_in_the_right_direction():
@@ -202,7 +197,7 @@ def test_tiny_base_trains_saves_and_opens(processor, tmp_path):
         outputs = [either(**batch).logits for either in (model, model_2)]
     assert torch.isfinite(outputs[0]).all() and torch.equal(*outputs)
     assert model_2.generation_config.eos_token_id == processor.tokenizer.eos_token_id
-    assert len(toy_model.generate(model_2, processor_2, inputs, sample=False, max_new_tokens=4)) == 2
+    assert len(sample_cots(model_2, processor_2, inputs, [[0], [1]], max_new_tokens=4, temperature=0.0)) == 2
 
 
 @pytest.mark.parametrize("arguments, code", [(["--help"], 0), (["data", "--out", "x", "--no-such-flag"], 2), ([], 2)])
