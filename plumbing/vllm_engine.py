@@ -83,6 +83,8 @@ class VLLMEngine:
                 if not output.finished:
                     continue
                 i, k = waiting[output.request_id]
+                if list(output.prompt_token_ids) != prefixes[i]["input_ids"].tolist():
+                    raise InputError("vLLM expanded the video to other tokens than the trainer; check both versions.")
                 samples[i][k] = output
                 if None in samples[i] or not first <= i < first + mine:
                     continue
