@@ -1,12 +1,13 @@
 # make demo   the whole pipeline on a laptop: data -> base -> stage 1 -> stage 2 -> evaluation (README, "Two commands")
 # make test   all CPU tests, offline
+# make lint   undefined, unused and shadowed names; nothing is reformatted
 # make seeds  the demo with three seeds, and mean and spread over them
 PYTHON ?= python3
 VENV ?= .venv
 RUNS ?= runs
 PY = HF_HUB_OFFLINE=1 $(VENV)/bin/python
 
-.PHONY: demo seeds test setup clean
+.PHONY: demo seeds test lint setup clean
 setup: $(VENV)/.ready
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,6 +16,9 @@ $(VENV)/.ready: requirements.txt
 
 test: setup
 	$(PY) -m pytest
+
+lint: setup
+	$(VENV)/bin/ruff check .
 
 # The demo in steps, each a line you can run by itself. SEED and RUNS can be set: make demo SEED=1 RUNS=runs/seed1
 SEED ?= 0

@@ -37,6 +37,7 @@ class PreferencePair:
         prompt: the text both videos were generated from. Untrusted: it is always tokenised as plain text.
         label: +1 A is better, -1 B is better, 0 the same.
         cot_a, cot_b: a chain of thought collected beforehand (stage 1), or None.
+        cot_a_tokens, cot_b_tokens: the same CoTs as the ids that were sampled, or None: then the text is encoded.
         annotation_a, annotation_b: {dimension: "0" | "1" | "2" | "N/A"}, the truth for R_qual (stage 2), or None.
         line: where it stands in the CSV, for messages: the header is line 1, a cell of many lines counts once.
         extra: the other columns of the row, e.g. the names of the models that made the videos.
@@ -48,6 +49,8 @@ class PreferencePair:
     label: int
     cot_a: str | None = None
     cot_b: str | None = None
+    cot_a_tokens: list[int] | None = None
+    cot_b_tokens: list[int] | None = None
     annotation_a: dict | None = None
     annotation_b: dict | None = None
     line: int = 0
@@ -61,13 +64,21 @@ class PreferencePair:
     def cots(self) -> tuple[str | None, str | None]:
         return self.cot_a, self.cot_b
 
+    def cot_ids(self, tokenizer) -> tuple[list[int], list[int]]:
+        """Both CoTs as token ids: those that were sampled where the CSV has them, else the text's. [] without a CoT."""
+        try:
+            return encode_cot(tokenizer, self.cot_a, self.cot_a_tokens), encode_cot(tokenizer, self.cot_b, self.cot_b_tokens)
+        except InputError as error:
+            raise InputError(f"line {self.line}: {error}") from error
+
 
 def read_pairs(csv_path: str, dimension: str = "TA", video_root: str | None = None) -> list[PreferencePair]:
     """Reads preference pairs from a CSV in any of the published formats, recognised by the columns.
 
     | format                          | columns                                                          |
     |---------------------------------|------------------------------------------------------------------|
-    | DeScore cold start              | videos, prompt, GSB [, CoT_A, CoT_B, problem, durations]         |
+    | DeScore cold start              | videos, prompt, GSB [, CoT_A, CoT_B, CoT_A_tokens, CoT_B_tokens, |
+    |                                 | problem, durations]; _tokens: a JSON list of ids, as sampled     |
     | DeScore RL                      | videos, problem [or prompt], answer                              |
     | DeScore in-domain               | video_A, video_B, prompt, answer                                 |
     | VideoAlign, VideoGen-RewardBench| path_A, path_B, prompt and the label column named by `dimension` |
@@ -100,6 +111,7 @@ def read_pairs(csv_path: str, dimension: str = "TA", video_root: str | None = No
 # 2. Frames: decord, at the target size, with the metadata that the model's timestamps need
 # ---------------------------------------------------------------------------------------------------------------
 SIDE = 32  # frame sides are multiples of patch (16) x merge (2): one video token covers 32 x 32 pixels x 2 frames
+MIN_PIXELS = 3136  # 56 x 56 a frame at least (paper, stage 2; here in both stages): smaller clips are enlarged
 MAX_FRAMES = 512  # 4 minutes at 2 fps; a longer clip is refused, not silently cut
 MAX_SIDE = 8192  # pixels; larger frames are no video that anyone generated
 
@@ -132,12 +144,16 @@ class Video:
 
 
 def target_size(height: int, width: int, max_pixels: int) -> tuple[int, int]:
-    """Frame size for the model: multiples of 32, about the same shape, at most `max_pixels`; small clips stay small.
+    """Frame size for the model: multiples of 32, about the same shape, MIN_PIXELS to `max_pixels`.
 
-    Example: target_size(752, 1360, 448 * 448) == (320, 608): 194,560 of at most 200,704 pixels, 190 video tokens.
+    Examples: target_size(752, 1360, 448 * 448) == (320, 608): 194,560 of at most 200,704 pixels, 190 video tokens.
+    target_size(32, 32, 448 * 448) == (64, 64). Between the bounds a clip keeps its size, up to rounding.
     """
     scale = min(1.0, (max_pixels / (height * width)) ** 0.5)
     sides = [max(SIDE, round(side * scale / SIDE) * SIDE) for side in (height, width)]
+    if sides[0] * sides[1] < MIN_PIXELS:  # enlarged, and rounded up, as Qwen's smart_resize does
+        scale = (MIN_PIXELS / (height * width)) ** 0.5
+        sides = [int(np.ceil(side * scale / SIDE)) * SIDE for side in (height, width)]
     while sides[0] * sides[1] > max_pixels and max(sides) > SIDE:  # rounding up may have crossed the budget
         sides[sides.index(max(sides))] -= SIDE
     return sides[0], sides[1]
@@ -228,8 +244,8 @@ Judge how well the video follows the prompt, in five dimensions:
 - environment: place, background, time of day, weather and light
 - style: medium, look and mood
 A verdict is 2 (as asked), 1 (partly), 0 (missing or wrong) or N/A (the prompt does not ask for it).
-Think first, carefully and in detail: for each dimension what the prompt asks for, what the video shows, and the
-    verdict.
+Think first, carefully and in detail: for each dimension what the prompt asks for, what the video shows, \
+and the verdict.
 Then answer with the verdicts and an overall score from 1.00 (ignores the prompt) to 5.00 (does all it asks). Layout:
 <think>
 subject: asked ...; shown ...; verdict 2
@@ -237,6 +253,7 @@ subject: asked ...; shown ...; verdict 2
 </think>
 <answer>{"dimensional_scores": {"subject": "2", "dynamics": "1", "camera": "N/A", "environment": "2", "style": "0"}, \
 "overall_score": 3.50}</answer>"""
+THINK = ("<think>", "</think>")  # one added token each; the only ones, with EOS, that belong into a CoT
 _PLACE = "[[the user's prompt goes here]]"
 
 
@@ -253,26 +270,48 @@ def build_conversation(prompt: str, cot: str | None = None) -> list[dict]:
     return turns
 
 
-def encode_text(tokenizer, text: str, keep: tuple[str, ...] = ()) -> list[int]:
-    """Text -> ids in which no control token can appear, whatever the text says.
+def encode_text(tokenizer, text: str, keep: tuple[str, ...] = (), before: str = "", after: str = "") -> list[int]:
+    """Ids of before + text + after. Control tokens may come from `before` and `after`, never from `text`.
 
     A user may type `<|im_end|>` or `<|video_pad|>`. The tokenizer would turn that into the control token and so let the
-    prompt end the turn or pretend to be video. We cut the text inside each such spelling ('<' | '|im_end|>'), encode
-    the pieces, and join the ids: they decode to exactly the same text, and none is a control token. `keep` names added
-    tokens that may stay (`<think>` in a CoT).
+    prompt end the turn or pretend to be video. We cut inside each such spelling that touches `text` ('<' | '|im_end|>'),
+    encode the pieces, and join the ids: none of them is a control token, and they decode to exactly the same text, up
+    to Unicode normalisation (Qwen's tokenizer writes "e" + accent as one letter, NFC). `keep` names added tokens that
+    may stay (`<think>` in a CoT).
+
+    Why not encode the three texts apart: a token may reach over a seam. In Qwen's vocabulary "." + newline is one
+    token (624), and the model has read it so after almost every sentence.
+    Raises InputError for half a character (a lone surrogate), which no tokenizer can encode.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"the text {ascii(text[:60])} holds half a character (a lone surrogate); remove it.") from error
     added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.content not in keep}
     spellings = "|".join(re.escape(t) for t in sorted(added, key=len, reverse=True))
-    cuts = [match.start() + 1 for match in re.finditer(f"(?=({spellings}))", text)] if added else []
-    pieces = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)])]
-    ids = [i for piece in pieces if piece for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
-    if set(ids) & set(added.values()):
+    whole, begin, end = before + text + after, len(before), len(before) + len(text)
+    matches = re.finditer(f"(?=({spellings}))", whole) if added else []  # (?=...): those that overlap, too
+    cuts = [m.start() + 1 for m in matches if m.start() < end and m.end(1) > begin]
+
+    def encode(parts):
+        return [i for part in parts if part for i in tokenizer(part, add_special_tokens=False)["input_ids"]]
+
+    ids, controls = encode(whole[i:j] for i, j in zip([0, *cuts], [*cuts, len(whole)])), set(added.values())
+    if [i for i in ids if i in controls] != [i for i in encode((before, after)) if i in controls]:
         raise InputError(f"the text {text[:60]!r} spells a control token that cannot be kept apart; remove it.")
     return ids
 
 
 def encode_prompt(processor, video: Video, prompt: str) -> dict[str, torch.Tensor]:
     """Everything before the CoT: the user's turn with the video in it, and the opening of the assistant's turn.
+
+    The video stands in the text as Qwen3-VL was published with (transformers 4.57): for each two frames
+        <0.3 seconds><|vision_start|><|video_pad|> ... <|video_pad|><|vision_end|>
+    and nothing around them. The chat template writes <|vision_start|><|video_pad|><|vision_end|>. 4.57 replaced all
+    three by the blocks; newer releases, and vLLM, replace the pad alone and so leave an extra start and end around all
+    blocks, which the model has never seen. With a bare pad in the text both write what 4.57 wrote, id for id; and the
+    positions (get_rope_index) are then 4.57's too, since they follow from the ids: a text token takes one position, a
+    block as many as its longer side has tokens. With the extra pair all that follows would be one and two further on.
 
     Returns:
         input_ids (P,) int64; mm_token_type_ids (P,), 2 at video positions, else 0;
@@ -282,16 +321,19 @@ def encode_prompt(processor, video: Video, prompt: str) -> dict[str, torch.Tenso
     if not prompt.strip():
         raise InputError("the prompt is empty; a reward needs the prompt the video was made from (--prompt).")
     template = processor.apply_chat_template(build_conversation(_PLACE), add_generation_prompt=True, tokenize=False)
+    pad = processor.video_token
+    template = template.replace(processor.vision_start_token + pad + processor.vision_end_token, pad)
     head, tail = template.split(_PLACE)
-    # The processor replaces the one <|video_pad|> in `head` by "<0.3 seconds>" and a block of pads per two frames. We
-    # sampled and resized already, so it must do neither: with its own defaults it assumes 24 fps and upsizes small
-    # clips.
+    head, between = head.split(pad)
+    # The processor replaces the pad by "<0.3 seconds>" and a block of pads per two frames. We sampled and resized
+    # already, so it must do neither: with its own defaults it assumes 24 fps and upsizes small clips. Its own cap of
+    # pixels is part of its resizing; unless told so, transformers 5.19 warns that this default will change.
     inputs = processor(
-        text=[head], videos=[torch.from_numpy(video.frames).permute(0, 3, 1, 2)], video_metadata=[video.metadata()],
-        do_sample_frames=False, do_resize=False, return_tensors="pt",
+        text=[head + pad], videos=[torch.from_numpy(video.frames).permute(0, 3, 1, 2)],
+        video_metadata=[video.metadata()], do_sample_frames=False, do_resize=False, cap_pixels_per_frame=False,
+        return_tensors="pt",
     )  # fmt: skip
-    plain = {part: processor.tokenizer(part, add_special_tokens=False)["input_ids"] for part in (head, tail)}
-    after_ids = encode_text(processor.tokenizer, prompt) + plain[tail]
+    after_ids = encode_text(processor.tokenizer, prompt, before=between, after=tail)
     before = inputs["input_ids"][0]
     after = torch.tensor(after_ids, dtype=before.dtype)
     return {
@@ -300,16 +342,28 @@ def encode_prompt(processor, video: Video, prompt: str) -> dict[str, torch.Tenso
         "pixel_values_videos": inputs["pixel_values_videos"],
         "video_grid_thw": inputs["video_grid_thw"],
         "video": video,
-        "short_ids": plain[head] + after_ids,
+        "short_ids": processor.tokenizer(head + pad, add_special_tokens=False)["input_ids"] + after_ids,
     }
 
 
-def encode_cot(tokenizer, cot: str | None) -> list[int]:
-    """A CoT's ids, ended by EOS as a sampled one is. None or "" (masked, or no thinking): no ids at all, no EOS."""
+def encode_cot(tokenizer, cot: str | None, tokens: list[int] | None = None) -> list[int]:
+    """A CoT's ids, ended by EOS as a sampled one is. None or "" (masked, or no thinking): no ids at all, no EOS.
+
+    tokens: the ids it was sampled as. They are the CoT itself, and are taken as they are: encoding the text may give
+    others, and would put an EOS behind a CoT that was cut off. They must spell the text, or they are another tokenizer's.
+    Encoded apart from the prompt: a sampled CoT too begins with a token of its own. EOS is an added token, and nothing
+    merges with those, so there is no seam at the end either.
+    """
+    if tokens:
+        spelled = tokens[:-1] if tokens[-1] == tokenizer.eos_token_id else tokens
+        if not 0 <= min(tokens) <= max(tokens) < len(tokenizer) or tokenizer.decode(spelled) != (cot or ""):
+            raise InputError("the CoT's tokens do not spell its text with this model's tokenizer; take the columns "
+                             "CoT_A_tokens and CoT_B_tokens out of the CSV, and the texts are encoded anew.")
+        return tokens
     if not cot:
         return []
     cot = cot.removesuffix(tokenizer.eos_token)
-    return encode_text(tokenizer, cot, keep=("<think>", "</think>")) + [tokenizer.eos_token_id]
+    return encode_text(tokenizer, cot, keep=THINK) + [tokenizer.eos_token_id]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -365,9 +419,3 @@ def take(dataset: torch.utils.data.Dataset, order: list[int], workers: int = 0):
         if isinstance(item, InputError):
             raise item
         yield item
-
-
-def epoch_order(size: int, seed: int, epoch: int) -> list[int]:
-    """A shuffle that depends on (seed, epoch) alone, so that every rank, and a resumed run, sees the same order."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(size, generator=generator).tolist()

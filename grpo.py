@@ -19,44 +19,36 @@ loss reaches the head, because log-probs do not pass through it.
 """
 
 import dataclasses
-import json
 import os
-import time
 
 import torch
 
 import data
 import parallel
 from data import InputError
-from losses import bt_loss, clip_share, group_advantages, grpo_loss, kl_to_reference, policy_ratio
+from losses import bt_loss, group_advantages, grpo_loss, kl_to_reference
 from model import DeScore, lay_out, to_device
 from plumbing.answers import read_verdicts, well_formed
 from plumbing.checkpoint import save_model
 from plumbing.jobs import readable_pairs, task_seed
-from plumbing.logs import Log, draw_curves, reward_scale
-from plumbing.resume import StopSignal, load_checkpoint, require_finite, save_checkpoint
+from plumbing.logs import Sums, draw_curves, reward_scale
+from plumbing.monitor import GRPO_PANELS, grpo_line, grpo_metrics, note_update, write_samples
+from plumbing.resume import require_finite
 from plumbing.settings import arg, cli, parse
+from plumbing.training import CommonSettings, Run
 from rollout import decode_cot, make_engine
 
 
 @dataclasses.dataclass
-class Settings:
-    """Stage 2. Defaults: the paper's values, from its page and the released code."""
+class Settings(CommonSettings):
+    """Stage 2; more in CommonSettings. Defaults: the paper's values, from its page and the released code."""
 
     # data
     data: str = arg(None, "training pairs with true verdicts: a CSV in DeScore's RL format")
-    video_root: str | None = arg(None, "folder that relative video paths start from; default the CSV's")
-    skip_bad_videos: bool = arg(False, "leave out pairs with an unreadable video; OUT/skipped.jsonl lists them")
-    fps: float = arg(2.0, "sampled frames per second (paper: 2)")
     max_pixels: int = arg(307_200, "pixels per frame at most (paper, stage 2: 307,200)")
-    workers: int = arg(2, "processes that decode ahead; 0: decode in this one")
-    frame_cache: str | None = arg(None, "folder that keeps sampled frames, so that later epochs need not decode")
     # model
     model: str = arg(None, "a DeScore folder: OUT/model of stage 1")
     train: str = arg("full", "what of the LLM is trained (paper: full)", choices=["lora", "full"])
-    lora_r: int = arg(64, "LoRA rank, with --train lora")
-    lora_alpha: int = arg(128, "LoRA alpha, with --train lora")
-    gradient_checkpointing: bool = arg(True, "recompute activations in backward: less memory, a third more time")
     # rollouts
     rollouts: int = arg(8, "G, CoTs sampled per video (paper: 8)")
     max_new_tokens: int = arg(4096, "tokens per CoT at most (paper: 4096)")
@@ -86,33 +78,17 @@ class Settings:
     bt_coef: float = arg(5e-3, "weight of the BT loss over rollouts, Eq. 10 (paper: 5e-3); 0: the head drifts")
     # optimisation
     epochs: int = arg(1, "passes over the data (not given in the paper)")
-    max_steps: int | None = arg(None, "stop after this many rollout batches")
     batch_pairs: int = arg(128, "pairs per rollout batch over all ranks (paper: 128)")
     mini_pairs: int = arg(
         8, "pairs per update (paper: 8); equal to --batch-pairs: on-policy, no pass for old log-probs"
     )
     packing: bool = arg(True, "a row per video: the prefix once for its G CoTs; --no-packing: a row per CoT")
     lr: float = arg(1e-6, "learning rate of the LLM (paper: 1e-6)")
-    lr_head: float | None = arg(None, "learning rate of query and head; default --lr (paper: the same)")
     warmup: float = arg(0.0, "share of all rollout batches with a rising learning rate (not given in the paper)")
     weight_decay: float = arg(1e-2, "AdamW weight decay (paper: 1e-2)")
-    max_grad_norm: float = arg(1.0, "gradients are scaled down to this L2 norm (paper: 1.0)")
-    seed: int = arg(0, "decides order and samples")
-    # ranks
-    shard_ranks: int = arg(0, "ranks that share one copy of the weights; 0: all; 8: inside nodes of 8 GPUs (hybrid)")
-    cpu_offload: bool = arg(False, "weights and optimizer wait in the host's memory: slow, but fits (needs torchrun)")
-    random_init: bool = arg(False, "random weights of --model's size, read from config.json: to measure, not to train")
     # output
     out: str = arg("runs/stage2", "output folder")
     save_every: int = arg(10, "rollout batches between checkpoints; 0: only at the end")
-    keep: int = arg(2, "checkpoints kept on disk")
-    resume: bool = arg(False, "go on from the newest checkpoint in --out")
-    log_with: str | None = arg(None, "also log through accelerate's trackers", choices=["tensorboard", "wandb"])
-
-    @property
-    def micro_pairs(self) -> int:
-        """Pairs per forward: one, that is two groups of G CoTs."""
-        return 1
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -165,7 +141,7 @@ class Rollouts:
     pair: data.PreferencePair
     prefixes: list[dict]  # [2]
     cots: list[list[list[int]]]  # [2][G] token ids
-    rewards: list[list[RolloutReward]] = None  # [2][G]
+    rule_rewards: list[list[RolloutReward]] = None  # [2][G]
     advantages: torch.Tensor = None  # (2, G)
     engine_log_probs: list[list[list[float]]] = None  # [2][G][token] as the engine saw them, if it tells
     old: torch.Tensor = None  # (2G, T) log-probs when sampled, if they differ from the current ones
@@ -175,6 +151,10 @@ class Rollouts:
     @property
     def num_tokens(self) -> int:
         return sum(len(cot) for row in self.cots for cot in row)
+
+    def totals(self) -> torch.Tensor:
+        """(2, G): R of each rollout."""
+        return torch.tensor([[reward.total for reward in row] for row in self.rule_rewards])
 
     def record(self) -> dict:
         """The pair and its CoTs for a file that a person reads."""
@@ -197,16 +177,15 @@ def generate(items, engine, settings, step) -> list[Rollouts]:
     ]
 
 
-def judge(rollouts: Rollouts, tokenizer, settings) -> None:
-    """3 and 4: rollout rewards by the rules, advantages within each video's group of G."""
+def rule_rewards(rollouts: Rollouts, tokenizer, settings) -> list[list[RolloutReward]]:
+    """3: rollout rewards [2][G] by the rules, each video against its own true verdicts."""
     weights = settings.weight_quality, settings.weight_format, settings.weight_length
     span = settings.length_low, settings.length_high
     annotations = rollouts.pair.annotation_a, rollouts.pair.annotation_b
-    rollouts.rewards = [
+    return [
         [rollout_reward(decode_cot(tokenizer, cot), len(cot), truth, weights, span) for cot in row]
         for row, truth in zip(rollouts.cots, annotations, strict=True)
     ]
-    rollouts.advantages = group_advantages(torch.tensor([[r.total for r in row] for row in rollouts.rewards]))
 
 
 def lay_out_pair(model, rollouts: Rollouts, settings) -> dict:
@@ -234,192 +213,133 @@ def log_probs_now(model, rollouts: Rollouts, settings, ranks) -> torch.Tensor:
     return output.log_probs
 
 
-def losses_of(output, batch, rollouts: Rollouts, settings, counts) -> tuple[torch.Tensor, dict[str, float]]:
-    """6: the loss of a pair, and sums for the log. `counts`: denominators of the whole update, over all ranks.
+def old_log_probs(output, rollouts: Rollouts) -> torch.Tensor:
+    """log π_old (2G, T), detached: taken before the update, or, on-policy, the current ones, which ARE the old ones."""
+    return output.log_probs.detach() if rollouts.old is None else rollouts.old
 
-    L = GRPO (Eq. 7)  +  kl_coef * KL  +  bt_coef * BT (Eq. 10)
+
+def engine_gap(output, rollouts: Rollouts) -> torch.Tensor | None:
+    """(2G, T): trainer minus engine, the log-prob that each token was sampled with; None if the engine does not tell."""
+    if not rollouts.engine_log_probs:
+        return None
+    old = old_log_probs(output, rollouts)
+    gap = torch.zeros_like(old)
+    for n, values in enumerate(values for row in rollouts.engine_log_probs for values in row):
+        gap[n, : len(values)] = old[n, : len(values)] - torch.tensor(values, device=old.device)
+    return gap
+
+
+def losses_of(output, mask, rollouts: Rollouts, settings, counts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The three losses of one pair: GRPO (Eq. 7), KL (Eq. 7), BT (Eq. 10), each with the whole update's denominator.
+
+    mask (2G, T). GRPO and KL train the thinking, through log-probs that do not pass through the head: their gradient
+    never reaches it. BT trains the score, and through its hidden states the LLM.
     """
-    log_probs, mask, device = output.log_probs, batch["response_mask"], output.rewards.device
-    old = log_probs.detach() if rollouts.old is None else rollouts.old  # on-policy: the old ones ARE the current ones
-    advantages = rollouts.advantages.flatten().to(device)  # (2G,) in the batch's order A_1.., B_1..
-    clip = settings.clip_low, settings.clip_high
-    gap = torch.zeros_like(mask)  # trainer minus engine, per token, of the log-prob the CoT was sampled with
-    if rollouts.engine_log_probs:
-        for n, values in enumerate(values for row in rollouts.engine_log_probs for values in row):
-            gap[n, : len(values)] = old[n, : len(values)] - torch.tensor(values, device=device)
-    weight = gap.exp().clamp(max=settings.engine_cap) if settings.engine_cap else 1.0
-    policy = grpo_loss(
-        log_probs, old, advantages, mask * weight, *clip, settings.clip_dual, denominator=counts["tokens"]
-    )
-    kl = torch.zeros((), device=device)
+    log_probs, old = output.log_probs, old_log_probs(output, rollouts)  # (2G, T), rows A_1..A_G, B_1..B_G
+    advantages = rollouts.advantages.flatten().to(mask.device)  # (2G,) in the same order
+    weight = None
+    if settings.engine_cap and rollouts.engine_log_probs:
+        weight = engine_gap(output, rollouts).exp().clamp(max=settings.engine_cap)
+    clip = settings.clip_low, settings.clip_high, settings.clip_dual
+    grpo = grpo_loss(log_probs, old, advantages, mask, *clip, token_weight=weight, denominator=counts["tokens"])
+    kl = torch.zeros((), device=mask.device)
     if rollouts.reference is not None:
         kl = (kl_to_reference(log_probs, rollouts.reference) * mask).sum() / counts["tokens"]
-    rewards = output.rewards.view(2, -1)  # (2, G): the head's rewards of videos A and B
-    label = rollouts.pair.label
-    bt = torch.zeros((), device=device) if label else 0.0 * rewards.sum()  # a human tie has no winner: no BT term
-    if label:  # Eq. 10: rollout i of the winner against rollout i of the loser
-        chosen, rejected = (rewards[0], rewards[1]) if label > 0 else (rewards[1], rewards[0])
-        bt = bt_loss(chosen, rejected, denominator=counts["bt"])
-    with torch.no_grad():
-        margins = (rewards[0] - rewards[1]) * label
-        sums = {
-            "grpo_loss": policy.item(),
-            "kl": kl.item(),
-            "bt_loss": bt.item(),
-            "clipped": clip_share(log_probs, old, advantages, mask, *clip).item(),
-            "engine_gap": (gap.abs() * mask).sum().item(),
-            "right": (margins > 0).sum().item(),
-            "margin": margins.sum().item(),
-            "reward": rewards.sum().item(),
-            "square": (rewards**2).sum().item(),
-            "log_prob": (log_probs * mask).sum().item(),
-        }
-        sums["ratio_max"] = policy_ratio(log_probs, old, mask).max().item()
-    return policy + settings.kl_coef * kl + settings.bt_coef * bt, sums
+    reward_a, reward_b = output.rewards.view(2, -1)  # (G,) each: the head's rewards of videos A and B
+    if rollouts.pair.label > 0:  # Eq. 10: rollout i of the winner against rollout i of the loser
+        bt = bt_loss(reward_a, reward_b, denominator=counts["bt"])
+    elif rollouts.pair.label < 0:
+        bt = bt_loss(reward_b, reward_a, denominator=counts["bt"])
+    else:  # a human tie has no winner; times 0 keeps the head in the graph, so that ranks' backwards match
+        bt = 0.0 * output.rewards.sum()
+    return grpo, kl, bt
+
+
+def denominators(mini: list[Rollouts], settings, ranks) -> dict[str, float]:
+    """COLLECTIVE: what the sums of an update are divided by, over all ranks, known before its first backward.
+
+    "tokens": CoT tokens, for GRPO and KL; "bt": pairs of rollouts that have a winner, for BT.
+    """
+    tokens, decided = sum(r.num_tokens for r in mini), sum(r.pair.label != 0 for r in mini)
+    counts = ranks.sum({"tokens": tokens, "bt": decided * settings.rollouts})
+    return {name: max(1.0, count) for name, count in counts.items()}
 
 
 def update(model, optimizer, mini: list[Rollouts], settings, ranks) -> dict[str, float]:
-    """COLLECTIVE. 6: one update from this rank's pairs of a mini-batch. Returns sums over ranks, and gradient norms."""
-    decided = sum(r.pair.label != 0 for r in mini)
-    counts = ranks.sum({"tokens": sum(r.num_tokens for r in mini), "bt": decided * settings.rollouts})
-    counts = {name: max(1.0, value) for name, value in counts.items()}  # denominators, before the first backward
-    sums, ratio_max = {}, 1.0
+    """COLLECTIVE. 6: one update from this rank's pairs of a mini-batch. Returns what is logged of it."""
+    counts, sums = denominators(mini, settings, ranks), Sums()
     for rollouts in mini:
         batch = lay_out_pair(model, rollouts, settings)
         with ranks.autocast():
-            output = model(batch, video_features=rollouts.video_features)  # ONE forward for log-probs and rewards
+            output = model(batch, video_features=rollouts.video_features)  # ONE forward: log-probs and rewards
         rollouts.video_features = None  # this was the step's last pass: nothing stays in memory while sampling
-        loss, more = losses_of(output, batch, rollouts, settings, counts)
+        grpo, kl, bt = losses_of(output, batch["response_mask"], rollouts, settings, counts)
+        loss = grpo + settings.kl_coef * kl + settings.bt_coef * bt  # Eq. 7 and Eq. 10
         require_finite(loss.item(), "loss", [rollouts.record()], settings, ranks)
         parallel.backward(loss, ranks)
-        ratio_max = max(ratio_max, more.pop("ratio_max"))
-        for name, value in more.items():
-            sums[name] = sums.get(name, 0.0) + value
-    parallel.sync_gradients(model, ranks)
-    norms = parallel.clip_gradients(model, settings.max_grad_norm)
-    require_finite(norms["total"], "gradient norm", [r.record() for r in mini], settings, ranks)
-    optimizer.step()
-    optimizer.zero_grad()
-    sums = ranks.sum(sums)
-    for name, count in (
-        ("clipped", "tokens"),
-        ("engine_gap", "tokens"),
-        ("log_prob", "tokens"),
-        ("right", "bt"),
-        ("margin", "bt"),
-    ):
-        sums[name] /= counts[count]
-    return {**sums, "ratio_max": ratio_max, **{f"grad_norm_{part}": norm for part, norm in norms.items()}}
+        sums.add(grpo_loss=grpo.item(), kl=kl.item(), bt_loss=bt.item())
+        old, gap = old_log_probs(output, rollouts), engine_gap(output, rollouts)
+        note_update(sums, output, batch["response_mask"], old, gap, rollouts, settings, counts)
+    norms = parallel.take_step(model, optimizer, [r.record() for r in mini], settings, ranks)
+    ratio_max = max(ranks.gather_objects([sums.pop("ratio_max")]))
+    return {**ranks.sum(sums), "ratio_max": ratio_max, **norms}
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The loop
 # ---------------------------------------------------------------------------------------------------------------
+def log_probs_before(model, reference, rollouts: Rollouts, settings, ranks) -> None:
+    """COLLECTIVE under FSDP. 5: log-probs under the policy that sampled, and under the reference, before the update.
+
+    With one update per rollout batch the old log-probs are the current ones, and need no pass of their own. The
+    reference is the model at the start of this stage: with LoRA the same weights without the adapter.
+    """
+    if settings.mini_pairs < settings.batch_pairs:
+        rollouts.old = log_probs_now(model, rollouts, settings, ranks)
+    if settings.kl_coef == 0:
+        return
+    if reference is not None:
+        rollouts.reference = log_probs_now(reference, rollouts, settings, ranks)
+    else:
+        with model.reference_policy():
+            rollouts.reference = log_probs_now(model, rollouts, settings, ranks)
+
+
 def train(model, reference, engine, pairs, settings: Settings, ranks) -> None:
     """The loop of stage 2; the steps are those of the docstring at the top."""
     optimizer = parallel.make_optimizer(model, settings)
-    steps_per_epoch, local_pairs = parallel.divide(len(pairs), settings, ranks)
-    total = min(settings.max_steps or 10**9, settings.epochs * steps_per_epoch)
-    first = load_checkpoint(settings.out, model, optimizer, ranks)["step"] if settings.resume else 0
-    if first or settings.random_init:
+    run = Run("stage 2", model, optimizer, len(pairs), settings, ranks)
+    if run.first or settings.random_init:
         engine.sync(parallel.trained_weights(model))
-    log = Log(settings.out, settings, ranks, "grpo", first)
-    stop = StopSignal()
-    schedule = []
-    for step in range(first, total):
-        epoch, place = divmod(step, steps_per_epoch)
-        order = data.epoch_order(len(pairs), settings.seed, epoch)
-        schedule += ranks.share(order[place * settings.batch_pairs : (place + 1) * settings.batch_pairs])
     dataset = data.EncodedPairs(pairs, model.processor, settings.fps, settings.max_pixels, settings.frame_cache)
-    stream = data.take(dataset, schedule, settings.workers)
-    updates = settings.batch_pairs // settings.mini_pairs
+    order = [index for _, indices in run.draws() for index in indices]
+    stream = data.take(dataset, order, settings.workers)
+    tokenizer, mini_size = model.processor.tokenizer, settings.mini_pairs // ranks.world
+
     model.train()
-    for step in ranks.progress(range(first + 1, total + 1), desc="stage 2", initial=first, total=total):
-        began = time.time()
-        items = [next(stream) for _ in range(local_pairs)]  # 1 draw pairs
-        drawn = time.time()
+    for step in run.steps():
+        items = [next(stream) for _ in range(run.local_pairs)]  # 1 draw pairs
+        drawn = run.seconds()
         batch = generate(items, engine, settings, step)  # 2 generate
         for rollouts in batch:
-            judge(rollouts, model.processor.tokenizer, settings)  # 3 rollout rewards, 4 group advantages
-        generated = time.time()
-        for rollouts in batch:  # 5 log-probs that the update compares with, from before it
-            if updates > 1:
-                rollouts.old = log_probs_now(model, rollouts, settings, ranks)
-            if settings.kl_coef > 0 and reference is not None:
-                rollouts.reference = log_probs_now(reference, rollouts, settings, ranks)
-            elif settings.kl_coef > 0:
-                with model.reference_policy():
-                    rollouts.reference = log_probs_now(model, rollouts, settings, ranks)
-        parallel.set_learning_rate(optimizer, step, max(1, round(settings.warmup * total)))
-        size = local_pairs // updates
-        done = [
-            update(model, optimizer, batch[i : i + size], settings, ranks) for i in range(0, local_pairs, size)
-        ]  # 6
+            rollouts.rule_rewards = rule_rewards(rollouts, tokenizer, settings)  # 3 rollout rewards, by rules only
+            rollouts.advantages = group_advantages(rollouts.totals())  # 4 group advantages: (2, G)
+        generated = run.seconds()
+        for rollouts in batch:
+            log_probs_before(model, reference, rollouts, settings, ranks)  # 5 old and reference log-probs
+        parallel.set_learning_rate(optimizer, step, run.warmup_steps)
+        updates = []
+        for i in range(0, run.local_pairs, mini_size):
+            updates.append(update(model, optimizer, batch[i : i + mini_size], settings, ranks))  # 6 update
         engine.sync(parallel.trained_weights(model))  # 7 the engine samples the next batch from the new weights
-        metrics = step_metrics(batch, done, settings, ranks)  # 8 log
-        metrics |= {
-            "wait_share": (drawn - began) / (time.time() - began),
-            "generate_seconds": generated - drawn,
-            "update_seconds": time.time() - generated,
-            "step_seconds": time.time() - began,
-        }
-        stopping = ranks.any(stop.requested)
-        if step == total or stopping or (settings.save_every and step % settings.save_every == 0):
-            save_checkpoint(settings.out, step, model, optimizer, ranks, settings.keep)
+        metrics = grpo_metrics(batch, updates, settings, ranks)  # 8 log
+        metrics |= {"wait_share": drawn / run.seconds(), "generate_seconds": generated - drawn}
+        metrics |= {"update_seconds": run.seconds() - generated, "step_seconds": run.seconds()}
+        run.save(step)
         if ranks.is_main:
-            write_samples(os.path.join(settings.out, "samples.jsonl"), step, batch[0], model.processor.tokenizer)
-        log.step(
-            step,
-            metrics,
-            f"step {step:4d}/{total}  R {metrics['rollout_reward']:.3f} (quality {metrics['quality']:.3f} "
-            f"format {metrics['format']:.2f} length {metrics['length']:.2f})  flat groups {metrics['flat_groups']:.2f}  "
-            f"BT {metrics['bt_loss']:.3f}  pair accuracy {metrics['pair_accuracy']:.3f}  KL {metrics['kl']:.1e}  "
-            f"|g| {metrics['grad_norm_total']:.2f}  {metrics['cot_tokens']:.0f} tokens  {metrics['step_seconds']:.1f} s",
-        )
-        if stopping:
-            ranks.print(f"stopped after step {step}; the same command with --resume goes on")
-            raise KeyboardInterrupt
-
-
-def step_metrics(batch: list[Rollouts], updates: list[dict], settings, ranks) -> dict[str, float]:
-    """COLLECTIVE. 8: what moves, averaged over all rollouts of all ranks. README's glossary explains each name."""
-    rewards = [r for rollouts in batch for row in rollouts.rewards for r in row]
-    cots = [cot for rollouts in batch for row in rollouts.cots for cot in row]
-    groups = [row for rollouts in batch for row in rollouts.advantages]  # of G advantages each
-    sums = ranks.sum({
-        "rollout_reward": sum(r.total for r in rewards), "quality": sum(r.quality for r in rewards),
-        "format": sum(r.format for r in rewards), "length": sum(r.length for r in rewards),
-        "cot_tokens": sum(map(len, cots)), "truncated": sum(len(cot) >= settings.max_new_tokens for cot in cots),
-        "flat": sum(not group.any() for group in groups), "rollouts": len(rewards), "groups": len(groups),
-    })  # fmt: skip
-    count, num_groups, flat = sums.pop("rollouts"), sums.pop("groups"), sums.pop("flat")
-    metrics = {name: value / count for name, value in sums.items()} | {"flat_groups": flat / num_groups}
-    mean = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
-    metrics |= {
-        "pair_accuracy": mean.pop("right"),
-        "clip_share": mean.pop("clipped"),
-        "mean_log_prob": mean.pop("log_prob"),
-    }
-    metrics["reward_mean"] = mean.pop("reward") * len(updates) / count
-    metrics["reward_std"] = max(0.0, mean.pop("square") * len(updates) / count - metrics["reward_mean"] ** 2) ** 0.5
-    return metrics | mean | {"ratio_max": max(u["ratio_max"] for u in updates)}
-
-
-def write_samples(path: str, step: int, rollouts: Rollouts, tokenizer) -> None:
-    """Appends the best and the worst CoT of the first pair's first video, with rewards: read them while it trains."""
-    order = sorted(range(len(rollouts.cots[0])), key=lambda i: rollouts.rewards[0][i].total)
-    with open(path, "a", encoding="utf-8") as file:
-        for i in (order[0], order[-1]):
-            line = {
-                "step": step,
-                "video": rollouts.pair.video_a,
-                "prompt": rollouts.pair.prompt,
-                "truth": rollouts.pair.annotation_a,
-                "advantage": round(float(rollouts.advantages[0, i]), 3),
-                **dataclasses.asdict(rollouts.rewards[0][i]),
-                "cot": decode_cot(tokenizer, rollouts.cots[0][i]),
-            }
-            file.write(json.dumps(line) + "\n")
+            texts = [decode_cot(tokenizer, cot) for cot in batch[0].cots[0]]
+            write_samples(os.path.join(settings.out, "samples.jsonl"), step, batch[0], texts)
+        run.finish_step(step, metrics, grpo_line(metrics))
 
 
 def check(settings: Settings, ranks) -> None:
@@ -436,7 +356,7 @@ def check(settings: Settings, ranks) -> None:
 
 def main(argv=None) -> None:
     settings = parse(Settings, __doc__, argv)
-    ranks = parallel.start(settings.seed, settings.log_with, settings.out, settings.cpu_offload)
+    ranks = parallel.start(settings.seed, settings.cpu_offload)
     check(settings, ranks)
     os.makedirs(settings.out, exist_ok=True)
     pairs = readable_pairs(data.read_pairs(settings.data, video_root=settings.video_root), settings, ranks, data.sample_frames)
@@ -480,15 +400,7 @@ def main(argv=None) -> None:
     model.settings.update(reward_scale(settings.out))
     save_model(model, os.path.join(settings.out, "model"), ranks)
     if ranks.is_main:
-        panels = {
-            "rollout reward R": ["rollout_reward", "quality", "format", "length"],
-            "pair accuracy": ["pair_accuracy"],
-            "BT loss (Eq. 10)": ["bt_loss"],
-            "groups with no spread, clipped tokens": ["flat_groups", "clip_share"],
-            "KL to the reference": ["kl"],
-            "gradient norms": ["grad_norm_llm", "grad_norm_head"],
-        }
-        draw_curves(settings.out, panels, os.path.join(settings.out, "curves.png"), "Stage 2: GRPO + BT")
+        draw_curves(settings.out, GRPO_PANELS, os.path.join(settings.out, "curves.png"), "Stage 2: GRPO + BT")
     ranks.print(f"wrote {settings.out}/model, metrics.jsonl, samples.jsonl and curves.png")
     ranks.finish(engine)
 

@@ -122,6 +122,7 @@ def grpo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.3,
     clip_dual: float = 3.0,
+    token_weight: torch.Tensor | None = None,
     denominator: float | None = None,
 ) -> torch.Tensor:
     """Clipped token-level policy-gradient loss. Eq. 7 without its KL term, which `kl_to_reference` adds.
@@ -132,8 +133,9 @@ def grpo_loss(
         L   = (1 / number of tokens) Σ L_t
 
     log π -> log_probs (N, T), with gradient; log π_old -> old_log_probs (N, T), detached; A -> advantages (N,), one per
-    CoT; mask (N, T): 1 (or a token's weight) on CoT tokens, EOS included, 0 on padding. Averaged over all tokens, so a
-    long CoT weighs more than a short one. Defaults: EasyR1's, which the released code uses.
+    CoT; mask (N, T): 1 on CoT tokens, EOS included, 0 on padding. Averaged over all tokens, so a long CoT weighs more
+    than a short one. token_weight (N, T): multiplies each token's loss, default 1 (`--engine-cap`; not in the paper).
+    Defaults: EasyR1's, which the released code uses.
 
     "Loss 0, ratio 1: is it broken?" No. On-policy (one update per rollout batch) π_old IS π, so ρ = 1 and L = −mean(A),
     which is 0 up to differences in length, because advantages are centred. The GRADIENT is not 0: dρ/dθ = d log π/dθ,
@@ -145,21 +147,21 @@ def grpo_loss(
     ratio = policy_ratio(log_probs, old_log_probs, mask)  # (N, T)
     losses = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high))
     losses = torch.where(advantage < 0, torch.minimum(losses, -advantage * clip_dual), losses)
+    if token_weight is not None:
+        losses = losses * token_weight
     return (losses * mask).sum() / (denominator or mask.sum().clamp(min=1))
 
 
 def policy_ratio(log_probs: torch.Tensor, old_log_probs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """ρ_t = π/π_old per token (N, T), exactly 1 at padding. The exponent is bounded at ±20: fp32 cannot overflow."""
-    difference = (log_probs.float() - old_log_probs.detach().float()) * (mask > 0)  # a mask may hold weights
+    difference = (log_probs.float() - old_log_probs.detach().float()) * mask
     return difference.clamp(-20, 20).exp()
 
 
-def clip_share(log_probs, old_log_probs, advantages, mask, clip_low=0.2, clip_high=0.3) -> torch.Tensor:
-    """Number of tokens whose gradient the clip has cut off.
+def clipped_tokens(log_probs, old_log_probs, advantages, mask, clip_low=0.2, clip_high=0.3) -> torch.Tensor:
+    """Number of tokens whose gradient the clip has cut off: ρ > 1 + clip_high and A > 0, or ρ < 1 − clip_low and A < 0.
 
-    Those are the tokens with ρ > 1 + clip_high and A > 0, or with ρ < 1 − clip_low and A < 0.
-
-    A count, not a share: divide by the tokens of the whole batch. 0 on-policy.
+    Shapes as in `grpo_loss`. 0 on-policy. Divide by the tokens of the whole batch for a share.
     """
     ratio = policy_ratio(log_probs, old_log_probs, mask)
     advantage = advantages[:, None]

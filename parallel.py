@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from data import InputError
 from plumbing.checkpoint import fill, merge_lora, whole
+from plumbing.resume import require_finite
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -32,15 +33,15 @@ from plumbing.checkpoint import fill, merge_lora, whole
 class Ranks:
     """Who this process is. With one process every method works and costs nothing."""
 
-    def __init__(self, log_with: str | None = None, out: str | None = None, cpu_offload: bool = False):
+    def __init__(self, cpu_offload: bool = False):
         from accelerate import Accelerator, InitProcessGroupKwargs
 
-        # Accelerate finds the device, starts the process group (NCCL or gloo) and drives the trackers. FSDP2 is called
+        # Accelerate finds the device and starts the process group (NCCL or gloo). FSDP2 is called
         # directly, below: accelerate's own FSDP plugin turns into DDP on CPU without a word, so it could not be tested.
         on_cpu = not torch.cuda.is_available()
         # Gradients that live in the host's memory are summed by gloo, all else by NCCL.
         both = [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if cpu_offload and not on_cpu else []
-        self.accelerator = Accelerator(cpu=on_cpu, log_with=log_with, project_dir=out, kwargs_handlers=both)
+        self.accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=both)
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
 
@@ -100,10 +101,10 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def start(seed: int, log_with: str | None = None, out: str | None = None, cpu_offload: bool = False) -> Ranks:
+def start(seed: int, cpu_offload: bool = False) -> Ranks:
     """COLLECTIVE: starts the process group under torchrun, finds the device, seeds every generator alike on all
     ranks."""
-    ranks = Ranks(log_with, out, cpu_offload)
+    ranks = Ranks(cpu_offload)
     random.seed(seed), np.random.seed(seed % 2**32), torch.manual_seed(seed)
     return ranks
 
@@ -189,6 +190,19 @@ def clip_gradients(model, max_norm: float) -> dict[str, float]:
     return {**norms, "total": total}
 
 
+def take_step(model, optimizer, rows: list[dict], settings, ranks: Ranks) -> dict[str, float]:
+    """COLLECTIVE: the update, after the last backward. Returns the gradient norms before clipping, for the log.
+
+    rows: what this rank fed to the model; InputError names them if a gradient is not finite, and no weight is touched.
+    """
+    sync_gradients(model, ranks)
+    norms = clip_gradients(model, settings.max_grad_norm)
+    require_finite(norms["total"], "gradient norm", rows, settings, ranks)
+    optimizer.step()
+    optimizer.zero_grad()
+    return {f"grad_norm_{part}": norm for part, norm in norms.items()}
+
+
 def trained_weights(model):
     """COLLECTIVE: yields (Hugging Face name, whole tensor) of every backbone weight that training has changed.
 
@@ -227,17 +241,3 @@ def set_learning_rate(optimizer, step: int, warmup_steps: int) -> float:
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * scale
     return scale
-
-
-def divide(num_pairs: int, settings, ranks: Ranks) -> tuple[int, int]:
-    """(updates per epoch, pairs per update on each rank). The last, incomplete batch of an epoch is left out."""
-    if settings.batch_pairs % (ranks.world * settings.micro_pairs):
-        raise InputError(
-            f"--batch-pairs {settings.batch_pairs} is not a multiple of {ranks.world} ranks x --micro-pairs "
-            f"{settings.micro_pairs}; change one of them."
-        )
-    if num_pairs < settings.batch_pairs:
-        raise InputError(
-            f"{settings.data}: {num_pairs} pairs do not fill one batch; lower --batch-pairs ({settings.batch_pairs})."
-        )
-    return num_pairs // settings.batch_pairs, settings.batch_pairs // ranks.world

@@ -19,7 +19,7 @@ import json
 import os
 
 import torch
-from transformers import AutoProcessor, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import AutoConfig, AutoProcessor, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 import data
 import parallel
@@ -51,10 +51,17 @@ class SeededSampling(LogitsProcessor):
         return scores.float() / self.temperature + gumbel.to(scores.device)
 
 
-def banned_tokens(tokenizer) -> list[int]:
-    """Control tokens that a CoT may not contain: all but EOS. A sampled <|video_pad|> would claim to be video."""
-    banned = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special or t.content == "<Reward>"}
-    return sorted(banned - {tokenizer.eos_token_id})
+def banned_tokens(tokenizer, vocab_size: int) -> list[int]:
+    """Ids below `vocab_size`, the rows of the model's embedding, that a CoT may not contain.
+
+    Allowed are text (tokens that are not added ones), EOS, `<think>` and `</think>`. Banned is the rest: a sampled
+    <|video_pad|> would claim to be video, a <tool_call> belongs to another task, and rows without a token decode to
+    nothing, yet would be scored. Qwen3-VL has 151,936 rows: 151,643 of text, 26 added tokens, 267 without a token.
+    """
+    added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+    text = set(tokenizer.get_vocab().values()) - set(added.values())
+    allowed = text | {tokenizer.eos_token_id} | {added[token] for token in data.THINK if token in added}
+    return [i for i in range(vocab_size) if i not in allowed]
 
 
 @torch.no_grad()
@@ -86,7 +93,7 @@ def sample_cots(
         use_cache=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        suppress_tokens=banned_tokens(tokenizer),
+        suppress_tokens=banned_tokens(tokenizer, backbone.config.text_config.vocab_size),
     )
     sampling = LogitsProcessorList([SeededSampling(flat_seeds, temperature)] if temperature > 0 else [])
     was_training = backbone.training
@@ -172,8 +179,9 @@ def make_engine(
         if tp < 1 or ranks.world % tp:
             raise InputError(f"--engine-tp {tp} does not divide the {ranks.world} ranks.")
         vllm |= {"dtype": "float32" if on_cpu else "bfloat16", "on_cpu": on_cpu}
-        banned = banned_tokens(processor.tokenizer)
-        return VLLMEngine(path, processor, banned, seed + ranks.rank // tp, max_model_len, **vllm)
+        text = AutoConfig.from_pretrained(path).text_config
+        banned, limit = banned_tokens(processor.tokenizer, text.vocab_size), min(max_model_len, text.max_position_embeddings)
+        return VLLMEngine(path, processor, banned, seed + ranks.rank // tp, limit, **vllm)
     if name != "transformers":
         raise InputError(f"--engine {name}: choose transformers or vllm.")
     if vllm.get("dummy") and backbone is None:

@@ -51,7 +51,7 @@ from plumbing.settings import arg, cli, parse
 from plumbing.jobs import task_seed
 from rollout import make_engine
 
-LAYOUTS = ("packed", "plain", "plain, 1 CoT at a time", "released")
+LAYOUTS = ("packed", "plain", "released")
 
 
 @dataclasses.dataclass
@@ -61,7 +61,7 @@ class Settings:
     out: str = arg("runs/bench", "output folder")
     quick: bool = arg(False, "one cell of stage 2 (P : C = 4 : 1, G = 8), three points per line, three rounds")
     only: str = arg("stage2,stage1,scaling,decode,metric,rollout", "sections, separated by commas")
-    ratios: list[int] = arg((1, 4, 16), "stage 2: prefix tokens P / CoT tokens C")
+    ratios: list[float] = arg((0.5, 1, 4, 16), "stage 2: prefix tokens P / CoT tokens C")
     groups: list[int] = arg((4, 8, 16), "stage 2: G, CoTs per video")
     repeats: int = arg(0, "timed rounds; 0: 5, or 3 with --quick")
     cot_tokens: int = arg(0, "C, tokens per CoT; 0: 64 on a CPU, 256 on a GPU")
@@ -120,7 +120,7 @@ def inspect(model, work, right=None) -> tuple[dict, tuple]:
 # ---- 2. The world: a model, its reference, and one pair with G CoTs per video --------------------------------
 def make_world(s: Settings) -> types.SimpleNamespace:
     """-> settings, ranks, processor; model (LLM trained fully, tower frozen, as in stage 2); reference, with slightly
-    other weights, or KL would be 0 in any layout; seen, a list of the tokens of each LLM forward; matmul, in FLOP/s."""
+    other weights, or KL would be 0 in any layout; seen, a list of the tokens of each LLM forward."""
     ranks, processor, on_gpu, seen = parallel.start(s.seed), toy_model.build_processor(), torch.cuda.is_available(), []
     heads = max(2, s.hidden // 64)
     size = dict(hidden=s.hidden, layers=s.layers, heads=heads, vision_hidden=24 * heads, vision_layers=min(3, s.layers))
@@ -137,12 +137,9 @@ def make_world(s: Settings) -> types.SimpleNamespace:
     note = lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"][..., 0].numel())  # noqa: E731, padding included
     for either in (model, reference):
         either.backbone.model.language_model.register_forward_pre_hook(note, with_kwargs=True)
-    edge, dtype = (8192, torch.bfloat16) if on_gpu else (1024, torch.float32)
-    a = torch.randn(edge, edge, device=ranks.device, dtype=dtype)
-    matmul = 2 * edge**3 / min(measure({"": lambda: a @ a}, 10)[""])
     model, reference = model.to(ranks.device).train(), reference.to(ranks.device).eval()
-    names = ("settings", "ranks", "processor", "model", "reference", "seen", "matmul")
-    return types.SimpleNamespace(**dict(zip(names, (s, ranks, processor, model, reference, seen, matmul))))
+    names = ("settings", "ranks", "processor", "model", "reference", "seen")
+    return types.SimpleNamespace(**dict(zip(names, (s, ranks, processor, model, reference, seen))))
 
 
 def make_prefix(processor, length: int, seed: int) -> dict:
@@ -169,18 +166,16 @@ def make_rollouts(processor, prefix_tokens: int, group: int, cot_tokens: int, se
     return grpo.Rollouts(data.PreferencePair("a", "b", "a prompt", 1), prefixes, words.tolist(), advantages=advantages)
 
 
-# ---- 3. Stage 2: one update of one pair, forward and backward, in four layouts -------------------------------
+# ---- 3. Stage 2: one update of one pair, forward and backward, in three layouts ------------------------------
 def case_of(world, layout: str, rollouts: grpo.Rollouts):
     """A function without arguments: one update in a layout, returns the loss. KL weighs 1e-2 (released config): with
     the launch script's 1e-5 the comparison would not see it."""
-    group = len(rollouts.cots[0])
-    at_once = {"plain, 1 CoT at a time": 1, "released": min(group, world.settings.released_micro)}.get(layout, group)
-    settings = grpo.Settings(rollouts=group, packing=layout == "packed", kl_coef=1e-2)
-    rollouts = dataclasses.replace(rollouts, splits=group // at_once)
+    settings = grpo.Settings(rollouts=len(rollouts.cots[0]), packing=layout == "packed", kl_coef=1e-2)
+    rollouts = dataclasses.replace(rollouts)
     if layout == "plain forward":  # a row per CoT, no gradient: the FLOP/s that this model reaches here
 
         def forward():
-            rollouts.seen = {}
+            rollouts.video_features = None  # not what the round before saw
             grpo.log_probs_now(world.model, rollouts, settings, world.ranks)
 
         return forward
@@ -191,17 +186,17 @@ def update_ours(world, rollouts: grpo.Rollouts, settings: grpo.Settings) -> floa
     """grpo.py's own update without the optimizer: reference pass, ONE forward, one backward. Returns the loss."""
     model, ranks = world.model, world.ranks
     model.zero_grad()
-    rollouts.seen = {}  # not what the round before saw
+    rollouts.video_features = None  # not what the round before saw
     rollouts.old = grpo.log_probs_now(model, rollouts, settings, ranks) if world.settings.old_pass else None
     rollouts.reference = grpo.log_probs_now(world.reference, rollouts, settings, ranks)
-    counts, total = {"tokens": rollouts.num_tokens, "bt": settings.rollouts}, 0.0
-    for k, (numbers, batch) in enumerate(grpo.forwards(model, rollouts, settings)):
-        with ranks.autocast():
-            output = model(batch)
-        loss, _ = grpo.losses_of(output, numbers, batch, k, rollouts, settings, counts)
-        parallel.backward(loss, ranks)
-        total += loss.item()
-    return total
+    counts = {"tokens": rollouts.num_tokens, "bt": settings.rollouts}
+    batch = grpo.lay_out_pair(model, rollouts, settings)
+    with ranks.autocast():
+        output = model(batch, video_features=rollouts.video_features)
+    policy, kl, bt = grpo.losses_of(output, batch["response_mask"], rollouts, settings, counts)
+    loss = policy + settings.kl_coef * kl + settings.bt_coef * bt
+    parallel.backward(loss, ranks)
+    return loss.item()
 
 
 def update_released(world, rollouts: grpo.Rollouts, settings: grpo.Settings) -> float:
@@ -211,7 +206,7 @@ def update_released(world, rollouts: grpo.Rollouts, settings: grpo.Settings) -> 
     a forward and backward for the policy's log-probs and another for the query's state. The optimizer, its pure bf16
     weights and the copied embedding are left out, and the query's forward is spared the logits: in its favour.
     """
-    model, ranks = world.model, world.ranks
+    model, ranks, size = world.model, world.ranks, min(settings.rollouts, world.settings.released_micro)
     names = ("input_ids", "spans", "position_ids", "pixel_values_videos", "video_grid_thw")
 
     def full_log_probs(model, batch):  # -> (N, T), from logits (B * L, V) at EVERY position
@@ -221,18 +216,22 @@ def update_released(world, rollouts: grpo.Rollouts, settings: grpo.Settings) -> 
         return torch.zeros(mask.shape, device=found.device).masked_scatter(mask, found)
 
     model.zero_grad()
-    with torch.no_grad(), ranks.autocast():
-        before = [[full_log_probs(m, batch) for m in (model, world.reference)]
-                  for _, batch in grpo.forwards(model, rollouts, settings)]  # fmt: skip
-    rollouts.old, rollouts.reference = zip(*before)
     counts, total = {"tokens": rollouts.num_tokens, "bt": settings.rollouts}, 0.0
-    policy_only = dataclasses.replace(settings, bt_coef=0.0)
-    for k, (numbers, batch) in enumerate(grpo.forwards(model, rollouts, settings)):
+    parts = []
+    for i in range(0, settings.rollouts, size):
+        cots, advantages = [row[i : i + size] for row in rollouts.cots], rollouts.advantages[:, i : i + size]
+        parts.append(dataclasses.replace(rollouts, cots=cots, advantages=advantages))
+    with torch.no_grad(), ranks.autocast():
+        for part in parts:
+            batch = grpo.lay_out_pair(model, part, settings)
+            part.old, part.reference = full_log_probs(model, batch), full_log_probs(world.reference, batch)
+    for part in parts:
+        batch = grpo.lay_out_pair(model, part, settings)
         with ranks.autocast():
-            output = Output(torch.zeros(2 * len(numbers), device=ranks.device), full_log_probs(model, batch))
-        loss, _ = grpo.losses_of(output, numbers, batch, k, rollouts, policy_only, counts)
+            output = Output(torch.zeros(2 * len(part.cots[0]), device=ranks.device), full_log_probs(model, batch))
+        policy, kl, _ = grpo.losses_of(output, batch["response_mask"], part, settings, counts)
+        loss = policy + settings.kl_coef * kl
         parallel.backward(loss, ranks)
-        batch.pop("seen")  # every pass looks at the video itself
         with ranks.autocast():
             chosen, rejected = model(batch, want_log_probs=False).rewards.view(2, -1)  # the pair's label is +1
         bt = settings.bt_coef * bt_loss(chosen, rejected, denominator=counts["bt"])
@@ -245,8 +244,8 @@ def forward_flops(model: DeScore, prefix: dict, cots: list[int]) -> tuple[float,
     """(LLM, vision tower): FLOPs of ONE forward of a video with CoTs of these lengths, nothing computed twice.
 
     LLM: 2 * weights of its linear layers * tokens, lm_head at CoT positions only, and attention: 4 * width * layers for
-    each (query, key) that the drawing in `lay_out` allows: half of a causal square, not the whole. Tower: 2 * weights * patches
-    (mergers: patches / 4), and attention within each time step.
+    each (query, key) that the drawing in `lay_out` allows: half of a causal square, not the whole. Tower: 2 * weights *
+    patches (mergers: patches / 4), and attention within each time step.
     """
     text, tower = model.backbone.config.text_config, model.backbone.model.visual
     linear = sum(m.weight.numel() for m in model.backbone.model.language_model.modules() if hasattr(m, "in_features"))
@@ -301,21 +300,20 @@ def run_cell(world, p: int, group: int, c: int, layouts) -> list[dict]:
         row, middle = rows[layout], statistics.median(seconds)
         row |= {"seconds": seconds, "ideal GFLOP": ideal / 1e9, "forward GFLOP/s": rate / 1e9,
                 "times the limit": middle / (ideal / rate)}  # fmt: skip
-        if layout != "released":
-            row["share of matmul"] = count_flops(world, rollouts, layout == "packed") / middle / world.matmul
         for rival in [name for name in ("plain", "released") if name in times]:
             row[f"x {rival}"] = speed_up(seconds, times[rival])
             row[f"x {rival} by tokens"] = rows[rival]["units"] / row["units"]
+            row[f"x {rival}, share of tokens"] = row[f"x {rival}"] / row[f"x {rival} by tokens"]
     return [rows[layout] for layout in layouts]
 
 
 def stage2(world) -> list[dict]:
-    """One GRPO + BT update of one pair. "by tokens": what counting tokens allows (a backward is two forwards). "times
-    the limit": seconds / (ideal FLOPs / plain forward's FLOP/s). "share of matmul": MFU against a matrix product."""
+    """One GRPO + BT update of one pair. "by tokens": what counting tokens allows (a backward is two forwards); "share of
+    tokens": how much of that is reached. "times the limit": seconds / (ideal FLOPs / plain forward's FLOP/s)."""
     c, quick = world.settings.cot_tokens, world.settings.quick
     cells = [(4, 8)] if quick else [(k, g) for k in world.settings.ratios for g in world.settings.groups]
     bar = world.ranks.progress(cells, desc="stage 2 cells")
-    rows = [{"P : C": f"{k} : 1", **row} for k, g in bar for row in run_cell(world, k * c, g, c, LAYOUTS)]
+    rows = [{"P : C": f"{k:g} : 1", **row} for k, g in bar for row in run_cell(world, round(k * c), g, c, LAYOUTS)]
     state = "installed" if importlib.util.find_spec("trl") else "not installed"
     return rows + [{"layout": f"TRL's GRPOTrainer ({state}) cannot express this task: it takes text and images, not video "
                               "(huggingface/trl, issue 5373), and has no second loss on the same forward."}]  # fmt: skip
@@ -545,8 +543,7 @@ def main(argv=None) -> None:
     world = make_world(s)
     device = torch.cuda.get_device_name() if big else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     machine = {"device": device, "torch": torch.__version__, "compute": "bf16 autocast" if big else "fp32",
-               "parameters": sum(p.numel() for p in world.model.parameters()),
-               "matmul TFLOP/s": world.matmul / 1e12}  # fmt: skip
+               "parameters": sum(p.numel() for p in world.model.parameters())}
     results, text = {}, ["# bench.py", table([machine]), ", ".join(f"{k} {v}" for k, v in vars(s).items())]
     world.ranks.print("\n\n".join(text))
     for name in [name for name in SECTIONS if name in chosen]:

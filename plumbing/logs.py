@@ -10,10 +10,9 @@ import numpy as np
 
 
 class Log:
-    """metrics.jsonl (one JSON line per step), one dense line on the screen, and trackers if asked for. Rank 0
-    writes."""
+    """metrics.jsonl, one JSON line per step, and one dense line on the screen. Rank 0 writes."""
 
-    def __init__(self, out: str, settings, ranks, name: str, resumed_step: int = 0):
+    def __init__(self, out: str, settings, ranks, resumed_step: int = 0):
         self.path, self.ranks, self.started = os.path.join(out, "metrics.jsonl"), ranks, time.time()
         if ranks.is_main:
             os.makedirs(out, exist_ok=True)
@@ -22,17 +21,28 @@ class Log:
             kept = [line for line in read_metrics(out) if line["step"] <= resumed_step]  # later ones will be made again
             with open(self.path, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in kept)
-        ranks.accelerator.init_trackers(name)
 
     def step(self, step: int, metrics: dict[str, float], line: str) -> None:
         """Writes one step's metrics; `line` is what the screen shows."""
         if self.ranks.is_main:
+            record = {"step": step, "seconds": round(time.time() - self.started, 2), **metrics}
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(
-                    json.dumps({"step": step, "seconds": round(time.time() - self.started, 2), **metrics}) + "\n"
-                )
-        self.ranks.accelerator.log(metrics, step=step)
+                file.write(json.dumps(record) + "\n")
         self.ranks.print(line)
+
+
+class Sums(dict):
+    """Sums of numbers by name, over the forwards of a step."""
+
+    def add(self, **values: float) -> None:
+        for name, value in values.items():
+            self[name] = self.get(name, 0.0) + float(value)
+
+
+def mean_and_std(total: float, squares: float, count: float) -> dict[str, float]:
+    """Sum and sum of squares of `count` rewards of the head -> their mean and standard deviation, as logged."""
+    mean = total / count
+    return {"reward_mean": mean, "reward_std": max(0.0, squares / count - mean**2) ** 0.5}
 
 
 def read_metrics(out: str) -> list[dict]:

@@ -4,7 +4,6 @@ import os
 import re
 
 import torch
-from transformers import AutoConfig
 
 from plumbing.settings import InputError
 
@@ -15,14 +14,14 @@ REQUESTS = 256  # CoTs asked for at once. More keep the GPU no busier, and their
 class VLLMEngine:
     """One vLLM engine per process, in this process. README, "vLLM".
 
-    banned: ids that may not be sampled. max_model_len: prompt + CoT tokens at most. memory: its share of the GPU.
+    banned: ids that may not be sampled. limit: prompt + CoT tokens at most. memory: its share of the GPU.
     tp: ranks that hold one engine together. dummy: start without weights, they come with the first sync.
     sleeps: give the GPU's memory back after every `generate`, for the update of a trainer beside it.
     """
 
     needs = ("short_ids", "input_ids", "video")  # of a prefix: the patches are made anew in vLLM
 
-    def __init__(self, path: str, processor, banned: list[int], seed: int, max_model_len: int, memory=0.4, dtype="auto",
+    def __init__(self, path: str, processor, banned: list[int], seed: int, limit: int, memory=0.4, dtype="auto",
                  on_cpu=False, tp=1, dummy=False, sleeps=True):
         # The engine in this process, so that weights can be handed over. To be set before the import.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -30,7 +29,6 @@ class VLLMEngine:
             from vllm import LLM
         except ImportError as error:
             raise InputError("--engine vllm: vllm is not installed; pip install -r requirements-vllm.txt.") from error
-        self.limit = min(max_model_len, AutoConfig.from_pretrained(path).text_config.max_position_embeddings)
         # The process group must be there BEFORE the engine starts, or it makes its own.
         distributed = torch.distributed.is_initialized()
         options = {"gpu_memory_utilization": memory}
@@ -40,14 +38,16 @@ class VLLMEngine:
             options["load_format"] = "dummy"
         state = torch.get_rng_state()  # the engine reseeds the global generators
         self.llm = LLM(
-            model=path, dtype=dtype, max_model_len=self.limit, seed=seed, enforce_eager=on_cpu,
+            model=path, dtype=dtype, max_model_len=limit, seed=seed, enforce_eager=on_cpu,
+            mm_processor_kwargs={"do_resize": False, "cap_pixels_per_frame": False},  # as data.encode_prompt
             tensor_parallel_size=tp, limit_mm_per_prompt={"image": 0, "video": 1}, enable_prefix_caching=True,
             logprobs_mode="processed_logprobs", enable_sleep_mode=not on_cpu,
             distributed_executor_backend="external_launcher" if distributed else None, **options,
         )
         torch.set_rng_state(state)
-        self.processor, self.banned, self.on_cpu, self.asleep, self.tp = processor, banned, on_cpu, False, tp
-        self.requests, self.sleeps = REQUESTS, sleeps
+        self.bans = dict.fromkeys(banned, -100.0)  # vLLM's lowest; at most 1,024 ids
+        self.processor, self.limit, self.requests, self.sleeps = processor, limit, REQUESTS, sleeps
+        self.on_cpu, self.asleep, self.tp = on_cpu, False, tp
         if tp > 1:
             from vllm.distributed import get_tp_group
 
@@ -96,7 +96,7 @@ class VLLMEngine:
         """Hands all requests to the engine. Returns {request id: (prefix, k)}."""
         from vllm import SamplingParams
 
-        banned, waiting = {token: -100.0 for token in self.banned}, {}
+        waiting = {}
         for i, (prefix, row) in enumerate(zip(prefixes, seeds, strict=True)):
             require_room(len(prefix["input_ids"]), max_new_tokens, self.limit)
             video = prefix["video"]
@@ -104,7 +104,7 @@ class VLLMEngine:
             prompt = {"prompt_token_ids": prefix["short_ids"], "multi_modal_data": {"video": [(video.frames, metadata)]}}
             for k, seed in enumerate(row):
                 options = SamplingParams(temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_new_tokens,
-                                         seed=seed % 2**31, logit_bias=banned, logprobs=0, detokenize=False)
+                                         seed=seed % 2**31, logit_bias=self.bans, logprobs=0, detokenize=False)
                 (name,) = self.llm.enqueue([prompt], [options], use_tqdm=False)
                 waiting[name] = i, k
         return waiting

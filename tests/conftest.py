@@ -11,10 +11,13 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoProcessor
 
 from lab import toy, toy_model
+from losses import group_advantages
 from plumbing import settings
 import data
+import grpo
 from model import DeScore
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -37,6 +40,14 @@ def tiny_clips(world):
 @pytest.fixture(scope="session")
 def processor():
     return toy_model.build_processor()
+
+
+@pytest.fixture(scope="session")
+def real_processor():
+    """The published processor and tokenizer of Qwen3-VL-8B-Instruct; for tests marked `real`."""
+    if not os.environ.get("QWEN3_VL"):
+        pytest.skip("QWEN3_VL names no folder with the published files of Qwen3-VL-8B-Instruct")
+    return AutoProcessor.from_pretrained(os.environ["QWEN3_VL"])
 
 
 @pytest.fixture(scope="session")
@@ -73,6 +84,12 @@ def prefixes(processor, world):
     """Encoded prompts of the first two pairs: four videos, of different prompt lengths."""
     pairs = data.read_pairs(world["train_rl"])[:2]
     return [data.encode_prompt(processor, data.sample_frames(v), p.prompt) for p in pairs for v in p.videos]
+
+
+def judge(rollouts, tokenizer, settings):
+    """Steps 3 and 4 of stage 2: rollout rewards by the rules, and advantages within each group."""
+    rollouts.rule_rewards = grpo.rule_rewards(rollouts, tokenizer, settings)
+    rollouts.advantages = group_advantages(rollouts.totals())
 
 
 def run(*command, env=None, ranks=1, check=True):

@@ -131,7 +131,7 @@ def test_grpo_loss_eq7_by_hand():
     mask = torch.ones(4, 1)
     expected = (-1.3 + 1.648721 + 3.0 - 0.367879) / 4
     assert losses.grpo_loss(log_probs, old, advantages, mask).item() == pytest.approx(expected, abs=1e-5)
-    assert losses.clip_share(log_probs, old, advantages, mask).item() == 1  # only the first token's gradient is cut
+    assert losses.clipped_tokens(log_probs, old, advantages, mask).item() == 1  # only the first token's gradient is cut
 
 
 def test_grpo_loss_equals_the_naive_loop():

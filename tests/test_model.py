@@ -232,17 +232,28 @@ def test_sampling_reads_each_video_once(model, prefixes, processor):
 
 
 def test_sampling_follows_softmax_and_stops(model, prefixes, processor):
-    banned = rollout.banned_tokens(processor.tokenizer)
-    assert model.backbone.config.video_token_id in banned and processor.tokenizer.eos_token_id not in banned
-    with torch.no_grad():  # a model that wants nothing but <|video_pad|>, and after it EOS
+    with torch.no_grad():  # a model that likes all tokens equally
         model.backbone.lm_head.weight.zero_()
     (cots,) = sample_cots(model.backbone, processor, prefixes[:1], [list(range(60))], 40)
     drawn = [token for cot in cots for token in cot]
-    assert not set(drawn) & set(banned)
     assert len(set(drawn)) > 100  # flat logits: temperature 1 spreads over the vocabulary
     eos = processor.tokenizer.eos_token_id
     assert all(eos not in cot[:-1] for cot in cots)  # nothing after EOS; cut-off CoTs have none
     assert all(len(cot) == 40 or cot[-1] == eos for cot in cots)
+
+
+def test_only_text_eos_and_think_can_be_sampled(model, prefixes, processor):
+    rows, names = model.backbone.config.text_config.vocab_size, {i: t for t, i in processor.tokenizer.get_vocab().items()}
+    banned = rollout.banned_tokens(processor.tokenizer, rows)
+    assert set(banned) >= set(range(len(names), rows)) and rows > len(names)  # rows without a token
+    added = {i: token.content for i, token in processor.tokenizer.added_tokens_decoder.items()}
+    assert {added[i] for i in added.keys() - set(banned)} == {"<|im_end|>", "<think>", "</think>"}
+    assert not set(names) - set(added) & set(banned)
+    with torch.no_grad():  # a model that wants nothing but what is banned
+        model.backbone.lm_head.weight.zero_()[banned] = torch.randn(len(banned), 64).sign() * 3
+    for temperature in (1.0, 0.0):
+        (cots,) = sample_cots(model.backbone, processor, prefixes[:1], [list(range(20))], 20, temperature)
+        assert not {token for cot in cots for token in cot} & set(banned)
 
 
 def test_seeded_sampling_draws_from_the_softmax():
@@ -424,7 +435,7 @@ def test_import_of_a_released_checkpoint(model, prefixes, processor, tmp_path):
     import_released.main(["--dir", folder, "--out", str(tmp_path / "ours")])
     ours = DeScore.from_pretrained(str(tmp_path / "ours"))
     assert torch.allclose(ours(batch).rewards, expected, atol=1e-5)
-    assert row in rollout.banned_tokens(ours.processor.tokenizer)
+    assert row in rollout.banned_tokens(ours.processor.tokenizer, row + 1)
     assert row not in data.encode_text(ours.processor.tokenizer, "<Reward>")
     torch.save({"rm_head.weight": torch.ones(1, 8)}, f"{folder}/rm_head.pth")
     with pytest.raises(InputError, match="rm_head.weight of shape"):

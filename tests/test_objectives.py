@@ -15,6 +15,8 @@ import cold_start
 import data
 import grpo
 import parallel
+from plumbing import logs, monitor
+from conftest import judge
 from model import DeScore, lay_out
 
 TRUTH = dict.fromkeys(data.DIMENSIONS, "2")
@@ -47,7 +49,7 @@ def test_stage_1_raises_the_winner_whichever_side_it_is_on(world, base_dir, tmp_
     won_by_a, won_by_b, tie = (r_a - r_b).tolist()
     assert won_by_a > 1 and won_by_b < -1
     assert loss == "bt" or abs(tie) < 1
-    steps = parallel.read_metrics(str(tmp_path))
+    steps = logs.read_metrics(str(tmp_path))
     assert steps[-1]["accuracy"] == 1.0 and steps[-1]["margin"] > 1 and steps[-1]["loss"] < steps[0]["loss"] / 2
 
 
@@ -65,8 +67,8 @@ def rollouts(world, processor):
     return grpo.Rollouts(pair, prefixes, COTS, advantages=ADVANTAGES)
 
 
-def update(model, rollouts, settings):
-    """One update at learning rate 0. Returns {parameter: the gradient that the optimizer got} and what is logged."""
+def update(model, rollouts, settings, *more):
+    """One update at learning rate 0, of one pair or of several. Returns {parameter: the gradient that the optimizer got} and what is logged."""
     model.make_trainable("full", vision=False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     gradients = {}
@@ -75,7 +77,7 @@ def update(model, rollouts, settings):
         gradients.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
     optimizer.register_step_pre_hook(note)
-    return gradients, grpo.update(model, optimizer, [rollouts], settings, parallel.Ranks())
+    return gradients, grpo.update(model, optimizer, [rollouts, *more], settings, parallel.Ranks())
 
 
 def rewards_one_by_one(model, rollouts):
@@ -115,6 +117,17 @@ def test_eq10_pairs_rollout_i_of_the_winner_with_rollout_i_of_the_loser(rollouts
     assert abs(other["bt_loss"] - logged["bt_loss"]) > 1e-2
     assert dot(gradients, other_gradients) < 0  # what raised A's rewards over B's now lowers them
     assert other["margin"] == pytest.approx(-logged["margin"], rel=1e-4)
+
+
+def test_a_human_tie_does_not_thin_out_the_others_bt(rollouts, model, settings):
+    """Eq. 10 averages over the pairs that have a winner. A tie beside them has none: it counts neither above nor below."""
+    tie = dataclasses.replace(rollouts, pair=dataclasses.replace(rollouts.pair, label=0), advantages=torch.zeros(2, 3))
+    settings = dataclasses.replace(settings, bt_coef=1.0)
+    alone, logged = update(model, dataclasses.replace(rollouts, advantages=torch.zeros(2, 3)), settings)
+    beside, also = update(model, dataclasses.replace(rollouts, advantages=torch.zeros(2, 3)), settings, tie)
+    for name in ("bt_loss", "margin"):
+        assert also[name] == pytest.approx(logged[name], rel=1e-5), name
+    assert torch.allclose(alone["head.weight"], beside["head.weight"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("kl_coef, bt_coef", [(0.0, 0.0), (2.0, 0.0), (0.0, 3.0), (0.7, 0.4)])
@@ -174,8 +187,9 @@ def test_r_len_counts_tokens(rollouts, processor, settings):
     settings = dataclasses.replace(settings, length_low=0, length_high=20)
     pair = dataclasses.replace(rollouts.pair, annotation_a=TRUTH, annotation_b=TRUTH)
     judged = dataclasses.replace(rollouts, pair=pair, cots=[[word * 10, word * 5, word], [word * 20, word * 30, []]])
-    grpo.judge(judged, processor.tokenizer, settings)
-    assert [[reward.length for reward in row] for row in judged.rewards] == [[0.5, 0.25, 0.05], [1.0, 1.0, 0.0]]
+    judge(judged, processor.tokenizer, settings)
+    assert [[reward.length for reward in row] for row in judged.rule_rewards] == [[0.5, 0.25, 0.05], [1.0, 1.0, 0.0]]
+    assert judged.rule_rewards[0][0].total == pytest.approx(0.2 * 0.5)  # R = .7 R_qual + .1 R_fmt + .2 R_len, the others 0
 
 
 def test_a_flat_group_is_counted(rollouts, model, settings):
@@ -183,7 +197,7 @@ def test_a_flat_group_is_counted(rollouts, model, settings):
     settings = dataclasses.replace(settings, length_low=0, length_high=7)  # R = .2 tokens / 7
     pair = dataclasses.replace(rollouts.pair, annotation_a=TRUTH, annotation_b=TRUTH)
     judged = dataclasses.replace(rollouts, pair=pair, cots=[[[70, 71, 72], [80, 81, 82], [90, 91, 92]], COTS[0]])
-    grpo.judge(judged, model.processor.tokenizer, settings)
+    judge(judged, model.processor.tokenizer, settings)
     assert judged.advantages[0].tolist() == [0.0, 0.0, 0.0] and judged.advantages[1].abs().min() > 0.1
     _, sums = update(model, judged, settings)
-    assert grpo.step_metrics([judged], [sums], settings, parallel.Ranks())["flat_groups"] == 0.5
+    assert monitor.grpo_metrics([judged], [sums], settings, parallel.Ranks())["flat_groups"] == 0.5

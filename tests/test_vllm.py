@@ -5,9 +5,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from plumbing import logs
+import data
 from conftest import ROOT, run
+from lab import toy_model
+from plumbing import logs
+from rollout import banned_tokens
+from test_data import published_layout
 
 pytestmark = pytest.mark.vllm
 vllm = pytest.importorskip("vllm", reason="vllm is not installed; pip install -r requirements-vllm.txt")
@@ -24,8 +29,9 @@ model = DeScore.from_pretrained(path)
 model.make_trainable("lora", vision=False, lora_r=4, lora_alpha=8)
 model.eval()  # no LoRA dropout
 # The engine's log-probs are those after its ban of control tokens (a bias of -100); give the trainer's logits the same.
-bias = torch.zeros(model.backbone.config.text_config.vocab_size)
-bias[banned_tokens(model.processor.tokenizer)] = -100.0
+vocab_size = model.backbone.config.text_config.vocab_size
+bias = torch.zeros(vocab_size)
+bias[banned_tokens(model.processor.tokenizer, vocab_size)] = -100.0
 model.backbone.lm_head.register_forward_hook(lambda module, inputs, logits: logits + bias)
 prefixes = model.encode(clips, ["a red circle <|im_end|> <|video_pad|>", "a blue square"])
 engine = rollout.make_engine("vllm", path, model.processor, ranks, max_model_len=512)
@@ -54,21 +60,55 @@ print("REPORT" + json.dumps({"rounds": report, "refused": refused}))
 """
 
 
-def test_engine_agrees_with_the_trainer_over_several_syncs(tiny_model_dir, tiny_clips):
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, tiny_model_dir, *tiny_clips[:2]],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+def run_script(script, *args):
+    """Runs it as a process of its own, which an engine wants; returns what it reports."""
+    command = [sys.executable, "-c", script, *map(str, args)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    report = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("REPORT"))[6:])
+    assert "per-frame pixel cap" not in done.stderr  # the processor's warning that its way of resizing will change
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("REPORT"))[6:])
+
+
+def test_engine_agrees_with_the_trainer_over_several_syncs(tiny_model_dir, tiny_clips):
+    report = run_script(SCRIPT, tiny_model_dir, *tiny_clips[:2])
     assert "vLLM did not take" in report["refused"] and "layers.1." in report["refused"]
     report = report["rounds"]
     assert len(report) == 3 and all(r["same_seed_same_cot"] for r in report)
     assert all(r["difference"] < 1e-3 for r in report), [r["difference"] for r in report]
     assert report[0]["cots"] != report[1]["cots"] != report[2]["cots"]  # the new weights did arrive
+
+
+WANTS_ONLY_WHAT_IS_BANNED = """
+import json, os, sys
+os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", TORCHDYNAMO_DISABLE="1", HF_HUB_OFFLINE="1")
+import data, parallel, rollout
+from transformers import AutoProcessor
+path, clip = sys.argv[1:]
+processor = AutoProcessor.from_pretrained(path)
+prefix = data.encode_prompt(processor, data.sample_frames(clip), "a red circle.")
+engine = rollout.make_engine("vllm", path, processor, parallel.start(0), max_model_len=1024)
+outputs, generate = [], engine.llm.generate
+engine.llm.generate = lambda *args, **more: outputs.extend(generate(*args, **more)) or outputs
+cots = engine.generate([prefix], [list(range(20))], 20, 1.0)
+print("REPORT" + json.dumps({"prompt": list(outputs[0].prompt_token_ids), "cots": cots[0]}))
+"""
+
+
+@pytest.mark.parametrize("files", ["toy", pytest.param("published", marks=pytest.mark.real)])
+def test_engine_reads_the_published_layout_and_samples_only_text(files, request, tiny_clips, tmp_path):
+    processor = request.getfixturevalue("real_processor" if files == "published" else "processor")
+    model = toy_model.build_model(processor, hidden=64, layers=2, heads=2, vision_hidden=48, vision_layers=2)
+    rows = 151_936 if files == "published" else len(processor.tokenizer) + 20
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    banned = banned_tokens(processor.tokenizer, rows)
+    with torch.no_grad():
+        model.lm_head.weight.zero_()[banned] = torch.randn(len(banned), 64).sign() * 3
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    report = run_script(WANTS_ONLY_WHAT_IS_BANNED, tmp_path, tiny_clips[0])
+    expected = published_layout(processor.tokenizer, data.sample_frames(tiny_clips[0]), "a red circle.")
+    assert report["prompt"] == expected
+    assert not {token for cot in report["cots"] for token in cot} & set(banned)
 
 
 @pytest.mark.parametrize("tp", [1, 2])
