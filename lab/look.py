@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 
-from data import PreferencePair, Video, encode_cot, encode_prompt, read_pairs, sample_frames
+from data import PreferencePair, Video, encode_prompt, read_pairs, sample_frames
 from plumbing.settings import cli
 
 

@@ -10,7 +10,7 @@ import typing
 
 import numpy as np
 
-from plumbing.settings import InputError
+from plumbing.settings import InputError, first_line
 
 
 def task_seed(*parts) -> int:
@@ -110,22 +110,32 @@ def write_skipped(out: str, skipped: list[dict], ranks) -> None:
             file.writelines(json.dumps(entry) + "\n" for entry in skipped)
 
 
-def claim_out(out: str, s, ranks) -> None:
-    """COLLECTIVE: refuses a folder that holds results of another model or other settings; they must not be mixed.
+def identity(model: str) -> str:
+    """What tells a model from another. A hub name: the name and the commit that it resolves to here. A folder: a hash of
+    its files' names, sizes and both ends (all of an 8B would take a minute), wherever it lies."""
+    if not os.path.isdir(model):
+        from transformers.utils import cached_file
 
-    The model is known by its files' names, sizes and both ends (hashing all of an 8B would take a minute).
-    """
+        try:  # .../snapshots/COMMIT/config.json; from the cache where there is no network
+            return f"{model} at {os.path.basename(os.path.dirname(cached_file(model, 'config.json')))}"
+        except (OSError, ValueError) as error:
+            raise InputError(f"{model}: is no folder, nor a model that can be had here ({first_line(error)}).") from error
     digest = hashlib.sha256()
     patterns = ("*.safetensors", "*/*.safetensors", "*config.json", "descore.json", "tokenizer.json", "*.jinja")
     for pattern in patterns:
-        for file_path in sorted(glob.glob(os.path.join(glob.escape(s.model), pattern))):
+        for file_path in sorted(glob.glob(os.path.join(glob.escape(model), pattern))):
             with open(file_path, "rb") as file:
                 size = os.path.getsize(file_path)
                 digest.update(f"{os.path.basename(file_path)} {size}".encode() + file.read(1 << 20))
                 file.seek(max(0, size - (1 << 20)))
                 digest.update(file.read())
+    return digest.hexdigest()
+
+
+def claim_out(out: str, s, ranks) -> None:
+    """COLLECTIVE: refuses a folder that holds results of another model or other settings; they must not be mixed."""
     names = ("think", "thoughts", "max_new_tokens", "temperature", "engine", "fps", "max_pixels", "dtype", "seed")
-    now, path = {"model": digest.hexdigest()} | {n: getattr(s, n) for n in names}, os.path.join(out, "settings.json")
+    now, path = {"model": identity(s.model)} | {n: getattr(s, n) for n in names}, os.path.join(out, "settings.json")
     if ranks.is_main:
         if read_log(out, "thoughts") or read_log(out, "rewards"):
             before = {}

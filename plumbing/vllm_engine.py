@@ -106,7 +106,7 @@ class VLLMEngine:
                 options = SamplingParams(temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_new_tokens,
                                          seed=seed % 2**31, logit_bias=self.bans, logprobs=0, detokenize=False)
                 (name,) = self.llm.enqueue([prompt], [options], use_tqdm=False)
-                waiting[name] = i, k
+                waiting[name.split("-")[0]] = i, k  # inside, vLLM adds a "-" and random letters; outputs come without
         return waiting
 
     def wake(self) -> None:

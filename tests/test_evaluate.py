@@ -482,6 +482,24 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path, tiny_model_dir,
     assert "another model;" in fails(capsys, "--model", trained_on, *flags[2:], "--no-think")
 
 
+def test_hub_models_differ_by_name_and_commit(tmp_path, base_dir, monkeypatch):
+    """As files they have nothing to hash here: two names, or two commits of one, must not count as the same model."""
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    known = set()
+    for name, commit in (("us/one", "a" * 40), ("us/two", "a" * 40), ("us/one", "b" * 40)):
+        cached = tmp_path / f"models--{name.replace('/', '--')}"
+        (cached / "snapshots" / commit).mkdir(parents=True)
+        shutil.copy(f"{base_dir}/config.json", cached / "snapshots" / commit)
+        (cached / "refs").mkdir(exist_ok=True)
+        (cached / "refs" / "main").write_text(commit)
+        known.add(jobs.identity(name))
+        assert name in jobs.identity(name) and commit in jobs.identity(name)
+    assert len(known) == 3
+    with pytest.raises(InputError, match="us/none: is no folder"):
+        jobs.identity("us/none")
+
+
 def test_sampled_thoughts_average_and_do_not_depend_on_the_batch(tmp_path, tiny_model_dir, clips_csv):
     two = judge(tiny_model_dir, clips_csv, tmp_path / "a", "--thoughts", 2, "--batch-size", 3)
     one = judge(tiny_model_dir, clips_csv, tmp_path / "b", "--thoughts", 2, "--batch-size", 1)
