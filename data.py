@@ -175,6 +175,15 @@ def sample_frames(path: str, fps: float = 2.0, max_pixels: int = 448 * 448) -> V
     Decoding at the target size avoids holding full-size frames. Paper: 2 fps, at most 448 x 448 pixels in stage 1.
     Raises InputError for a file that is missing, empty, truncated or not a video.
     """
+    return _read_video(path, fps, max_pixels, decode=True)
+
+
+def probe(path: str, fps: float = 2.0, max_pixels: int = 448 * 448) -> Video:
+    """As sample_frames, but all frames are black and take no memory: only the first is decoded, for its size."""
+    return _read_video(path, fps, max_pixels, decode=False)
+
+
+def _read_video(path, fps, max_pixels, decode):
     from decord import DECORDError, VideoReader, cpu  # here, so that reading a CSV needs no decord
 
     if not os.path.isfile(path):
@@ -182,8 +191,8 @@ def sample_frames(path: str, fps: float = 2.0, max_pixels: int = 448 * 448) -> V
     if os.path.getsize(path) == 0:
         raise InputError(f"{path}: the video file is empty.")
     try:
-        probe = VideoReader(path, ctx=cpu(0), num_threads=1)
-        total, source_fps = len(probe), float(probe.get_avg_fps())
+        reader = VideoReader(path, ctx=cpu(0), num_threads=1)
+        total, source_fps = len(reader), float(reader.get_avg_fps())
         if total < 1 or not np.isfinite(source_fps) or source_fps <= 0:
             raise InputError(f"{path}: has no video frames.")
         seconds = total / source_fps  # as the file claims: checked before anything of that size is made
@@ -192,13 +201,15 @@ def sample_frames(path: str, fps: float = 2.0, max_pixels: int = 448 * 448) -> V
                 f"{path}: {seconds:.0f} s at {fps} fps is over {MAX_FRAMES} frames; cut it or lower --fps."
             )
         indices = sample_indices(total, source_fps, fps)
-        full = probe[0].shape[:2]
+        full = reader[0].shape[:2]
         if max(full) > MAX_SIDE:
             raise InputError(f"{path}: frames of {full[1]} x {full[0]} pixels; at most {MAX_SIDE} a side are read.")
         height, width = target_size(*full, max_pixels)
-        del probe  # it goes on decoding in the background: keeping it would double the time of what follows
-        reader = VideoReader(path, ctx=cpu(0), width=width, height=height, num_threads=1)
-        frames = reader.get_batch(indices).asnumpy()  # (T, H, W, 3) uint8
+        del reader  # it goes on decoding in the background: keeping it would double the time of what follows
+        frames = np.broadcast_to(np.uint8(0), (len(indices), height, width, 3))
+        if decode:
+            reader = VideoReader(path, ctx=cpu(0), width=width, height=height, num_threads=1)
+            frames = reader.get_batch(indices).asnumpy()  # (T, H, W, 3) uint8
     except (DECORDError, RuntimeError, IndexError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(f"{path}: is broken or not a video ({reason.strip()[-120:]}).") from error
@@ -364,6 +375,21 @@ def encode_cot(tokenizer, cot: str | None, tokens: list[int] | None = None) -> l
         return []
     cot = cot.removesuffix(tokenizer.eos_token)
     return encode_text(tokenizer, cot, keep=THINK) + [tokenizer.eos_token_id]
+
+
+def sequence_lengths(processor, pair: PreferencePair, fps: float, max_pixels: int) -> list[int]:
+    """Tokens of the pair's two sequences, prefix + CoT + query, without decoding the videos.
+
+    A patch of 32 x 32 stands for each frame; each two frames of H x W then have H W / 1024 - 1 video tokens more.
+    """
+    lengths = []
+    for path, cot in zip(pair.videos, pair.cot_ids(processor.tokenizer)):
+        video = probe(path, fps, max_pixels)
+        count, height, width = video.frames.shape[:3]
+        small = dataclasses.replace(video, frames=np.zeros((count, SIDE, SIDE, 3), np.uint8))
+        prefix = len(encode_prompt(processor, small, pair.prompt)["input_ids"])
+        lengths.append(prefix + count // 2 * (height * width // SIDE**2 - 1) + len(cot) + 1)
+    return lengths
 
 
 # ---------------------------------------------------------------------------------------------------------------

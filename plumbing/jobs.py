@@ -180,3 +180,33 @@ def readable_pairs(pairs: list, settings, ranks, sample_frames) -> list:
     if not kept:
         raise InputError("no pair is left with two readable videos.")
     return kept
+
+
+def fitting_pairs(pairs: list, processor, settings, ranks, sequence_lengths) -> list:
+    """COLLECTIVE: the pairs whose sequences fit into --max-length, so that training need not stop half-way.
+
+    An InputError that names the first line that does not; with --skip-bad-videos such pairs are left out and listed.
+    """
+    long = []
+    for pair in ranks.progress(ranks.share(pairs), desc="checking lengths"):
+        try:
+            length = max(sequence_lengths(processor, pair, settings.fps, settings.max_pixels))
+        except InputError as error:
+            raise InputError(f"line {pair.line}: {str(error).removeprefix(f'line {pair.line}: ')}") from error
+        if length > settings.max_length:
+            long.append((pair.line, length))
+    long = dict(sorted(ranks.gather_objects(long)))
+    if long and not settings.skip_bad_videos:
+        line, length = next(iter(long.items()))
+        raise InputError(
+            f"line {line}: {length} tokens of video, prompt and CoT exceed --max-length {settings.max_length} "
+            f"({len(long)} of {len(pairs)} lines do); raise it, lower --fps, or leave them out with --skip-bad-videos."
+        )
+    kept = [pair for pair in pairs if pair.line not in long]
+    if ranks.is_main and long:
+        with open(os.path.join(settings.out, "skipped.jsonl"), "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"line": line, "reason": f"{n} tokens"}) + "\n" for line, n in long.items())
+        print(f"skipped {len(long)} pairs over --max-length; see {settings.out}/skipped.jsonl")
+    if not kept:
+        raise InputError(f"no pair fits into --max-length {settings.max_length}.")
+    return kept
