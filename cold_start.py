@@ -89,9 +89,10 @@ def score_pairs(model, items, settings, masks=None):
     """
     prefixes, responses = [], []
     for n, (pair, both) in enumerate(items):
-        for prefix, cot in zip(both, pair.cots):
-            # Random CoT masking: an EMPTY response, so the query stands right behind the prompt. One draw per pair.
-            ids = [] if masks is not None and masks[n] else data.encode_cot(model.processor.tokenizer, cot)
+        # Random CoT masking: an EMPTY response, so the query stands right behind the prompt. One draw per pair.
+        masked = masks is not None and masks[n]
+        cots = ([], []) if masked else pair.cot_ids(model.processor.tokenizer)
+        for prefix, ids in zip(both, cots):
             length = len(prefix["input_ids"]) + len(ids) + 1
             if length > settings.max_length:
                 raise InputError(

@@ -63,7 +63,9 @@ def _format_of(csv_path, columns, dimension):
     have = set(columns)
 
     def cold_start(row):
-        return *_two(row["videos"]), row["prompt"], row["GSB"], {"cot_a": row.get("CoT_A"), "cot_b": row.get("CoT_B")}
+        cots = {"cot_a": row.get("CoT_A"), "cot_b": row.get("CoT_B")}
+        ids = {f"cot_{side.lower()}_tokens": _ids(row.get(f"CoT_{side}_tokens", "")) for side in "AB"}
+        return *_two(row["videos"]), row["prompt"], row["GSB"], cots | ids
 
     def reinforcement(row):
         label, more = _read_answer(row["answer"])
@@ -99,6 +101,13 @@ def _format_of(csv_path, columns, dimension):
         f"{csv_path}: columns {sorted(have)} fit none of the known formats, which need e.g. path_A, path_B, prompt "
         "and a label column (README, 'Data formats')."
     )
+
+
+def _ids(text):
+    value = parse_literal(text) if text.strip() else []
+    if not (isinstance(value, list) and all(type(i) is int for i in value)):
+        raise ValueError("CoT_A_tokens / CoT_B_tokens are not lists of token ids")
+    return value
 
 
 def _two(text):

@@ -16,6 +16,7 @@ import parallel
 from conftest import fails_in_one_sentence, refuses
 from data import InputError
 from model import DeScore
+from plumbing.jobs import fitting_pairs
 
 
 @pytest.fixture
@@ -242,3 +243,25 @@ def test_full_training_resumes_bit_for_bit(with_cots, base_dir, tmp_path):
 def test_validation_without_cots_is_said(with_cots, world, base_dir, tmp_path, capsys):
     cold_start.main(arguments(with_cots, base_dir, tmp_path, max_steps=1, val=world["train_cold_start"]))
     assert "validation is without thinking" in capsys.readouterr().out
+
+
+def test_lengths_are_known_before_training(world, processor, tmp_path):
+    """Without decoding, to the token; what is too long stops the run at once, or is left out and listed."""
+    pairs = data.read_pairs(world["train_cold_start"])
+    lengths = {}
+    for pair in pairs:
+        cots = pair.cot_ids(processor.tokenizer)
+        prefixes = [data.encode_prompt(processor, data.sample_frames(v, 2.0, 4096), pair.prompt) for v in pair.videos]
+        exact = [len(prefix["input_ids"]) + len(cot) + 1 for prefix, cot in zip(prefixes, cots)]
+        assert data.sequence_lengths(processor, pair, 2.0, 4096) == exact
+        lengths[pair.line] = max(exact)
+    middle = sorted(lengths.values())[len(lengths) // 2]
+    long = [line for line, length in lengths.items() if length > middle]
+    settings = cold_start.Settings(out=str(tmp_path), max_length=middle, max_pixels=4096)
+    ranks = parallel.Ranks()
+    check = lambda s: fitting_pairs(pairs, processor, s, ranks, data.sequence_lengths)  # noqa: E731
+    with pytest.raises(InputError, match=f"line {long[0]}: {lengths[long[0]]} tokens .* --max-length {middle} "):
+        check(settings)
+    assert [pair.line for pair in check(dataclasses.replace(settings, skip_bad_videos=True))] == [
+        line for line in lengths if line not in long]
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == len(long) > 0

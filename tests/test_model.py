@@ -18,7 +18,7 @@ from conftest import refuses
 from data import InputError
 from losses import bt_loss, grpo_loss
 from model import DeScore, lay_out
-from rollout import sample_cots
+from rollout import decode_cot, sample_cots
 
 COTS = [[[70, 71, 72, 73], [80], []], [[90, 91, 92, 93, 94, 95, 96], [75, 76], [77, 78, 79]]]  # [video][G], unequal
 
@@ -282,7 +282,11 @@ def test_think_score_reward(model, tiny_clips):
     thoughts = model.think(clips, prompts, max_new_tokens=6)
     rewards = model.score(clips, prompts, thoughts)
     assert rewards.shape == (2,) and rewards.dtype == torch.float32
-    assert torch.allclose(model.reward(clips, prompts, max_new_tokens=6), rewards, atol=1e-5)
+    ids = model.think(clips, prompts, max_new_tokens=6, as_tokens=True)  # cut off: no EOS, which a text would get
+    assert [decode_cot(model.processor.tokenizer, cot) for cot in ids] == thoughts and all(len(cot) == 6 for cot in ids)
+    own = model.score(clips, prompts, ids)
+    assert torch.allclose(model.reward(clips, prompts, max_new_tokens=6), own, atol=1e-5)
+    assert not torch.allclose(own, rewards, atol=1e-3)
     assert torch.allclose(model.reward(clips, prompts, think=False), model.score(clips, prompts, [None, ""]), atol=1e-6)
     with pytest.raises(InputError, match="one prompt per video"):
         model.think(clips, prompts[:1])
