@@ -29,7 +29,7 @@ from plumbing.checkpoint import save_model
 from plumbing.jobs import readable_pairs
 from plumbing.logs import Sums, draw_curves, reward_scale
 from plumbing.monitor import COLD_START_PANELS, cold_start_line, cold_start_metrics, note_scores
-from plumbing.resume import require_finite
+from plumbing.resume import claim_run, require_finite
 from plumbing.settings import arg, cli, parse
 from plumbing.training import CommonSettings, Run
 
@@ -73,6 +73,8 @@ def prepare_pairs(path: str, settings: Settings, ranks, need_cots: bool) -> list
         raise InputError(
             f"{path}: has no CoT_A / CoT_B; collect them with rollout.py, or train with --mask-probability 1."
         )
+    if not need_cots and not any(pair.cot_a or pair.cot_b for pair in pairs):
+        ranks.print(f"{path}: has no CoT_A / CoT_B, so validation is without thinking")
     if settings.loss == "bt":
         ties = sum(pair.label == 0 for pair in pairs)
         pairs = [pair for pair in pairs if pair.label != 0]
@@ -87,9 +89,10 @@ def score_pairs(model, items, settings, masks=None):
     """
     prefixes, responses = [], []
     for n, (pair, both) in enumerate(items):
-        for prefix, cot in zip(both, pair.cots):
-            # Random CoT masking: an EMPTY response, so the query stands right behind the prompt. One draw per pair.
-            ids = [] if masks is not None and masks[n] else data.encode_cot(model.processor.tokenizer, cot)
+        # Random CoT masking: an EMPTY response, so the query stands right behind the prompt. One draw per pair.
+        masked = masks is not None and masks[n]
+        cots = ([], []) if masked else pair.cot_ids(model.processor.tokenizer)
+        for prefix, ids in zip(both, cots):
             length = len(prefix["input_ids"]) + len(ids) + 1
             if length > settings.max_length:
                 raise InputError(
@@ -193,7 +196,7 @@ def main(argv=None) -> None:
     if settings.data is None:
         raise InputError("--data is missing; give a CSV of preference pairs.")
     ranks = parallel.start(settings.seed, settings.cpu_offload)
-    os.makedirs(settings.out, exist_ok=True)
+    claim_run(settings, ranks)
     pairs = prepare_pairs(settings.data, settings, ranks, need_cots=True)
     val_pairs = prepare_pairs(settings.val, settings, ranks, need_cots=False) if settings.val else []
     model = DeScore.from_pretrained(
@@ -205,7 +208,7 @@ def main(argv=None) -> None:
     )
     model.settings.update(base_model=settings.model, fps=settings.fps, max_pixels=settings.max_pixels)
     model.make_trainable(
-        settings.train, settings.train_vision, settings.lora_r, settings.lora_alpha, settings.lora_dropout
+        settings.train, settings.train_vision, settings.lora_r, settings.lora_alpha, settings.lora_dropout, lm_head=False
     )
     if settings.gradient_checkpointing:
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})

@@ -37,6 +37,7 @@ class PreferencePair:
         prompt: the text both videos were generated from. Untrusted: it is always tokenised as plain text.
         label: +1 A is better, -1 B is better, 0 the same.
         cot_a, cot_b: a chain of thought collected beforehand (stage 1), or None.
+        cot_a_tokens, cot_b_tokens: the same CoTs as the ids that were sampled, or None: then the text is encoded.
         annotation_a, annotation_b: {dimension: "0" | "1" | "2" | "N/A"}, the truth for R_qual (stage 2), or None.
         line: where it stands in the CSV, for messages: the header is line 1, a cell of many lines counts once.
         extra: the other columns of the row, e.g. the names of the models that made the videos.
@@ -48,6 +49,8 @@ class PreferencePair:
     label: int
     cot_a: str | None = None
     cot_b: str | None = None
+    cot_a_tokens: list[int] | None = None
+    cot_b_tokens: list[int] | None = None
     annotation_a: dict | None = None
     annotation_b: dict | None = None
     line: int = 0
@@ -61,13 +64,21 @@ class PreferencePair:
     def cots(self) -> tuple[str | None, str | None]:
         return self.cot_a, self.cot_b
 
+    def cot_ids(self, tokenizer) -> tuple[list[int], list[int]]:
+        """Both CoTs as token ids: those that were sampled where the CSV has them, else the text's. [] without a CoT."""
+        try:
+            return encode_cot(tokenizer, self.cot_a, self.cot_a_tokens), encode_cot(tokenizer, self.cot_b, self.cot_b_tokens)
+        except InputError as error:
+            raise InputError(f"line {self.line}: {error}") from error
+
 
 def read_pairs(csv_path: str, dimension: str = "TA", video_root: str | None = None) -> list[PreferencePair]:
     """Reads preference pairs from a CSV in any of the published formats, recognised by the columns.
 
     | format                          | columns                                                          |
     |---------------------------------|------------------------------------------------------------------|
-    | DeScore cold start              | videos, prompt, GSB [, CoT_A, CoT_B, problem, durations]         |
+    | DeScore cold start              | videos, prompt, GSB [, CoT_A, CoT_B, CoT_A_tokens, CoT_B_tokens, |
+    |                                 | problem, durations]; _tokens: a JSON list of ids, as sampled     |
     | DeScore RL                      | videos, problem [or prompt], answer                              |
     | DeScore in-domain               | video_A, video_B, prompt, answer                                 |
     | VideoAlign, VideoGen-RewardBench| path_A, path_B, prompt and the label column named by `dimension` |
@@ -164,6 +175,15 @@ def sample_frames(path: str, fps: float = 2.0, max_pixels: int = 448 * 448) -> V
     Decoding at the target size avoids holding full-size frames. Paper: 2 fps, at most 448 x 448 pixels in stage 1.
     Raises InputError for a file that is missing, empty, truncated or not a video.
     """
+    return _read_video(path, fps, max_pixels, decode=True)
+
+
+def probe(path: str, fps: float = 2.0, max_pixels: int = 448 * 448) -> Video:
+    """As sample_frames, but all frames are black and take no memory: only the first is decoded, for its size."""
+    return _read_video(path, fps, max_pixels, decode=False)
+
+
+def _read_video(path, fps, max_pixels, decode):
     from decord import DECORDError, VideoReader, cpu  # here, so that reading a CSV needs no decord
 
     if not os.path.isfile(path):
@@ -171,8 +191,8 @@ def sample_frames(path: str, fps: float = 2.0, max_pixels: int = 448 * 448) -> V
     if os.path.getsize(path) == 0:
         raise InputError(f"{path}: the video file is empty.")
     try:
-        probe = VideoReader(path, ctx=cpu(0), num_threads=1)
-        total, source_fps = len(probe), float(probe.get_avg_fps())
+        reader = VideoReader(path, ctx=cpu(0), num_threads=1)
+        total, source_fps = len(reader), float(reader.get_avg_fps())
         if total < 1 or not np.isfinite(source_fps) or source_fps <= 0:
             raise InputError(f"{path}: has no video frames.")
         seconds = total / source_fps  # as the file claims: checked before anything of that size is made
@@ -181,13 +201,15 @@ def sample_frames(path: str, fps: float = 2.0, max_pixels: int = 448 * 448) -> V
                 f"{path}: {seconds:.0f} s at {fps} fps is over {MAX_FRAMES} frames; cut it or lower --fps."
             )
         indices = sample_indices(total, source_fps, fps)
-        full = probe[0].shape[:2]
+        full = reader[0].shape[:2]
         if max(full) > MAX_SIDE:
             raise InputError(f"{path}: frames of {full[1]} x {full[0]} pixels; at most {MAX_SIDE} a side are read.")
         height, width = target_size(*full, max_pixels)
-        del probe  # it goes on decoding in the background: keeping it would double the time of what follows
-        reader = VideoReader(path, ctx=cpu(0), width=width, height=height, num_threads=1)
-        frames = reader.get_batch(indices).asnumpy()  # (T, H, W, 3) uint8
+        del reader  # it goes on decoding in the background: keeping it would double the time of what follows
+        frames = np.broadcast_to(np.uint8(0), (len(indices), height, width, 3))
+        if decode:
+            reader = VideoReader(path, ctx=cpu(0), width=width, height=height, num_threads=1)
+            frames = reader.get_batch(indices).asnumpy()  # (T, H, W, 3) uint8
     except (DECORDError, RuntimeError, IndexError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(f"{path}: is broken or not a video ({reason.strip()[-120:]}).") from error
@@ -274,7 +296,7 @@ def encode_text(tokenizer, text: str, keep: tuple[str, ...] = (), before: str = 
     """
     try:
         text.encode()
-    except UnicodeEncodeError as error:
+    except UnicodeEncodeError:
         raise InputError(f"the text {ascii(text[:60])} holds half a character (a lone surrogate); remove it.") from None
     added = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.content not in keep}
     spellings = "|".join(re.escape(t) for t in sorted(added, key=len, reverse=True))
@@ -335,16 +357,39 @@ def encode_prompt(processor, video: Video, prompt: str) -> dict[str, torch.Tenso
     }
 
 
-def encode_cot(tokenizer, cot: str | None) -> list[int]:
+def encode_cot(tokenizer, cot: str | None, tokens: list[int] | None = None) -> list[int]:
     """A CoT's ids, ended by EOS as a sampled one is. None or "" (masked, or no thinking): no ids at all, no EOS.
 
+    tokens: the ids it was sampled as. They are the CoT itself, and are taken as they are: encoding the text may give
+    others, and would put an EOS behind a CoT that was cut off. They must spell the text, or they are another tokenizer's.
     Encoded apart from the prompt: a sampled CoT too begins with a token of its own. EOS is an added token, and nothing
     merges with those, so there is no seam at the end either.
     """
+    if tokens:
+        spelled = tokens[:-1] if tokens[-1] == tokenizer.eos_token_id else tokens
+        if not 0 <= min(tokens) <= max(tokens) < len(tokenizer) or tokenizer.decode(spelled) != (cot or ""):
+            raise InputError("the CoT's tokens do not spell its text with this model's tokenizer; take the columns "
+                             "CoT_A_tokens and CoT_B_tokens out of the CSV, and the texts are encoded anew.")
+        return tokens
     if not cot:
         return []
     cot = cot.removesuffix(tokenizer.eos_token)
     return encode_text(tokenizer, cot, keep=THINK) + [tokenizer.eos_token_id]
+
+
+def sequence_lengths(processor, pair: PreferencePair, fps: float, max_pixels: int) -> list[int]:
+    """Tokens of the pair's two sequences, prefix + CoT + query, without decoding the videos.
+
+    A patch of 32 x 32 stands for each frame; each two frames of H x W then have H W / 1024 - 1 video tokens more.
+    """
+    lengths = []
+    for path, cot in zip(pair.videos, pair.cot_ids(processor.tokenizer)):
+        video = probe(path, fps, max_pixels)
+        count, height, width = video.frames.shape[:3]
+        small = dataclasses.replace(video, frames=np.zeros((count, SIDE, SIDE, 3), np.uint8))
+        prefix = len(encode_prompt(processor, small, pair.prompt)["input_ids"])
+        lengths.append(prefix + count // 2 * (height * width // SIDE**2 - 1) + len(cot) + 1)
+    return lengths
 
 
 # ---------------------------------------------------------------------------------------------------------------

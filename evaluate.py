@@ -16,12 +16,11 @@ Symbols: r_A, r_B rewards of a pair; margin = r_A - r_B; label +1 (A is better),
 """
 
 import dataclasses
-import functools
 import json
 import os
 
 import numpy as np
-from transformers import AutoProcessor
+import torch
 
 import data
 import parallel
@@ -38,18 +37,23 @@ from metrics import (
 )
 from model import DeScore
 from plumbing import page, report
+from plumbing.answers import stated_score
 from plumbing.formats import open_table, read_scores, refuse_outside
-from plumbing.jobs import Item, claim_out, run_phase
+from plumbing.jobs import Item, Phase, claim_out, write_skipped
 from plumbing.settings import arg, cli, parse
-from rollout import make_engine, opened, think_phase
+from rollout import Thinker, decode_cot, open_batch, require_short, think_phase
 
 BENCHMARKS = {  # name -> what the CSV in --root may be called, the published name first
     "videogen-rewardbench": ("videogen-rewardbench.csv", "test_videogen_rewardbench.csv"),
     "genai-bench": ("genai-bench.csv", "genaibench.csv", "test_genai_bench.csv"),
     "in-domain": ("tabench.csv", "in-domain.csv", "test_in_domain.csv"),
 }
-GENAI_TIES = {"both": (), "tie": ("bothbad_vote", "bothbad"), "bothbad": ("tievote", "tie")}
-GENAI_TIES["drop"] = GENAI_TIES["tie"] + GENAI_TIES["bothbad"]
+DROPPED_VOTES = {  # --genai-ties -> the votes whose pairs are left out
+    "both": (),
+    "tie": ("bothbad_vote", "bothbad"),
+    "bothbad": ("tievote", "tie"),
+    "drop": ("bothbad_vote", "bothbad", "tievote", "tie"),
+}
 
 
 @dataclasses.dataclass
@@ -63,7 +67,7 @@ class Settings:
     )
     root: str = arg(None, "folder of the videos (and the benchmark's CSV); paths that leave it are refused")
     dimension: str = arg("TA", "label column: TA (text alignment, the paper's), VQ, MQ or Overall")
-    genai_ties: str = arg("both", "which of GenAI-Bench's two tie votes to keep, as ties", list(GENAI_TIES))
+    genai_ties: str = arg("both", "which of GenAI-Bench's two tie votes to keep, as ties", list(DROPPED_VOTES))
     video: str = arg(None, "one video to think about and score")
     prompt: str = arg(None, "the prompt of --video")
     scores: str = arg(None, "CSV of ready-made scores: reward_A,reward_B (row by row) or path,reward[,prompt]")
@@ -76,6 +80,9 @@ class Settings:
     )
     temperature: float = arg(None, "sampling temperature (default: 0 for one CoT, 1 for several)")
     engine: str = arg("transformers", "who writes the CoTs; vllm for real models", ["transformers", "vllm"])
+    engine_memory: float = arg(0.9, "share of a GPU's memory that vLLM may use while thinking")
+    engine_max_len: int = arg(12288, "prompt + CoT tokens that vLLM takes at most; a video with more is refused")
+    engine_tp: int = arg(1, "tensor parallel vLLM: ranks that hold one engine together")
     fps: float = arg(None, "sampled frames per second (default: the checkpoint's; paper: 2)")
     max_pixels: int = arg(None, "pixels per frame at most (default: the checkpoint's; paper: 200704)")
     dtype: str = arg("auto", "auto: bfloat16 on a GPU, else float32", ["auto", "float32", "bfloat16"])
@@ -124,51 +131,95 @@ def measure(name: str, pairs: list[PreferencePair], rewards: np.ndarray) -> repo
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 2. What is to be judged: pairs, ready-made scores, lists of videos
+# 2. What is to be judged: one set of pairs is one job
 # ---------------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Job:
+    """One set of pairs, what is found out about it, and the folder where that is kept."""
+
+    path: str  # the CSV
+    pairs: list[PreferencePair]
+    out: str
+    root: str  # relative video paths start here
+    benchmark: str | None = None
+    thoughts: dict = dataclasses.field(default_factory=dict)  # {(video, prompt): record of think_phase}
+    rewards: dict = dataclasses.field(default_factory=dict)  # {(video, prompt): record of score_phase}
+    skipped: list[dict] = dataclasses.field(default_factory=list)
+
+    @property
+    def items(self) -> list[Item]:
+        """Each (video, prompt) once, however many pairs it is in."""
+        items = {}
+        for pair in self.pairs:
+            for video in pair.videos:
+                items.setdefault((video, pair.prompt), Item(video, pair.prompt, pair.line))
+        return list(items.values())
 
 
-def read_data(s: Settings) -> tuple[str, list[PreferencePair]]:
-    """The CSV that the flags mean and its pairs, after --root and --genai-ties."""
-    path = s.data or s.scores
-    if s.benchmark:
-        (benchmark,) = s.benchmark  # main goes through them one by one
+def read_job(s: Settings, benchmark: str | None = None) -> Job:
+    """The pairs of --data, or of one benchmark, after --root and --genai-ties."""
+    path, out = s.data or s.scores, s.out
+    if benchmark:
         names = [n for n in BENCHMARKS[benchmark] if os.path.isfile(os.path.join(s.root, n))]
         if not names:
             raise InputError(f"{s.root}: holds none of {', '.join(BENCHMARKS[benchmark])} (README, 'Benchmarks').")
         path = os.path.join(s.root, names[0])
+        out = os.path.join(s.out, benchmark) if len(s.benchmark) > 1 else s.out
     pairs = data.read_pairs(path, s.dimension, s.root or None)
     if s.root:
         for pair in pairs:
             for video in pair.videos:
                 refuse_outside(s.root, video, pair.line)
-    if GENAI_TIES[s.genai_ties]:
+    if DROPPED_VOTES[s.genai_ties]:
         votes = {line: row["vote_type"].strip().lower() for line, row in open_table(path, ("vote_type",))[1]}
-        pairs = [p for p in pairs if votes[p.line] not in GENAI_TIES[s.genai_ties]]
-    return path, pairs
+        pairs = [pair for pair in pairs if votes[pair.line] not in DROPPED_VOTES[s.genai_ties]]
+    return Job(path, pairs, out, s.root or os.path.dirname(path), benchmark)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 3. Think, then score. Each unique (video, prompt) once, however many pairs it is in
+# 3. Think, then score. What DeScore.reward does for one batch, for many and resumable
 # ---------------------------------------------------------------------------------------------------------------
-def score_phase(load_model, items: list[Item], thoughts: dict, s: Settings, ranks) -> tuple[dict, list[dict]]:
-    """COLLECTIVE: reads the CoTs, writes the rewards. Records {video, prompt, reward: mean of rewards, rewards: k}."""
+class Judge(Thinker):
+    """The engine that thinks and the model that scores, each opened when first needed: a finished run opens neither."""
 
-    def work(model, batch):
-        if s.score_from == "text":
-            texts = [thoughts[item[:2]]["thoughts"] for item in batch]  # B lists of k
-            rewards = np.array([[overall_score(text) for text in row] for row in texts]).T  # (k, B)
-            return records(batch, rewards)
-        videos, prompts = opened(batch, s)
-        cots = [thoughts[item[:2]]["thoughts"] if s.think else [None] for item in batch]  # B lists of k
-        return records(batch, model.score_several(videos, prompts, cots).cpu().numpy().T.astype(float))
+    model = None
 
-    def records(batch, rewards):  # rewards (k, B)
-        return [{"video": i.video, "prompt": i.prompt, "reward": float(r.mean()), "rewards": r.tolist()}
-                for i, r in zip(batch, rewards.T)]  # fmt: skip
+    def open_model(self) -> DeScore:
+        """The DeScore of --model, read once."""
+        if self.model is None:
+            dtype = getattr(torch, self.s.dtype)
+            self.model = DeScore.from_pretrained(self.s.model, self.ranks.device, dtype).eval()
+        return self.model
 
-    items = [item for item in items if not s.think or item[:2] in thoughts]  # the others were skipped while thinking
-    return run_phase("rewards" if s.score_from == "head" else "text_rewards", items, load_model, work, s, ranks)
+    def open_backbone(self):
+        """The transformers engine thinks with the backbone of the model that scores."""
+        return self.open_model().backbone
+
+    def stop_thinking(self) -> None:
+        """All CoTs are there: the engine's memory is for the model that scores."""
+        if self.engine is not None:
+            self.engine.sleep(level=2)
+
+
+def score_phase(items: list[Item], thoughts: dict, out: str, s: Settings, ranks, judge: Judge):
+    """COLLECTIVE: the head's rewards. Returns ({(video, prompt): record}, what was skipped); one line each in OUT.
+
+    A record: video, prompt, rewards: of the k CoTs, reward: their mean. The CoTs go in as the ids that were sampled.
+    """
+    if s.think:
+        items = [item for item in items if item[:2] in thoughts]  # the others were skipped while thinking
+    phase = Phase("rewards", items, out, s.skip_bad_videos, ranks)
+    if phase.to_do:
+        model = judge.open_model()
+        for batch in phase.batches(s.batch_size):
+            good = open_batch(batch, s, phase, model.processor.tokenizer)
+            if not good:
+                continue
+            videos, prompts = [video for _, video in good], [item.prompt for item, _ in good]
+            cots = [thoughts[item[:2]]["token_ids"] if s.think else [None] for item, _ in good]
+            for (item, _), row in zip(good, model.score_several(videos, prompts, cots).tolist()):
+                phase.write({"video": item.video, "prompt": item.prompt, "reward": float(np.mean(row)), "rewards": row})
+    return phase.finish()
 
 
 def overall_score(text: str) -> float:
@@ -176,106 +227,58 @@ def overall_score(text: str) -> float:
 
     A malformed answer gets 3, the middle.
     """
-    score = (data.extract_answer(text) or {}).get("overall_score")
-    return float(score) if isinstance(score, (int, float)) and np.isfinite(score) else 3.0
+    score = stated_score(text)
+    return 3.0 if score is None else score
 
 
-def loaders(s: Settings, ranks):
-    """Two functions that open the model, and the engine on it, when first needed: a finished run loads neither."""
-
-    @functools.cache
-    def load_model():
-        import torch
-
-        return DeScore.from_pretrained(s.model, ranks.device, getattr(torch, s.dtype)).eval()
-
-    @functools.cache
-    def load_engine():
-        if s.engine == "vllm":
-            processor = AutoProcessor.from_pretrained(s.model)
-            return make_engine("vllm", s.model, processor, ranks, seed=s.seed), processor
-        model = load_model()
-        return make_engine(
-            "transformers", s.model, model.processor, ranks, model.backbone, rows_per_batch=s.batch_size
-        ), model.processor
-
-    return load_model, load_engine
-
-
-def think_and_score(items: list[Item], s: Settings, ranks, load) -> tuple[dict, dict, list[dict]]:
-    """COLLECTIVE: both phases. Returns {(video, prompt): record} of rewards, of thoughts ({} without), the skipped.
-
-    `load`: the two functions of `loaders`.
-    """
-    claim_out(s, ranks)
-    load_model, load_engine = load
-    thoughts, unread = think_phase(load_engine, items, s, ranks) if s.think else ({}, [])
-    rewards, unscored = score_phase(load_model, items, thoughts, s, ranks)
-    skipped = unread + unscored
-    if ranks.is_main:
-        with open(os.path.join(s.out, "skipped.jsonl"), "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in skipped)
-    return rewards, thoughts, skipped
+def text_rewards(thoughts: dict) -> dict:
+    """The rewards that the CoTs state, as score_phase returns the head's."""
+    return {key: {"reward": float(np.mean([overall_score(text) for text in record["thoughts"]]))}
+            for key, record in thoughts.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 4. The script
+# 4. The report
 # ---------------------------------------------------------------------------------------------------------------
-def one_video(s: Settings, ranks, load) -> None:
-    """Prints CoT and reward of --video."""
-    (video,), _ = opened([Item(s.video, s.prompt, 0)], s)
-    model, k = load[0](), s.thoughts
-    texts = model.think([video] * k, [s.prompt] * k, s.max_new_tokens, s.temperature, s.seed) if s.think else [None]
-    rewards = [float(model.score([video], [s.prompt], [text])[0]) for text in texts]
-    for text, reward in zip(texts, rewards):
-        ranks.print(f"{text or '(no CoT)'}\nreward {reward:+.4f}")
-    if k > 1:
-        ranks.print(f"mean reward {np.mean(rewards):+.4f}")
-    ranks.print("(unbounded, no unit: only differences between videos of one prompt mean something)")
+def pair_rewards(pairs: list[PreferencePair], rewards: dict) -> np.ndarray:
+    """{(video, prompt): record} -> (n, 2) rewards of A and B; nan where a video has none."""
+    none = {"reward": float("nan")}
+    return np.array([[rewards.get((video, p.prompt), none)["reward"] for video in p.videos] for p in pairs])
 
 
-def judge_pairs(s: Settings, ranks, load) -> None:
-    """Thinks and scores, or reads ready-made scores; writes the report."""
-    path, pairs = read_data(s)
-    root = s.root or os.path.dirname(path)
-    unique = {}
-    for pair in pairs:
-        for video in pair.videos:
-            unique.setdefault((video, pair.prompt), Item(video, pair.prompt, pair.line))
-    items = list(unique.values())
-    rewards, thoughts, skipped = {}, {}, []
-    if s.scores or s.compare:
-        scored = {file: read_scores(file, path, pairs, root) for file in s.compare or [s.scores]}
-    else:
-        rewards, thoughts, skipped = think_and_score(items, s, ranks, load)
-        none = {"reward": float("nan")}
-        scored = {s.model: np.array([[rewards.get((v, p.prompt), none)["reward"] for v in p.videos] for p in pairs])}
-    if not ranks.is_main:
-        return
+def write_report(job: Job, out: str, scored: dict[str, np.ndarray], s: Settings) -> None:
+    """scored {name of a model or score file: (n, 2) rewards} -> report.json, .md and .png in `out`, and --html."""
     complete = np.all([np.isfinite(r).all(axis=1) for r in scored.values()], axis=0)
     if not complete.all() and not s.skip_bad_videos:
-        line = pairs[int(complete.argmin())].line
-        raise InputError(f"{path}, line {line}: a video has no reward; --skip-bad-videos leaves such pairs out.")
-    kept = [pair for pair, is_complete in zip(pairs, complete) if is_complete]
+        line = job.pairs[int(complete.argmin())].line
+        raise InputError(f"{job.path}, line {line}: a video has no reward; --skip-bad-videos leaves such pairs out.")
+    kept = [pair for pair, is_complete in zip(job.pairs, complete) if is_complete]
     if not kept:
-        raise InputError(f"{path}: no pair has a reward for both videos.")
+        raise InputError(f"{job.path}: no pair has a reward for both videos.")
     names = [os.path.basename(os.path.normpath(file)) for file in scored]
     names = names if len(set(names)) == len(names) else list(scored)
     judged = [measure(name, kept, r[complete]) for name, r in zip(names, scored.values())]
     for one in judged:
-        one.numbers.update(data=path, benchmark=s.benchmark[0] if s.benchmark else None)
-        one.numbers.update(skipped_pairs=len(pairs) - len(kept), skipped_videos=len(skipped))
+        one.numbers.update(data=job.path, benchmark=job.benchmark)
+        one.numbers.update(skipped_pairs=len(job.pairs) - len(kept), skipped_videos=len(job.skipped))
         one.numbers["difference_to_first"] = difference(one, judged[0]) if one is not judged[0] else None
-    if thoughts:
-        records = [thoughts[item[:2]] for item in items if item[:2] in thoughts]
+    if job.thoughts:
+        records = [job.thoughts[item[:2]] for item in job.items if item[:2] in job.thoughts]
         judged[0].numbers["thoughts"] = report.thought_statistics(records, kept)
-    report.write(s.out if s.score_from == "head" else os.path.join(s.out, "text"), judged, s.videoalign_compatible)
-    if rewards:
-        rows = [(*item[:2], rewards[item[:2]]["reward"]) for item in items if item[:2] in rewards]
-        report.write_scores(os.path.join(s.out, "scores.csv"), rows, root)
+    report.write(out, judged, s.videoalign_compatible)
     if s.html:
         first = next(iter(scored.values()))
-        page.write_page(s.html, judged[0], kept, first[complete], thoughts, data.sample_frames, s.html_pairs)
+        page.write_page(s.html, judged[0], kept, first[complete], job.thoughts, data.sample_frames, s.html_pairs)
+
+
+def report_model(job: Job, s: Settings) -> None:
+    """The report and the scores of each kind that --score-from asks for: the head's in OUT, the text's in OUT/text."""
+    for kind in s.score_from:
+        rewards = job.rewards if kind == "head" else text_rewards(job.thoughts)
+        out = job.out if kind == "head" else os.path.join(job.out, "text")
+        write_report(job, out, {s.model: pair_rewards(job.pairs, rewards)}, s)
+        rows = [(*item[:2], rewards[item[:2]]["reward"]) for item in job.items if item[:2] in rewards]
+        report.write_scores(os.path.join(out, "scores.csv"), rows, job.root)
 
 
 def difference(one: report.Judged, first: report.Judged) -> dict:
@@ -288,6 +291,9 @@ def difference(one: report.Judged, first: report.Judged) -> dict:
     return out
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# 5. The script
+# ---------------------------------------------------------------------------------------------------------------
 def check(s: Settings) -> None:
     """Flags that do not fit together, before anything is opened."""
     chosen = [flag for flag in ("video", "scores", "compare") if getattr(s, flag)]
@@ -304,6 +310,7 @@ def check(s: Settings) -> None:
         "--fps must be positive and --max-pixels at least 1024": (s.fps or 1) <= 0 or (s.max_pixels or 1024) < 1024,
         "--score-from text needs CoTs, so not --no-think": "text" in s.score_from and not s.think,
         "--thoughts above 1 and --no-think exclude each other": s.thoughts > 1 and not s.think,
+        "--video thinks with transformers, so leave out --engine vllm": s.video and s.engine == "vllm",
         "give --model DIR": not s.model and not (s.scores or s.compare),
     }  # fmt: skip
     for problem, is_so in problems.items():
@@ -311,14 +318,13 @@ def check(s: Settings) -> None:
             raise InputError(f"{problem} (--help shows all flags).")
 
 
-def make_folders(s: Settings) -> None:
-    """Now, not after hours of thinking, is when a place that cannot be written to should be noticed."""
+def make_folders(out: str, s: Settings) -> None:
+    """Fails on unwritable folders before hours of generation."""
+    folders = [out, os.path.join(out, "text")] if "text" in s.score_from else [out]
+    if s.html:
+        folders.append(os.path.dirname(s.html) or ".")
     try:
-        for folder in (
-            s.out,
-            os.path.join(s.out, "text") if s.score_from == "text" else s.out,
-            *(os.path.dirname(file) or "." for file in (s.html,) if file),
-        ):
+        for folder in folders:
             os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be written to ({error.strerror}).") from error
@@ -338,26 +344,55 @@ def resolve(s: Settings, ranks) -> Settings:
     return dataclasses.replace(s, fps=fps, max_pixels=max_pixels, dtype=dtype, temperature=temperature)
 
 
+def one_video(s: Settings, ranks, judge: Judge) -> None:
+    """Prints CoT and reward of --video."""
+    model, k = judge.open_model(), s.thoughts
+    require_short(s.prompt, model.processor.tokenizer)
+    video = data.sample_frames(s.video, s.fps, s.max_pixels)
+    cots = [None]
+    if s.think:
+        cots = model.think([video] * k, [s.prompt] * k, s.max_new_tokens, s.temperature, s.seed, as_tokens=True)
+    (rewards,) = model.score_several([video], [s.prompt], [cots]).tolist()
+    for cot, reward in zip(cots, rewards):
+        text = decode_cot(model.processor.tokenizer, cot) if cot else "(no CoT)"
+        ranks.print(f"{text}\nreward {reward:+.4f}")
+    if k > 1:
+        ranks.print(f"mean reward {np.mean(rewards):+.4f}")
+    ranks.print("(unbounded, no unit: only differences between videos of one prompt mean something)")
+
+
 def main(argv=None) -> None:
     s = parse(Settings, __doc__, argv)
     check(s)
     ranks = parallel.start(s.seed)
-    if not (s.scores or s.compare):
+    ready_made = s.compare or ([s.scores] if s.scores else [])
+    if not ready_made:
         s = resolve(s, ranks)
-    judge = one_video if s.video else judge_pairs
-    several, load = len(s.benchmark or []) > 1, loaders(s, ranks)  # the model is loaded once for all of them
-    each = [  # one report each: of one benchmark, and with score_from ONE of head and text, as the phases expect
-        dataclasses.replace(
-            s, benchmark=[name] if name else None, out=os.path.join(s.out, name) if several else s.out, score_from=kind
-        )
-        for name in s.benchmark or [None]
-        for kind in s.score_from
-    ]
-    for one in each:
-        if not s.video:
-            make_folders(one)
-        judge(one, ranks, load)
-    ranks.finish()
+    judge = Judge(s, ranks)
+    jobs = [] if s.video else [read_job(s, name) for name in s.benchmark or [None]]
+    for job in jobs:
+        make_folders(job.out, s)
+    if s.video:
+        one_video(s, ranks, judge)
+    elif not ready_made:
+        for job in jobs:  # 1 think: over all sets first, so that the model that scores finds the engine's memory free
+            claim_out(job.out, s, ranks)
+            if s.think:
+                job.thoughts, job.skipped = think_phase(job.items, job.out, s, ranks, judge)
+        judge.stop_thinking()
+        for job in jobs:  # 2 score
+            if "head" in s.score_from:
+                job.rewards, unscored = score_phase(job.items, job.thoughts, job.out, s, ranks, judge)
+                job.skipped += unscored
+            write_skipped(job.out, job.skipped, ranks)
+    if ranks.is_main:
+        for job in jobs:  # 3 compare with people
+            if ready_made:
+                scored = {file: read_scores(file, job.path, job.pairs, job.root) for file in ready_made}
+                write_report(job, job.out, scored, s)
+            else:
+                report_model(job, s)
+    ranks.finish(judge.engine)
 
 
 if __name__ == "__main__":

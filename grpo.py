@@ -33,7 +33,7 @@ from plumbing.checkpoint import save_model
 from plumbing.jobs import readable_pairs, task_seed
 from plumbing.logs import Sums, draw_curves, reward_scale
 from plumbing.monitor import GRPO_PANELS, grpo_line, grpo_metrics, note_update, write_samples
-from plumbing.resume import require_finite
+from plumbing.resume import claim_run, require_finite
 from plumbing.settings import arg, cli, parse
 from plumbing.training import CommonSettings, Run
 from rollout import decode_cot, make_engine
@@ -358,7 +358,7 @@ def main(argv=None) -> None:
     settings = parse(Settings, __doc__, argv)
     ranks = parallel.start(settings.seed, settings.cpu_offload)
     check(settings, ranks)
-    os.makedirs(settings.out, exist_ok=True)
+    claim_run(settings, ranks)
     pairs = readable_pairs(data.read_pairs(settings.data, video_root=settings.video_root), settings, ranks, data.sample_frames)
     for pair in pairs:
         if not pair.annotation_a or not pair.annotation_b:

@@ -25,7 +25,7 @@ from data import InputError
 from layout import SHARED_PREFIX, lay_out
 from losses import token_log_probs
 from plumbing.checkpoint import QUERY_AND_HEAD, open_model, write_model
-from rollout import decode_cot, sample_cots
+from rollout import TransformersEngine, decode_cot
 
 # LoRA on the LLM's linear layers; not on lm_head, the embeddings or the vision tower (whose layers have other names).
 LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
@@ -115,12 +115,15 @@ class DeScore(nn.Module):
 
     # -- what is trained ----------------------------------------------------------------------------------------
     def make_trainable(
-        self, train: str, vision: bool, lora_r: int = 64, lora_alpha: int = 128, lora_dropout: float = 0.05
+        self, train: str, vision: bool, lora_r: int = 64, lora_alpha: int = 128, lora_dropout: float = 0.05,
+        lm_head: bool = True,
     ) -> None:
         """Marks what is trained: always the query and the head; the LLM by `train`; the vision tower if `vision`.
 
         train = "lora": adapters on the LLM's linear layers (paper, stage 1: r 64, alpha 128, dropout .05);
         train = "full": all of the LLM, `lm_head` included (paper, stage 2); train = "head": nothing of the LLM.
+        lm_head=False leaves `lm_head` as it is: no loss of stage 1 reaches it, and a parameter without a gradient has
+        no Adam state, so a checkpoint could not be loaded. (Tied to the embeddings, it is trained as those.)
         Trained parameters are held in fp32: in bf16 an update of 1e-6 rounds away (README, difference 6).
         """
         if train not in ("lora", "full", "head"):
@@ -134,8 +137,8 @@ class DeScore(nn.Module):
             self._start_adapters()
         for name, parameter in self.named_parameters():  # after add_adapter, which freezes the whole backbone
             mine = name in QUERY_AND_HEAD or ".lora_" in name
-            in_tower = name.startswith("backbone.model.visual.")
-            parameter.requires_grad_(mine or (vision if in_tower else train == "full"))
+            in_tower, idle = name.startswith("backbone.model.visual."), name == "backbone.lm_head.weight" and not lm_head
+            parameter.requires_grad_(mine or (vision if in_tower else train == "full" and not idle))
         for parameter in self.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -193,31 +196,40 @@ class DeScore(nn.Module):
         videos = [data.to_video(video, fps, max_pixels, source_fps) for video in videos]
         return [data.encode_prompt(self.processor, video, prompt) for video, prompt in zip(videos, prompts)]
 
-    @torch.no_grad()
-    def think(self, videos, prompts, max_new_tokens=4096, temperature=0.0, seed=0, source_fps=None) -> list[str]:
-        """Writes one CoT per video (greedy by default). Returns B texts, without the EOS."""
+    def think(
+        self, videos, prompts, max_new_tokens=4096, temperature=0.0, seed=0, source_fps=None, as_tokens=False
+    ) -> list:
+        """Writes one CoT per video (greedy by default). Returns B texts without EOS, or B lists of the sampled ids.
+
+        The ids are the CoT itself: a text may be encoded to other ids than those it was sampled as, and does not tell
+        whether the CoT ended (EOS, the last id) or was cut off at max_new_tokens.
+        """
+        engine = TransformersEngine(self.backbone, self.processor, shared=True)
         prefixes = self.encode(videos, prompts, source_fps)
         seeds = [[seed + i] for i in range(len(prefixes))]
-        cots = sample_cots(self.backbone, self.processor, prefixes, seeds, max_new_tokens, temperature)
-        return [decode_cot(self.processor.tokenizer, cot) for (cot,) in cots]
+        cots = [cot for (cot,) in engine.generate(prefixes, seeds, max_new_tokens, temperature)]
+        return cots if as_tokens else [decode_cot(self.processor.tokenizer, cot) for cot in cots]
 
     def score(self, videos, prompts, thoughts, source_fps=None) -> torch.Tensor:
-        """Rewards (B,) fp32 of videos whose CoTs are given: texts, token ids, or None for no CoT. Nothing is masked."""
+        """Rewards (B,) fp32 of videos whose CoTs are given: token ids, texts, or None for no CoT. Nothing is masked."""
         return self.score_several(videos, prompts, [[thought] for thought in thoughts], source_fps)[:, 0]
 
     @torch.no_grad()
     def score_several(self, videos, prompts, thoughts: list[list], source_fps=None) -> torch.Tensor:
-        """Rewards (B, k) fp32: k CoTs for each video, packed behind one prefix, which is so encoded once, not k
-        times."""
-        encode = lambda t: data.encode_cot(self.processor.tokenizer, t) if isinstance(t, str) else t or []  # noqa: E731
+        """Rewards (B, k) fp32: k CoTs for each video. They share one prefix, encoded once."""
+        cots = [[self._cot_ids(thought) for thought in row] for row in thoughts]
         was_training = self.training
         self.eval()
-        batch = lay_out(
-            self.backbone, self.encode(videos, prompts, source_fps), [[encode(t) for t in row] for row in thoughts]
-        )
+        batch = lay_out(self.backbone, self.encode(videos, prompts, source_fps), cots)
         rewards = self(to_device(batch, self.query.device), want_log_probs=False).rewards
         self.train(was_training)
         return rewards.view(len(thoughts), -1)
+
+    def _cot_ids(self, thought) -> list[int]:
+        """A text, ids, or None -> ids. A text is taken for a CoT that ended."""
+        if isinstance(thought, str):
+            return data.encode_cot(self.processor.tokenizer, thought)
+        return thought or []
 
     def reward(
         self, videos, prompts, think=True, max_new_tokens=4096, source_fps=None, normalize=False, with_thoughts=False
@@ -229,7 +241,9 @@ class DeScore(nn.Module):
         a rough common scale (about 0 +- 1) for using DeScore beside other rewards. Only differences mean anything
         either way.
         """
-        thoughts = self.think(videos, prompts, max_new_tokens, source_fps=source_fps) if think else [None] * len(videos)
+        thoughts = [None] * len(videos)
+        if think:
+            thoughts = self.think(videos, prompts, max_new_tokens, source_fps=source_fps, as_tokens=True)
         rewards = self.score(videos, prompts, thoughts, source_fps)
         if normalize:
             if not self.settings.get("reward_std"):
@@ -237,7 +251,9 @@ class DeScore(nn.Module):
                     "normalize=True: the checkpoint holds no reward_mean and reward_std; train it with this code."
                 )
             rewards = (rewards - self.settings["reward_mean"]) / self.settings["reward_std"]
-        return (rewards, thoughts) if with_thoughts else rewards
+        if with_thoughts:
+            return rewards, [thought and decode_cot(self.processor.tokenizer, thought) for thought in thoughts]
+        return rewards
 
     # -- disk: plumbing/checkpoint.py has the files --------------------------------------------------------------
     def save_pretrained(self, path: str, whole=lambda tensor: tensor, write=True) -> None:

@@ -9,6 +9,7 @@ for ever. So never under `if rank == 0`, and never behind a condition that can d
 """
 
 import contextlib
+import datetime
 import random
 import sys
 
@@ -40,8 +41,11 @@ class Ranks:
         # directly, below: accelerate's own FSDP plugin turns into DDP on CPU without a word, so it could not be tested.
         on_cpu = not torch.cuda.is_available()
         # Gradients that live in the host's memory are summed by gloo, all else by NCCL.
-        both = [InitProcessGroupKwargs(backend="cuda:nccl,cpu:gloo")] if cpu_offload and not on_cpu else []
-        self.accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=both)
+        backend = "cuda:nccl,cpu:gloo" if cpu_offload and not on_cpu else None
+        # At the end of a phase of hours a rank may wait long for the slowest. NCCL's own limit of 10 minutes would end
+        # the run there.
+        group = InitProcessGroupKwargs(backend=backend, timeout=datetime.timedelta(hours=24))
+        self.accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[group])
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
 

@@ -15,20 +15,19 @@ Every CoT is written to OUT.thoughts/ as soon as it exists; the same command goe
 import concurrent.futures
 import csv
 import dataclasses
-import functools
 import json
 import os
 
 import torch
-from transformers import AutoProcessor, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import AutoConfig, AutoProcessor, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 import data
 import parallel
 from data import InputError
 from plumbing.checkpoint import load_backbone
-from plumbing.jobs import Item, claim_out, readable_pairs, run_phase, task_seed
+from plumbing.jobs import Item, Phase, claim_out, readable_pairs, task_seed, write_skipped
 from plumbing.settings import arg, cli, parse
-from plumbing.vllm_engine import VLLMEngine
+from plumbing.vllm_engine import VLLMEngine, require_room
 
 # This rank's share of the cores. Read now: vLLM changes LOCAL_WORLD_SIZE when it starts.
 THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -130,21 +129,26 @@ class TransformersEngine:
     beside an FSDP model.
     """
 
+    needs = ("input_ids", "mm_token_type_ids", "pixel_values_videos", "video_grid_thw")  # of a prefix
+    limit = None  # prompt + CoT tokens: as many as memory holds
+
     def __init__(self, backbone, processor, shared: bool, rows_per_batch: int = 64):
-        self.backbone, self.processor, self.shared, self.rows_per_batch = backbone, processor, shared, rows_per_batch
+        self.backbone, self.processor, self.shared, self.requests = backbone, processor, shared, rows_per_batch
 
     def generate(self, prefixes, seeds, max_new_tokens, temperature=1.0) -> list[list[list[int]]]:
-        """len(seeds[i]) CoTs for prefix i: token ids, EOS included unless cut off. Each depends on its own seed
-        only."""
-        cots, per_batch = [], max(1, self.rows_per_batch // max(len(row) for row in seeds))
-        for i in range(0, len(prefixes), per_batch):
-            part = slice(i, i + per_batch)
-            cots += sample_cots(self.backbone, self.processor, prefixes[part], seeds[part], max_new_tokens, temperature)
-        return cots
+        """len(seeds[i]) CoTs for prefix i: token ids, EOS included unless cut off. Each depends on its own seed."""
+        return [cots for _, cots in self.stream(prefixes, seeds, max_new_tokens, temperature)]
+
+    def stream(self, prefixes, seeds, max_new_tokens, temperature=1.0):
+        """Yields (i, CoTs of prefix i) as they are ready, here in order."""
+        per_batch = max(1, self.requests // max(map(len, seeds), default=1))
+        for start in range(0, len(prefixes), per_batch):
+            part = slice(start, start + per_batch)
+            cots = sample_cots(self.backbone, self.processor, prefixes[part], seeds[part], max_new_tokens, temperature)
+            yield from enumerate(cots, start)
 
     def sync(self, named_weights) -> None:
-        """Takes over new weights: (Hugging Face name, whole tensor) of everything trained. COLLECTIVE through its
-        argument."""
+        """Takes over (Hugging Face name, whole tensor) of all that is trained. COLLECTIVE: iterating gathers shards."""
         own = dict(self.backbone.named_parameters())
         for name, value in named_weights:  # walked through even when shared: gathering is collective
             if self.shared:
@@ -152,6 +156,9 @@ class TransformersEngine:
             if name not in own or own[name].shape != value.shape:
                 raise InputError(f"the rollout engine has no weight {name} of shape {tuple(value.shape)}.")
             own[name].data.copy_(value)
+
+    def sleep(self, level: int) -> None:
+        """Keeps its memory: the model that scores is often the same."""
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -162,64 +169,129 @@ def make_engine(
 ):
     """COLLECTIVE: "transformers" or "vllm", on the weights of the Hugging Face folder `path`.
 
-    `backbone`: an unsharded one that is already there, for the transformers engine to use as it is. `vllm`: memory (its
-    share of the GPU), tp (ranks that hold one engine together), dummy (start without weights).
+    `backbone`: an unsharded one that is already there, for the transformers engine to use as it is. `max_model_len`:
+    prompt + CoT tokens that vLLM takes at most. `vllm`: memory (its share of the GPU), tp (ranks that hold one engine
+    together), dummy (start without weights), sleeps (between calls: there is a trainer).
     """
     on_cpu = ranks.device.type == "cpu"
     if name == "vllm":
-        if ranks.world % vllm.get("tp", 1):
-            raise InputError(f"--engine-tp {vllm['tp']} does not divide the {ranks.world} ranks.")
-        dtype, group = "float32" if on_cpu else "bfloat16", ranks.rank // vllm.get("tp", 1)
-        return VLLMEngine(path, functools.partial(banned_tokens, processor.tokenizer), seed + group, max_model_len, dtype=dtype, on_cpu=on_cpu, **vllm)
+        tp = vllm.get("tp", 1)
+        if tp < 1 or ranks.world % tp:
+            raise InputError(f"--engine-tp {tp} does not divide the {ranks.world} ranks.")
+        vllm |= {"dtype": "float32" if on_cpu else "bfloat16", "on_cpu": on_cpu}
+        text = AutoConfig.from_pretrained(path).text_config
+        banned, limit = banned_tokens(processor.tokenizer, text.vocab_size), min(max_model_len, text.max_position_embeddings)
+        return VLLMEngine(path, processor, banned, seed + ranks.rank // tp, limit, **vllm)
     if name != "transformers":
         raise InputError(f"--engine {name}: choose transformers or vllm.")
     if vllm.get("dummy") and backbone is None:
         raise InputError("--random-init on several ranks needs --engine vllm.")
-    if backbone is not None:
-        return TransformersEngine(backbone, processor, shared=True, rows_per_batch=rows_per_batch)
-    backbone = load_backbone(path, torch.float32 if on_cpu else torch.bfloat16).to(ranks.device).eval()
-    return TransformersEngine(backbone, processor, shared=False, rows_per_batch=rows_per_batch)
+    shared = backbone is not None
+    if not shared:
+        backbone = load_backbone(path, torch.float32 if on_cpu else torch.bfloat16).to(ranks.device).eval()
+    return TransformersEngine(backbone, processor, shared, rows_per_batch)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Working through many videos, resumable: for the command below and for evaluate.py
+# Thinking about many videos, resumable: for the command below and for evaluate.py
 # ---------------------------------------------------------------------------------------------------------------
-MAX_PROMPT = 20_000  # characters, about 5,000 tokens: no video generator reads more, and attention cost grows squared
+MAX_PROMPT = 5_000  # tokens: no video generator reads more, and the cost of attention grows with the square
 
 
-def opened(batch: list[Item], s) -> tuple[list[data.Video], list[str]]:
-    """The batch's sampled frames and prompts; InputError for a broken video or a prompt of absurd length.
+class Thinker:
+    """Who writes the CoTs: an engine, opened when it is first needed. A finished run opens none.
+
+    s: the settings model, engine, engine_memory, engine_max_len, engine_tp, batch_size and seed.
+    """
+
+    def __init__(self, s, ranks):
+        self.s, self.ranks, self.engine = s, ranks, None
+
+    def open_engine(self):
+        """COLLECTIVE: vLLM starts on all ranks together. The engine's .processor turns videos and prompts into ids."""
+        if self.engine is None:
+            s, backbone = self.s, self.open_backbone() if self.s.engine == "transformers" else None
+            self.engine = make_engine(
+                s.engine, s.model, AutoProcessor.from_pretrained(s.model), self.ranks, backbone, s.seed,
+                s.engine_max_len, s.batch_size, memory=s.engine_memory, tp=s.engine_tp, sleeps=False,
+            )
+        return self.engine
+
+    def open_backbone(self):
+        """A backbone that is there already and may be used, or None: the engine then reads its own."""
+        return None
+
+
+def frames_or_error(item: Item, s) -> data.Video | InputError:
+    """The item's sampled frames, or what is wrong with its file."""
+    try:
+        return data.sample_frames(item.video, s.fps, s.max_pixels)
+    except InputError as error:
+        return error
+
+
+def require_short(prompt: str, tokenizer) -> None:
+    """InputError for a prompt of absurd length. Counted in tokens: 20,000 characters may be 2,000 or 33,000 of them."""
+    length = len(tokenizer(prompt)["input_ids"])
+    if length > MAX_PROMPT:
+        raise InputError(f"the prompt has {length:,} tokens; at most {MAX_PROMPT:,} are read.")
+
+
+def open_batch(batch: list[Item], s, phase: Phase, tokenizer) -> list[tuple[Item, data.Video]]:
+    """The items with their sampled frames. A broken video or an endless prompt is refused here, before any work is
+    done on the batch, so that one bad item costs the others nothing.
 
     Decoded by as many threads as this rank has cores: decord works outside Python's lock.
     """
-    for item in batch:
-        if len(item.prompt) > MAX_PROMPT:
-            raise InputError(f"the prompt of {item.video} has {len(item.prompt):,} characters; at most {MAX_PROMPT:,}.")
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        videos = list(pool.map(lambda item: data.sample_frames(item.video, s.fps, s.max_pixels), batch))
-    return videos, [item.prompt for item in batch]
+        videos = list(pool.map(frames_or_error, batch, [s] * len(batch)))
+    good = []
+    for item, video in zip(batch, videos):
+        try:
+            if isinstance(video, InputError):
+                raise video
+            require_short(item.prompt, tokenizer)
+            good.append((item, video))
+        except InputError as error:
+            phase.refuse(item, error)
+    return good
 
 
-def think_phase(load_engine, items: list[Item], s, ranks) -> tuple[dict, list[dict]]:
-    """COLLECTIVE: writes the CoTs. Records {video, prompt, thoughts: k texts, tokens: k lengths, ended: k of EOS
-    reached}.
+def encode_batch(batch: list[Item], s, phase: Phase, engine) -> tuple[list[Item], list[dict]]:
+    """The batch's good items and their prefixes, with what the engine needs of each. The others are refused."""
+    items, prefixes = [], []
+    for item, video in open_batch(batch, s, phase, engine.processor.tokenizer):
+        try:
+            prefix = data.encode_prompt(engine.processor, video, item.prompt)
+            if engine.limit:
+                require_room(len(prefix["input_ids"]), s.max_new_tokens, engine.limit)
+            items.append(item)
+            prefixes.append({name: prefix[name] for name in engine.needs})
+        except InputError as error:
+            phase.refuse(item, error)
+    return items, prefixes
 
-    load_engine() -> (engine, processor), called only if there is something to do. Each CoT has a random stream of its
-    own, from (seed, video, prompt, k), so it depends neither on the batch nor on the rank.
+
+def think_phase(items: list[Item], out: str, s, ranks, thinker: Thinker) -> tuple[dict, list[dict]]:
+    """COLLECTIVE: k CoTs for each item -> ({(video, prompt): record}, what was skipped); one line each in OUT.
+
+    A record: video, prompt, thoughts: k texts, token_ids: k lists as sampled (EOS included unless cut off), tokens:
+    their k lengths, ended: k of "EOS was reached". Each CoT has a random stream of its own, from (seed, video, prompt,
+    k), so it depends neither on the batch nor on the rank.
     """
-
-    def work(loaded, batch):
-        engine, processor = loaded
-        videos, prompts = opened(batch, s)
-        prefixes = [data.encode_prompt(processor, video, prompt) for video, prompt in zip(videos, prompts)]
-        seeds = [[task_seed(s.seed, i.video, i.prompt, k) for k in range(s.thoughts)] for i in batch]
-        rows = engine.generate(prefixes, seeds, s.max_new_tokens, s.temperature)
-        tokenizer = processor.tokenizer
-        return [{"video": i.video, "prompt": i.prompt, "thoughts": [decode_cot(tokenizer, cot) for cot in row],
-                 "tokens": [len(cot) for cot in row], "ended": [cot[-1:] == [tokenizer.eos_token_id] for cot in row]}
-                for i, row in zip(batch, rows)]  # fmt: skip
-
-    return run_phase("thoughts", items, load_engine, work, s, ranks)
+    phase = Phase("thoughts", items, out, s.skip_bad_videos, ranks)
+    if phase.to_do:
+        engine = thinker.open_engine()
+        tokenizer = engine.processor.tokenizer
+        for batch in phase.batches(max(1, engine.requests // s.thoughts)):
+            batch, prefixes = encode_batch(batch, s, phase, engine)
+            seeds = [[task_seed(s.seed, item.video, item.prompt, k) for k in range(s.thoughts)] for item in batch]
+            for i, cots in engine.stream(prefixes, seeds, s.max_new_tokens, s.temperature):
+                texts = [decode_cot(tokenizer, cot) for cot in cots]
+                ended = [cot[-1:] == [tokenizer.eos_token_id] for cot in cots]
+                phase.write({"video": batch[i].video, "prompt": batch[i].prompt, "thoughts": texts, "token_ids": cots,
+                             "tokens": [len(cot) for cot in cots], "ended": ended})
+    return phase.finish()
 
 
 @dataclasses.dataclass
@@ -230,63 +302,74 @@ class Settings:
     out: list[str] = arg(("pairs_with_cots.csv",), "CSV to write: DeScore's cold-start columns")
     model: str = arg("Qwen/Qwen3-VL-8B-Instruct", "the model that thinks: base model or DeScore folder")
     engine: str = arg("transformers", "who samples", choices=["transformers", "vllm"])
+    engine_memory: float = arg(0.9, "share of a GPU's memory that vLLM may use")
+    engine_max_len: int = arg(12288, "prompt + CoT tokens that vLLM takes at most; a video with more is refused")
+    engine_tp: int = arg(1, "tensor parallel vLLM: ranks that hold one engine together")
     dimension: str = arg("TA", "label column where a CSV has several: TA, VQ, MQ or Overall")
     video_root: str | None = arg(None, "folder that relative video paths start from; default the CSV's")
-    skip_bad_videos: bool = arg(False, "leave out pairs with an unreadable video; skipped.jsonl beside OUT lists them")
+    skip_bad_videos: bool = arg(False, "leave out pairs with a bad video or prompt; OUT.thoughts/skipped.jsonl lists them")
     fps: float = arg(2.0, "sampled frames per second (paper: 2)")
     max_pixels: int = arg(448 * 448, "pixels per frame at most (paper: 448 * 448)")
     max_new_tokens: int = arg(4096, "tokens per CoT at most (paper: 4096)")
     temperature: float = arg(1.0, "sampling temperature; 0 is greedy (not given in the paper for stage 1)")
-    batch_size: int = arg(64, "CoTs sampled at a time on one rank")
+    batch_size: int = arg(64, "CoTs that transformers samples at a time on one rank")
     seed: int = arg(0, "decides the samples")
 
     thoughts, think, dtype = 1, True, "auto"  # what evaluate.py lets the user choose
 
 
-def collect(path: str, out: str, load_engine, settings: Settings, ranks) -> None:
+def collect(path: str, out: str, s: Settings, ranks, thinker: Thinker) -> None:
     """COLLECTIVE: the pairs of `path` -> `out`, with a CoT per video. OUT.thoughts/ keeps each CoT as it comes."""
-    folder, work = os.path.dirname(os.path.abspath(out)), dataclasses.replace(settings, out=out + ".thoughts")
-    pairs = data.read_pairs(path, settings.dimension, settings.video_root)
-    os.makedirs(work.out, exist_ok=True)
-    pairs = readable_pairs(pairs, work, ranks, data.sample_frames)
+    folder = out + ".thoughts"
+    pairs = data.read_pairs(path, s.dimension, s.video_root)
+    os.makedirs(folder, exist_ok=True)
+    if not s.skip_bad_videos:  # with it, thinking meets each bad video, and leaves it out
+        pairs = readable_pairs(pairs, s, ranks, data.sample_frames)
     items = {(video, pair.prompt): Item(video, pair.prompt, pair.line) for pair in pairs for video in pair.videos}
-    claim_out(work, ranks)
-    thoughts, _ = think_phase(load_engine, list(items.values()), work, ranks)
-    texts = {key: record["thoughts"][0] for key, record in thoughts.items()}
+    claim_out(folder, s, ranks)
+    thoughts, skipped = think_phase(list(items.values()), folder, s, ranks, thinker)
+    write_skipped(folder, skipped, ranks)
+    kept = [pair for pair in pairs if all((video, pair.prompt) in thoughts for video in pair.videos)]
+    if not kept:
+        raise InputError(f"{path}: no pair is left with two readable videos; see {folder}/skipped.jsonl.")
     if not ranks.is_main:
         return
+    write_cots(out, kept, thoughts)
+    texts = [thoughts[key]["thoughts"][0] for key in items if key in thoughts]
+    good = sum(data.extract_answer(text) is not None for text in texts)
+    print(f"wrote {out}: {len(kept)} pairs; {good / len(texts):.1%} of {len(texts)} CoTs hold an answer")
+    if skipped:
+        print(f"skipped {len(pairs) - len(kept)} pairs with {len(skipped)} bad videos; see {folder}/skipped.jsonl")
+
+
+def write_cots(out: str, pairs: list[data.PreferencePair], thoughts: dict) -> None:
+    """Pairs and their CoTs in the cold-start columns. The tokens too: stage 1 then trains on what was sampled."""
     label = {1: "A", -1: "B", 0: "same"}
     with open(out + ".tmp", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["videos", "problem", "prompt", "CoT_A", "CoT_B", "GSB"])
+        writer.writerow(["videos", "problem", "prompt", "CoT_A", "CoT_B", "CoT_A_tokens", "CoT_B_tokens", "GSB"])
         for pair in pairs:
-            videos = json.dumps([os.path.relpath(path, folder) for path in pair.videos])
-            cells = [texts[path, pair.prompt] for path in pair.videos]
-            writer.writerow([videos, pair.prompt, pair.prompt, *cells, label[pair.label]])
+            videos = json.dumps([os.path.relpath(path, os.path.dirname(os.path.abspath(out))) for path in pair.videos])
+            records = [thoughts[path, pair.prompt] for path in pair.videos]
+            texts = [record["thoughts"][0] for record in records]
+            ids = [json.dumps(record["token_ids"][0]) for record in records]
+            writer.writerow([videos, pair.prompt, pair.prompt, *texts, *ids, label[pair.label]])
     os.replace(out + ".tmp", out)
-    good = sum(data.extract_answer(texts[key]) is not None for key in items)
-    print(f"wrote {out}: {len(pairs)} pairs; {good / len(items):.1%} of {len(items)} CoTs hold an answer")
 
 
 def main(argv=None) -> None:
-    settings = parse(Settings, __doc__, argv)
-    if settings.data is None:
+    s = parse(Settings, __doc__, argv)
+    if s.data is None:
         raise InputError("--data is missing; give a CSV of preference pairs.")
-    if len(settings.data) != len(settings.out) or len(set(settings.out)) != len(settings.out):
-        raise InputError(f"{len(settings.data)} --data want as many --out, all different; got {len(settings.out)}.")
-    for path in settings.data:  # a wrong second file should not cost the thinking over the first
-        data.read_pairs(path, settings.dimension, settings.video_root)
-    ranks = parallel.start(settings.seed)
-
-    @functools.cache  # one engine for all files, started for the first that needs it
-    def load_engine():
-        processor = AutoProcessor.from_pretrained(settings.model)
-        engine = make_engine(settings.engine, settings.model, processor, ranks, rows_per_batch=settings.batch_size)
-        return engine, processor
-
-    for path, out in zip(settings.data, settings.out):
-        collect(path, out, load_engine, settings, ranks)
-    ranks.finish(*([load_engine()[0]] if load_engine.cache_info().currsize else []))
+    if len(s.data) != len(s.out) or len(set(s.out)) != len(s.out):
+        raise InputError(f"{len(s.data)} --data want as many --out, all different; got {len(s.out)}.")
+    for path in s.data:  # a wrong second file should not cost the thinking over the first
+        data.read_pairs(path, s.dimension, s.video_root)
+    ranks = parallel.start(s.seed)
+    thinker = Thinker(s, ranks)  # one engine for all files
+    for path, out in zip(s.data, s.out):
+        collect(path, out, s, ranks, thinker)
+    ranks.finish(thinker.engine)
 
 
 if __name__ == "__main__":

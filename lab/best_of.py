@@ -12,9 +12,10 @@ import os
 import evaluate
 import parallel
 from plumbing.formats import open_table, refuse_outside
-from plumbing.jobs import Item
+from plumbing.jobs import Item, claim_out, write_skipped
 from plumbing.report import write_csv
 from plumbing.settings import InputError, arg, cli, parse
+from rollout import think_phase
 
 
 @dataclasses.dataclass
@@ -78,17 +79,26 @@ def main(argv=None) -> None:
     if not s.data:
         raise InputError("--data is missing; give a CSV with the columns path,prompt.")
     ranks = parallel.start(s.seed)
-    s = dataclasses.replace(evaluate.resolve(s, ranks), score_from=s.score_from[0])
-    evaluate.make_folders(s)
-    items = read_videos(s)
-    rewards, _, skipped = evaluate.think_and_score(items, s, ranks, evaluate.loaders(s, ranks))
+    s = evaluate.resolve(s, ranks)
+    evaluate.make_folders(s.out, s)
+    items, judge, thoughts, skipped = read_videos(s), evaluate.Judge(s, ranks), {}, []
+    claim_out(s.out, s, ranks)
+    if s.think:
+        thoughts, skipped = think_phase(items, s.out, s, ranks, judge)
+    judge.stop_thinking()
+    if s.score_from[0] == "text":
+        rewards = evaluate.text_rewards(thoughts)
+    else:
+        rewards, unscored = evaluate.score_phase(items, thoughts, s.out, s, ranks, judge)
+        skipped += unscored
+    write_skipped(s.out, skipped, ranks)
     if ranks.is_main:
         groups = ranking(items, rewards)
         write_ranking(os.path.join(s.out, "best_of.csv"), groups)
         print(f"{len(groups)} prompts, {len(items)} videos, {len(skipped)} skipped -> {s.out}/best_of.csv")
         if s.make_pairs:
             write_best_and_worst(s.make_pairs, groups)
-    ranks.finish()
+    ranks.finish(judge.engine)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 
-from data import PreferencePair, Video, encode_cot, encode_prompt, read_pairs, sample_frames
+from data import PreferencePair, Video, encode_prompt, read_pairs, sample_frames
 from plumbing.settings import cli
 
 
@@ -20,13 +20,12 @@ def show(pair: PreferencePair, processor, fps: float, max_pixels: int) -> list[V
     verdict = {1: "A is better", -1: "B is better", 0: "the same"}[pair.label]
     print(f"\n=== line {pair.line}: {verdict}")
     videos = []
-    for path, cot in zip(pair.videos, pair.cots):
+    for path, cot_ids in zip(pair.videos, pair.cot_ids(processor.tokenizer)):
         video = sample_frames(path, fps, max_pixels)
         inputs = encode_prompt(processor, video, pair.prompt)
         num_video = int((inputs["mm_token_type_ids"] == 2).sum())
         text = processor.tokenizer.decode(inputs["input_ids"])
         text = re.sub(r"(<\|video_pad\|>)+", lambda m: f"<|video_pad|> x {m.group().count('pad')}", text)
-        cot_ids = encode_cot(processor.tokenizer, cot)
         print(
             f"--- {path}: {video.total_num_frames} frames at {video.source_fps:.2f} fps -> {len(video.frames)} frames of "
             f"{video.frames.shape[1]} x {video.frames.shape[2]} at {fps} fps = {num_video} video tokens of "

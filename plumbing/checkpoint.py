@@ -10,6 +10,7 @@ import zlib
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen3VLForConditionalGeneration
 
@@ -27,15 +28,13 @@ def write_model(model, path: str, whole=lambda tensor: tensor, write=True) -> No
     Files: config.json, model*.safetensors, tokenizer and processor; reward_head/head.safetensors (query, head.weight);
     descore.json (sizes, sampling settings).
     """
-    from safetensors.torch import save_file
-
     state = {name: value.detach() for name, value in model.state_dict().items()}
     text = model.backbone.config.text_config
     sizes = {"hidden_size": text.hidden_size, "layers": text.num_hidden_layers, "vocab_size": text.vocab_size}
     head = {key: whole(state[key]).cpu().contiguous() for key in QUERY_AND_HEAD}
     if write:
         os.makedirs(os.path.dirname(os.path.join(path, HEAD_FILE)), exist_ok=True)
-        save_file(head, os.path.join(path, HEAD_FILE))
+        save_tensors(head, os.path.join(path, HEAD_FILE))
         with open(os.path.join(path, SETTINGS_FILE), "w", encoding="utf-8") as file:
             json.dump({**model.settings, **sizes}, file, indent=1)
         if model.processor is not None:
@@ -112,6 +111,16 @@ def merge_lora(state: dict[str, torch.Tensor], scaling: dict[str, float], whole=
         yield key.removeprefix("backbone.").replace(".base_layer.", "."), value
 
 
+def save_tensors(tensors: dict[str, torch.Tensor], path: str) -> None:
+    """A safetensors file, readable by whom the umask allows: the library's own is for its owner only (mode 0600)."""
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata={"format": "pt"})
+    umask = os.umask(0o077)  # it can only be read by setting it
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
+
+
 FILE_BYTES = 4 << 30  # a file of weights, at most
 
 
@@ -120,12 +129,10 @@ def write_tensors(path: str, named_tensors, write=True) -> None:
 
     So the host needs room for one file, not for the model. `write=False`: only walks through.
     """
-    from safetensors.torch import save_file
-
     parts, size, part = [], 0, {}  # parts: the names in each file
 
     def flush():
-        save_file(part, os.path.join(path, f"model-{len(parts) + 1:05d}.part"), metadata={"format": "pt"})
+        save_tensors(part, os.path.join(path, f"model-{len(parts) + 1:05d}.part"))
         parts.append(list(part))
         part.clear()
 
@@ -170,7 +177,7 @@ def load_backbone(path: str, dtype: torch.dtype) -> Qwen3VLForConditionalGenerat
         backbone, info = Qwen3VLForConditionalGeneration.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: cannot be opened as a Qwen3-VL checkpoint ({first_line(error)}).") from error
@@ -256,7 +263,7 @@ def read_tensors(file: str) -> dict[str, torch.Tensor]:
 
 def open_tensors(file: str):
     """safetensors' handle, for `with`: reads single tensors."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         return safe_open(file, "pt")

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from plumbing.answers import extract_answer, parse_literal
+from plumbing.answers import DIMENSIONS, extract_answer, parse_literal
 from plumbing.settings import InputError
 
 LABELS = {
@@ -63,7 +63,9 @@ def _format_of(csv_path, columns, dimension):
     have = set(columns)
 
     def cold_start(row):
-        return *_two(row["videos"]), row["prompt"], row["GSB"], {"cot_a": row.get("CoT_A"), "cot_b": row.get("CoT_B")}
+        cots = {"cot_a": row.get("CoT_A"), "cot_b": row.get("CoT_B")}
+        ids = {f"cot_{side.lower()}_tokens": _ids(row.get(f"CoT_{side}_tokens", "")) for side in "AB"}
+        return *_two(row["videos"]), row["prompt"], row["GSB"], cots | ids
 
     def reinforcement(row):
         label, more = _read_answer(row["answer"])
@@ -99,6 +101,13 @@ def _format_of(csv_path, columns, dimension):
         f"{csv_path}: columns {sorted(have)} fit none of the known formats, which need e.g. path_A, path_B, prompt "
         "and a label column (README, 'Data formats')."
     )
+
+
+def _ids(text):
+    value = parse_literal(text) if text.strip() else []
+    if not (isinstance(value, list) and all(type(i) is int for i in value)):
+        raise ValueError("CoT_A_tokens / CoT_B_tokens are not lists of token ids")
+    return value
 
 
 def _two(text):
@@ -137,10 +146,22 @@ def _read_row(csv_path, line, row, read_row, root):
     if not path_a or not path_b:
         raise InputError(f"{where}: a video path is empty.")
     more = {key: value or None for key, value in more.items()}
+    if bool((more.get("cot_a") or "").strip()) != bool((more.get("cot_b") or "").strip()):
+        raise InputError(f"{where}: only one of CoT_A and CoT_B is filled; a pair needs both, or neither.")
+    _check_annotations(where, more)
     extra = {k: v for k, v in row.items() if k and k.endswith("_model")}
     path_a, path_b = (os.path.normpath(os.path.join(root, path)) for path in (path_a, path_b))
     return {"video_a": path_a, "video_b": path_b, "prompt": prompt, "label": LABELS[label.lower()], "line": line,
             "extra": extra, **more}
+
+
+def _check_annotations(where, more):
+    for truth in (more.get("annotation_a") or {}, more.get("annotation_b") or {}):
+        for dimension, verdict in truth.items():
+            if dimension not in DIMENSIONS:
+                raise InputError(f"{where}: unknown dimension {dimension[:40]!r}; known: {', '.join(DIMENSIONS)}.")
+            if verdict not in ("0", "1", "2", "N/A"):
+                raise InputError(f"{where}: the verdict on {dimension} is {verdict[:40]!r}; known: 0, 1, 2, N/A.")
 
 
 def refuse_outside(root: str, path: str, line: int) -> None:

@@ -7,6 +7,8 @@ import zipfile
 
 import numpy as np
 
+VERSION = 2  # of how frames are sampled: a change there must not find old frames
+
 
 class FrameCache:
     """Sampled frames on disk, so that a clip that is used in every epoch is decoded once. At most `gigabytes` (and 1 %
@@ -27,7 +29,7 @@ class FrameCache:
         if not os.path.isfile(path):
             return self.decode(path, fps, max_pixels)  # for its message
         info = os.stat(path)
-        key = hashlib.sha256(repr((os.path.abspath(path), info.st_size, info.st_mtime_ns, fps, max_pixels)).encode())
+        key = hashlib.sha256(repr((os.path.abspath(path), info.st_size, info.st_mtime_ns, fps, max_pixels, VERSION)).encode())
         file = os.path.join(self.folder, key.hexdigest()[:32] + ".npz")
         try:
             with np.load(file) as saved:

@@ -1,16 +1,16 @@
 """Working through many videos, resumable: one line per finished item, appended at once, shared out over the ranks."""
 
 import contextlib
-import functools
 import glob
 import hashlib
 import json
+import math
 import os
 import typing
 
 import numpy as np
 
-from plumbing.settings import InputError
+from plumbing.settings import InputError, first_line
 
 
 def task_seed(*parts) -> int:
@@ -49,69 +49,101 @@ def open_log(out: str, name: str, rank: int):
     return file
 
 
-def attempt(work, batch: list[Item], skip: bool, skipped: list[dict]):
-    """Yields work(batch)'s records. If the batch holds a bad video, goes one by one: names it, or skips only it."""
-    try:
-        records = work(batch)
-    except InputError as error:
-        if len(batch) > 1:
-            for item in batch:
-                yield from attempt(work, [item], skip, skipped)
-            return
-        if not skip:
-            raise InputError(f"line {batch[0].line}: {error}") from error
-        skipped.append({**batch[0]._asdict(), "error": str(error)})
-        return
-    yield from records
+class Phase:
+    """Thinking, or scoring, over many items: what is done, what is to do, and the file that grows.
 
+        phase = Phase("rewards", items, out, skip, ranks)        COLLECTIVE
+        if phase.to_do:
+            model = ...
+            for batch in phase.batches(8):
+                phase.write(record) or phase.refuse(item, error), for each item of the batch
+        records, skipped = phase.finish()                        COLLECTIVE
 
-def run_phase(name: str, items: list[Item], load_model, work, s, ranks) -> tuple[dict, list[dict]]:
-    """COLLECTIVE: appends one line per item that has none yet. Returns all {(video, prompt): record} and the skipped.
-
-    work(model, list of items) -> list of records. Lines are flushed one by one, so a kill loses at most one batch.
+    to_do: the items that no file holds yet, THE SAME LIST ON EVERY RANK. What all ranks must open together, as they
+    must a vLLM engine, has to be decided by it and not by a rank's own share, which may be empty.
     """
-    done = read_log(s.out, name)
-    ranks.barrier()  # nobody may append before everybody has read, or the ranks would share out different lists
-    mine, new, skipped = ranks.share([item for item in items if item[:2] not in done]), [], []
-    model = load_model() if mine else None  # not inside attempt: a broken checkpoint must not count as a broken video
-    with open_log(s.out, name, ranks.rank) as file, ranks.progress(total=len(mine), desc=name) as bar:
-        for start in range(0, len(mine), s.batch_size):
-            batch = mine[start : start + s.batch_size]
-            for record in attempt(functools.partial(work, model), batch, s.skip_bad_videos, skipped):
-                if not np.isfinite(record.get("reward", 0.0)):
-                    raise InputError(f"{record['video']}: reward {record['reward']}; the checkpoint is broken.")
-                file.write(json.dumps(record).encode() + b"\n")
-                file.flush()
-                new.append(record)
-            bar.update(len(batch))
-    done.update({(record["video"], record["prompt"]): record for record in ranks.gather_objects(new)})
-    return done, ranks.gather_objects(skipped)
+
+    def __init__(self, name: str, items: list[Item], out: str, skip: bool, ranks):
+        self.name, self.out, self.skip, self.ranks = name, out, skip, ranks
+        self.done, self.skipped, self.new = read_log(out, name), [], []
+        ranks.barrier()  # nobody may append before everybody has read, or the ranks would share out different lists
+        self.to_do = [item for item in items if item[:2] not in self.done]
+
+    def batches(self, size: int):
+        """Yields this rank's items, `size` at a time: equally often on every rank, so at the end perhaps none."""
+        mine = self.ranks.share(self.to_do)
+        most = math.ceil(len(self.to_do) / self.ranks.world)  # that any rank has
+        with (
+            open_log(self.out, self.name, self.ranks.rank) as self.file,
+            self.ranks.progress(total=len(mine), desc=self.name) as self.bar,
+        ):
+            for start in range(0, most, size):
+                yield mine[start : start + size]
+
+    def write(self, record: dict) -> None:
+        """Keeps one result. Flushed at once, so a kill loses only what is under way."""
+        if not np.isfinite(record.get("reward", 0.0)):
+            raise InputError(f"{record['video']}: reward {record['reward']}; the checkpoint is broken.")
+        self.file.write(json.dumps(record).encode() + b"\n")
+        self.file.flush()
+        self.new.append(record)
+        self.bar.update(1)
+
+    def refuse(self, item: Item, error: InputError) -> None:
+        """A bad item: left out and listed with --skip-bad-videos, else the end, with its line named."""
+        if not self.skip:
+            raise InputError(f"line {item.line}: {error}") from error
+        self.skipped.append({**item._asdict(), "error": str(error)})
+        self.bar.update(1)
+
+    def finish(self) -> tuple[dict, list[dict]]:
+        """COLLECTIVE: all ranks' {(video, prompt): record}, those of other runs included, and what was skipped."""
+        new = self.ranks.gather_objects(self.new)
+        self.done.update({(record["video"], record["prompt"]): record for record in new})
+        return self.done, self.ranks.gather_objects(self.skipped)
 
 
-def claim_out(s, ranks) -> None:
-    """COLLECTIVE: refuses an --out that holds results of another model or other settings; they must not be mixed.
+def write_skipped(out: str, skipped: list[dict], ranks) -> None:
+    """OUT/skipped.jsonl: what this run left out."""
+    if ranks.is_main:
+        with open(os.path.join(out, "skipped.jsonl"), "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in skipped)
 
-    The model is known by its files' names, sizes and both ends (hashing all of an 8B would take a minute).
-    """
+
+def identity(model: str) -> str:
+    """What tells a model from another. A hub name: the name and the commit that it resolves to here. A folder: a hash of
+    its files' names, sizes and both ends (all of an 8B would take a minute), wherever it lies."""
+    if not os.path.isdir(model):
+        from transformers.utils import cached_file
+
+        try:  # .../snapshots/COMMIT/config.json; from the cache where there is no network
+            return f"{model} at {os.path.basename(os.path.dirname(cached_file(model, 'config.json')))}"
+        except (OSError, ValueError) as error:
+            raise InputError(f"{model}: is no folder, nor a model that can be had here ({first_line(error)}).") from error
     digest = hashlib.sha256()
     patterns = ("*.safetensors", "*/*.safetensors", "*config.json", "descore.json", "tokenizer.json", "*.jinja")
     for pattern in patterns:
-        for file_path in sorted(glob.glob(os.path.join(glob.escape(s.model), pattern))):
+        for file_path in sorted(glob.glob(os.path.join(glob.escape(model), pattern))):
             with open(file_path, "rb") as file:
                 size = os.path.getsize(file_path)
                 digest.update(f"{os.path.basename(file_path)} {size}".encode() + file.read(1 << 20))
                 file.seek(max(0, size - (1 << 20)))
                 digest.update(file.read())
+    return digest.hexdigest()
+
+
+def claim_out(out: str, s, ranks) -> None:
+    """COLLECTIVE: refuses a folder that holds results of another model or other settings; they must not be mixed."""
     names = ("think", "thoughts", "max_new_tokens", "temperature", "engine", "fps", "max_pixels", "dtype", "seed")
-    now, path = {"model": digest.hexdigest()} | {n: getattr(s, n) for n in names}, os.path.join(s.out, "settings.json")
+    now, path = {"model": identity(s.model)} | {n: getattr(s, n) for n in names}, os.path.join(out, "settings.json")
     if ranks.is_main:
-        if read_log(s.out, "thoughts") or read_log(s.out, "rewards"):
+        if read_log(out, "thoughts") or read_log(out, "rewards"):
             before = {}
             with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
                 before = json.load(file)
             changed = [name for name in now if before.get(name, "unknown") != now[name]]
             if changed:
-                raise InputError(f"{s.out}: holds results made with another {', '.join(changed)}; give another --out.")
+                raise InputError(f"{out}: holds results made with another {', '.join(changed)}; give another --out.")
         with open(path + ".tmp", "w", encoding="utf-8") as file:
             json.dump(now, file, indent=1)
         os.replace(path + ".tmp", path)
@@ -147,4 +179,34 @@ def readable_pairs(pairs: list, settings, ranks, sample_frames) -> list:
         print(f"skipped {len(pairs) - len(kept)} pairs with {len(bad)} bad videos; see {settings.out}/skipped.jsonl")
     if not kept:
         raise InputError("no pair is left with two readable videos.")
+    return kept
+
+
+def fitting_pairs(pairs: list, processor, settings, ranks, sequence_lengths) -> list:
+    """COLLECTIVE: the pairs whose sequences fit into --max-length, so that training need not stop half-way.
+
+    An InputError that names the first line that does not; with --skip-bad-videos such pairs are left out and listed.
+    """
+    long = []
+    for pair in ranks.progress(ranks.share(pairs), desc="checking lengths"):
+        try:
+            length = max(sequence_lengths(processor, pair, settings.fps, settings.max_pixels))
+        except InputError as error:
+            raise InputError(f"line {pair.line}: {str(error).removeprefix(f'line {pair.line}: ')}") from error
+        if length > settings.max_length:
+            long.append((pair.line, length))
+    long = dict(sorted(ranks.gather_objects(long)))
+    if long and not settings.skip_bad_videos:
+        line, length = next(iter(long.items()))
+        raise InputError(
+            f"line {line}: {length} tokens of video, prompt and CoT exceed --max-length {settings.max_length} "
+            f"({len(long)} of {len(pairs)} lines do); raise it, lower --fps, or leave them out with --skip-bad-videos."
+        )
+    kept = [pair for pair in pairs if pair.line not in long]
+    if ranks.is_main and long:
+        with open(os.path.join(settings.out, "skipped.jsonl"), "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"line": line, "reason": f"{n} tokens"}) + "\n" for line, n in long.items())
+        print(f"skipped {len(long)} pairs over --max-length; see {settings.out}/skipped.jsonl")
+    if not kept:
+        raise InputError(f"no pair fits into --max-length {settings.max_length}.")
     return kept

@@ -1,7 +1,6 @@
 """metrics.jsonl, the line on the screen, the curves, and the scale of the rewards."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import time
@@ -12,15 +11,11 @@ import numpy as np
 class Log:
     """metrics.jsonl, one JSON line per step, and one dense line on the screen. Rank 0 writes."""
 
-    def __init__(self, out: str, settings, ranks, resumed_step: int = 0):
+    def __init__(self, out: str, ranks, resumed_step: int = 0):
         self.path, self.ranks, self.started = os.path.join(out, "metrics.jsonl"), ranks, time.time()
         if ranks.is_main:
-            os.makedirs(out, exist_ok=True)
-            with open(os.path.join(out, "settings.json"), "w", encoding="utf-8") as file:
-                json.dump(dataclasses.asdict(settings), file, indent=1)
-            kept = [line for line in read_metrics(out) if line["step"] <= resumed_step]  # later ones will be made again
-            with open(self.path, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in kept)
+            for file_name in ("metrics.jsonl", "samples.jsonl"):
+                _cut(os.path.join(out, file_name), resumed_step)
 
     def step(self, step: int, metrics: dict[str, float], line: str) -> None:
         """Writes one step's metrics; `line` is what the screen shows."""
@@ -47,7 +42,20 @@ def mean_and_std(total: float, squares: float, count: float) -> dict[str, float]
 
 def read_metrics(out: str) -> list[dict]:
     """The lines of OUT/metrics.jsonl; a line cut short by a kill is left out."""
-    path, lines = os.path.join(out, "metrics.jsonl"), []
+    return _read_lines(os.path.join(out, "metrics.jsonl"))
+
+
+def _cut(path, last_step):
+    """Leaves out of a file what came after `last_step`: those steps will be made again."""
+    if os.path.isfile(path):
+        kept = [line for line in _read_lines(path) if line["step"] <= last_step]
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in kept)
+        os.replace(path + ".tmp", path)
+
+
+def _read_lines(path):
+    lines = []
     if os.path.isfile(path):
         with open(path, encoding="utf-8") as file:
             for text in file:

@@ -1,7 +1,15 @@
-"""Stopping and going on: checkpoints of trained weights, optimizer, random states and step; Ctrl-C; non-finite losses."""
+"""Stopping and going on: whose --out it is, checkpoints, Ctrl-C, non-finite losses.
 
+A checkpoint holds the trained weights, the optimizer's states, the random states and the step. Rates and other settings
+are not in it: those are the command's, and `claim_run` decides which of them may differ from the run's first command.
+"""
+
+import dataclasses
+import glob
+import hashlib
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -12,6 +20,106 @@ import numpy as np
 import torch
 
 from plumbing.settings import InputError
+
+# What a run writes into --out; --overwrite removes this and nothing else.
+WRITTEN = ("checkpoints", "model", "model.tmp", "model.old", "settings.json", "changes.jsonl", "metrics.jsonl",
+           "samples.jsonl", "skipped.jsonl", "not_finite*.jsonl", "curves.png")  # fmt: skip
+
+# What --resume may be given anew. All other settings decide what is learned and from what: a run whose second half has
+# others could not be described by one settings.json, so they are refused. Reasons, group by group:
+MAY_CHANGE = {
+    "lr", "lr_vision", "lr_head", "max_grad_norm",  # how large a step is: a loss that is not finite asks for smaller ones
+    "epochs", "max_steps",  # how long it trains
+    "max_length", "skip_bad_videos",  # limits that an error in mid-training asks to change
+    "data", "val", "video_root", "frame_cache",  # where files lie; that --data holds the same pairs is checked below
+    "out", "val_every", "save_every", "keep", "log_with", "resume", "overwrite",  # what is written, and how often
+    "workers", "micro_pairs", "packing", "gradient_checkpointing", "rows_per_batch",  # speed and memory: the same sums
+    "engine", "engine_memory", "engine_tp", "shard_ranks", "cpu_offload",  # who computes, and where weights lie
+}  # fmt: skip
+
+
+def claim_run(settings, ranks) -> None:
+    """COLLECTIVE: makes --out this run's, and writes its settings.json; InputError on every rank if it must not be.
+
+    A new run wants an --out without a run, or --overwrite. --resume wants the settings of the run that it goes on with,
+    but for MAY_CHANGE; what is changed is printed, and kept in changes.jsonl with the step after which it counts.
+    """
+    problem = None
+    if ranks.is_main:  # one looks and decides, all hear of it: ranks that looked for themselves could see different files
+        try:
+            _claim(settings, ranks)
+        except InputError as error:
+            problem = str(error)
+    if problem := next(filter(None, ranks.gather_objects([problem])), None):
+        raise InputError(problem)
+
+
+def _claim(settings, ranks):
+    out, saved = settings.out, _checkpoints(settings.out)
+    if settings.resume and settings.overwrite:
+        raise InputError("--resume goes on with the run in --out, --overwrite removes it; give one of them.")
+    if settings.overwrite:
+        _remove_run(settings)
+    elif not settings.resume:
+        if held := [name for name in ("checkpoints", "metrics.jsonl", "model") if os.path.exists(os.path.join(out, name))]:
+            raise InputError(
+                f"{out}: holds a run ({', '.join(held)}); --resume goes on with it, --overwrite removes it, or give "
+                "another --out."
+            )
+    elif not saved and os.path.isdir(os.path.join(out, "model")):
+        raise InputError(f"{out}: holds a model but no checkpoint to go on from; --overwrite starts anew.")
+    now = {**dataclasses.asdict(settings), "data_sha256": _sha256(settings.data)}
+    if settings.resume and saved:
+        _compare(out, now, saved[-1], ranks)
+    os.makedirs(out, exist_ok=True)
+    path = os.path.join(out, "settings.json")
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        json.dump(now, file, indent=1)
+    os.replace(path + ".tmp", path)
+
+
+def _compare(out, now, newest, ranks):
+    """InputError if a setting differs that must not; says and keeps what else differs from the run's settings.json."""
+    path = os.path.join(out, "settings.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            before = json.load(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: is missing or damaged; --overwrite starts anew.") from error
+    changed = {name: [before.get(name), now[name]] for name in now if before.get(name) != now[name]}
+    fixed = sorted(changed.keys() - MAY_CHANGE)
+    if fixed == ["data_sha256"]:
+        raise InputError(f"{now['data']}: is not the file that the run in {out} was trained on; give another --out.")
+    if fixed:
+        was = ", ".join(f"{_flag(name)} {before.get(name)}" for name in fixed if name != "data_sha256")
+        raise InputError(f"{out}: was begun with {was}, which --resume cannot change; give another --out.")
+    told = {name: values for name, values in changed.items() if name not in ("resume", "overwrite", "out")}
+    if told:
+        for name, (old, new) in told.items():
+            ranks.print(f"{_flag(name)} was {old}, from here on {new}")
+        with open(os.path.join(out, "changes.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps({"after_step": _read_position(newest)["step"], **told}) + "\n")
+
+
+def _flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def _sha256(path):
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file.")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove_run(settings):
+    found = [path for name in WRITTEN for path in glob.glob(os.path.join(glob.escape(settings.out), name))]
+    for path in found:  # before anything is removed: what this run reads may lie there
+        for read in (settings.data, settings.model):
+            if os.path.exists(read) and os.path.commonpath(map(os.path.realpath, (path, read))) == os.path.realpath(path):
+                raise InputError(f"{read}: lies in what --overwrite would remove; give another --out.")
+    for path in found:
+        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
 
 def require_finite(value: float, what: str, rows: list[dict], settings, ranks) -> None:
@@ -48,13 +156,11 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         os.makedirs(temporary)
     ranks.barrier()
-    dcp.save(
-        _training_state(model, optimizer), checkpoint_id=os.path.join(temporary, "state"), no_dist=ranks.world == 1
-    )
-    random_state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-    if ranks.device.type == "cuda":
-        random_state["cuda"] = torch.cuda.get_rng_state(ranks.device)
-    torch.save(random_state, os.path.join(temporary, f"random-{ranks.rank}.pt"))
+    weights, adam = _training_state(model, optimizer)
+    # Tensors only, so without the optimizer's rates: those are settings, and a resumed run's are its own command's.
+    state = {"model": weights, "optimizer": adam["state"]}
+    dcp.save(state, checkpoint_id=os.path.join(temporary, "state"), no_dist=ranks.world == 1)
+    torch.save(_random_state(ranks.device), os.path.join(temporary, f"random-{ranks.rank}.pt"))
     ranks.barrier()
     if ranks.is_main:
         with open(os.path.join(temporary, "step.json"), "w", encoding="utf-8") as file:
@@ -68,8 +174,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(out: str, model, optimizer, ranks) -> dict:
-    """COLLECTIVE: loads the newest complete checkpoint under OUT in place. Returns its step.json, {"step": 0} if
-    none."""
+    """COLLECTIVE: loads the newest complete checkpoint under OUT in place; the optimizer keeps its own rates.
+
+    Returns its step.json, {"step": 0} if there is none. With another number of ranks it goes on, but not bit for bit.
+    """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
@@ -77,20 +185,18 @@ def load_checkpoint(out: str, model, optimizer, ranks) -> dict:
     if not found:
         return {"step": 0}
     folder = found[-1]
-    state = _training_state(model, optimizer)
+    _refuse_foreign_index(os.path.join(folder, "state", ".metadata"))
+    weights, adam = _training_state(model, optimizer)
+    state = {"model": weights, "optimizer": adam["state"]}
     dcp.load(state, checkpoint_id=os.path.join(folder, "state"), no_dist=ranks.world == 1)
     set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+        model, optimizer, model_state_dict=weights, optim_state_dict=adam,
         options=StateDictOptions(ignore_frozen_params=True, strict=False),  # frozen weights are not in the checkpoint
     )  # fmt: skip
-    with open(os.path.join(folder, "step.json"), encoding="utf-8") as file:
-        position = json.load(file)
-    own_random = os.path.join(folder, f"random-{ranks.rank}.pt")
-    if position["world"] == ranks.world:  # another number of ranks goes on, but not bit for bit
-        states = torch.load(own_random, weights_only=False)  # our own file: Python's and NumPy's states are tuples
-        random.setstate(states["python"]), np.random.set_state(states["numpy"]), torch.set_rng_state(states["torch"])
-        if "cuda" in states and ranks.device.type == "cuda":
-            torch.cuda.set_rng_state(states["cuda"], ranks.device)
+    position = _read_position(folder)
+    if position["world"] == ranks.world:
+        states = torch.load(os.path.join(folder, f"random-{ranks.rank}.pt"), weights_only=True)
+        _set_random_state(states, ranks.device)
     ranks.print(f"resumed from {folder}")
     return position
 
@@ -98,8 +204,57 @@ def load_checkpoint(out: str, model, optimizer, ranks) -> dict:
 def _training_state(model, optimizer):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
-    weights, states = get_state_dict(model, optimizer, options=StateDictOptions(ignore_frozen_params=True))
-    return {"model": weights, "optimizer": states}
+    return get_state_dict(model, optimizer, options=StateDictOptions(ignore_frozen_params=True))
+
+
+def _read_position(folder):
+    with open(os.path.join(folder, "step.json"), encoding="utf-8") as file:
+        return json.load(file)
+
+
+def _random_state(device):
+    """Numbers and tensors only, so that `weights_only=True` reads it: nothing in a checkpoint can run as code."""
+    name, keys, *rest = np.random.get_state()
+    state = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random_state(state, device):
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+class _Index(pickle.Unpickler):
+    """Reads the index that torch.distributed.checkpoint pickles, and nothing that could run as code."""
+
+    KNOWN = {
+        "torch.distributed.checkpoint.metadata": {
+            "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex",
+            "StorageMeta", "_MEM_FORMAT_ENCODING"},
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.serialization": {"_get_layout"},
+        "torch": {"Size", "float32", "bfloat16"},
+        "pathlib": {"PosixPath"}, "pathlib._local": {"PosixPath"},
+    }  # fmt: skip
+
+    def find_class(self, module, name):
+        if name not in self.KNOWN.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _refuse_foreign_index(path):
+    """InputError before torch unpickles an index that holds more than names, sizes and places of tensors."""
+    try:
+        with open(path, "rb") as file:
+            _Index(file).load()
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path}: is damaged, or no checkpoint of this code ({error}).") from error
 
 
 def _checkpoints(out):

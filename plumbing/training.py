@@ -35,6 +35,7 @@ class CommonSettings:
     # output
     keep: int = arg(2, "checkpoints kept on disk")
     resume: bool = arg(False, "go on from the newest checkpoint in --out, exactly where it was")
+    overwrite: bool = arg(False, "first remove the run that --out holds")
 
 
 def divide(num_pairs: int, settings, ranks) -> tuple[int, int]:
@@ -73,7 +74,7 @@ class Run:
         self.total = min(settings.max_steps or 10**9, settings.epochs * self.steps_per_epoch)
         self.warmup_steps = max(1, round(settings.warmup * self.total))
         self.first = load_checkpoint(settings.out, model, optimizer, ranks)["step"] if settings.resume else 0
-        self.log, self.stop, self.began = Log(settings.out, settings, ranks, self.first), StopSignal(), time.time()
+        self.log, self.stop, self.began = Log(settings.out, ranks, self.first), StopSignal(), time.time()
 
     def draws(self):
         """Yields (epoch, this rank's indices of pairs) for each step that is left."""

@@ -1,54 +1,52 @@
-"""The vLLM engine beside the trainer: one per process, in the process, with weights handed over after each update."""
+"""The vLLM engine: one per process, in the process. Beside a trainer its weights are handed over after each update."""
 
 import os
 import re
 
 import torch
-from transformers import AutoConfig
 
 from plumbing.settings import InputError
 
 
-class VLLMEngine:
-    """One vLLM engine per process, in this process, beside the trainer. README, "vLLM"."""
+REQUESTS = 256  # CoTs asked for at once. More keep the GPU no busier, and their frames would fill the host's memory
 
-    def __init__(
-        self, path: str, banned, seed: int, max_model_len: int, memory=0.4, dtype="auto", on_cpu=False, tp=1, dummy=False
-    ):
-        os.environ.setdefault(
-            "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
-        )  # the engine in this process, so weights can be handed over
+
+class VLLMEngine:
+    """One vLLM engine per process, in this process. README, "vLLM".
+
+    banned: ids that may not be sampled. limit: prompt + CoT tokens at most. memory: its share of the GPU.
+    tp: ranks that hold one engine together. dummy: start without weights, they come with the first sync.
+    sleeps: give the GPU's memory back after every `generate`, for the update of a trainer beside it.
+    """
+
+    needs = ("short_ids", "input_ids", "video")  # of a prefix: the patches are made anew in vLLM
+
+    def __init__(self, path: str, processor, banned: list[int], seed: int, limit: int, memory=0.4, dtype="auto",
+                 on_cpu=False, tp=1, dummy=False, sleeps=True):
+        # The engine in this process, so that weights can be handed over. To be set before the import.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         try:
             from vllm import LLM
         except ImportError as error:
             raise InputError("--engine vllm: vllm is not installed; pip install -r requirements-vllm.txt.") from error
-        text = AutoConfig.from_pretrained(path).text_config
-        distributed = (
-            torch.distributed.is_initialized()
-        )  # must be so BEFORE the engine starts, or it makes its own group
-        options = (
-            {"kv_cache_memory_bytes": 64 << 20, "block_size": 32} if on_cpu else {"gpu_memory_utilization": memory}
-        )
+        # The process group must be there BEFORE the engine starts, or it makes its own.
+        distributed = torch.distributed.is_initialized()
+        options = {"gpu_memory_utilization": memory}
+        if on_cpu:
+            options = {"kv_cache_memory_bytes": 64 << 20, "block_size": 32}
         if dummy:
-            options["load_format"] = "dummy"  # --random-init: the trainer's weights come with the first sync
+            options["load_format"] = "dummy"
         state = torch.get_rng_state()  # the engine reseeds the global generators
         self.llm = LLM(
-            model=path,
-            dtype=dtype,
-            max_model_len=min(max_model_len, text.max_position_embeddings),
-            seed=seed,
-            enforce_eager=on_cpu,
-            tensor_parallel_size=tp,
-            limit_mm_per_prompt={"image": 0, "video": 1},
+            model=path, dtype=dtype, max_model_len=limit, seed=seed, enforce_eager=on_cpu,
             mm_processor_kwargs={"do_resize": False, "cap_pixels_per_frame": False},  # as data.encode_prompt
-            enable_prefix_caching=True,
-            logprobs_mode="processed_logprobs",
-            distributed_executor_backend="external_launcher" if distributed else None,
-            enable_sleep_mode=not on_cpu,
-            **options,
+            tensor_parallel_size=tp, limit_mm_per_prompt={"image": 0, "video": 1}, enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs", enable_sleep_mode=not on_cpu,
+            distributed_executor_backend="external_launcher" if distributed else None, **options,
         )
         torch.set_rng_state(state)
-        self.bans = dict.fromkeys(banned(text.vocab_size), -100.0)  # vLLM's lowest; at most 1,024
+        self.bans = dict.fromkeys(banned, -100.0)  # vLLM's lowest; at most 1,024 ids
+        self.processor, self.limit, self.requests, self.sleeps = processor, limit, REQUESTS, sleeps
         self.on_cpu, self.asleep, self.tp = on_cpu, False, tp
         if tp > 1:
             from vllm.distributed import get_tp_group
@@ -56,76 +54,96 @@ class VLLMEngine:
             self.group = get_tp_group()
 
     def generate(self, prefixes, seeds, max_new_tokens, temperature=1.0) -> list[list[list[int]]]:
-        """As TransformersEngine.generate. One request per CoT: each has its own seed, and prefix caching shares the
-        video. With tensor parallelism the ranks of a group sample for each other: all do the work of all, in shards."""
-        from vllm import SamplingParams
+        """As TransformersEngine.generate, and self.log_probs of the same shape: each token's, as the engine saw it."""
+        rows = dict(self.stream(prefixes, seeds, max_new_tokens, temperature))  # in the order in which they ended
+        self.log_probs = [self.seen[i] for i in range(len(prefixes))]
+        if self.sleeps:
+            self.sleep(level=1)
+        return [rows[i] for i in range(len(prefixes))]
 
-        if self.tp > 1:  # COLLECTIVE within the group
-            slim = [{key: prefix[key] for key in ("short_ids", "input_ids", "video")} for prefix in prefixes]
+    def stream(self, prefixes, seeds, max_new_tokens, temperature=1.0):
+        """Yields (i, CoTs of prefix i) as soon as they have ended, in any order.
+
+        One request per CoT: each has its own seed, and prefix caching shares the video. With tensor parallelism this is
+        COLLECTIVE within the group, whose ranks sample for each other: all do the work of all, in shards.
+        """
+        first, mine = 0, len(prefixes)
+        if self.tp > 1:
+            slim = [{key: prefix[key] for key in self.needs} for prefix in prefixes]
             parts = [None] * self.tp
             torch.distributed.all_gather_object(parts, (slim, seeds), group=self.group.cpu_group)
-            mine = self.group.rank_in_group
-            begin = sum(len(part[0]) for part in parts[:mine])
-            own = slice(begin, begin + len(prefixes))
+            first = sum(len(part[0]) for part in parts[: self.group.rank_in_group])
             prefixes, seeds = ([x for part in parts for x in part[k]] for k in (0, 1))
-        else:
-            own = slice(None)
-        self._wake()
-        requests, parameters = [], []
-        for prefix, row in zip(prefixes, seeds, strict=True):
+        self.wake()
+        waiting = self._enqueue(prefixes, seeds, max_new_tokens, temperature)
+        samples = [[None] * len(row) for row in seeds]  # [prefix][k]
+        self.seen = {}
+        while self.llm.llm_engine.has_unfinished_requests():
+            for output in self.llm.llm_engine.step():
+                if not output.finished:
+                    continue
+                i, k = waiting[output.request_id]
+                if list(output.prompt_token_ids) != prefixes[i]["input_ids"].tolist():
+                    raise InputError("vLLM expanded the video to other tokens than the trainer; check both versions.")
+                samples[i][k] = output
+                if None in samples[i] or not first <= i < first + mine:
+                    continue
+                outputs = [sample.outputs[0] for sample in samples[i]]
+                self.seen[i - first] = [[next(iter(t.values())).logprob for t in o.logprobs] for o in outputs]
+                yield i - first, [list(o.token_ids) for o in outputs]
+
+    def _enqueue(self, prefixes, seeds, max_new_tokens, temperature) -> dict[str, tuple[int, int]]:
+        """Hands all requests to the engine. Returns {request id: (prefix, k)}."""
+        from vllm import SamplingParams
+
+        waiting = {}
+        for i, (prefix, row) in enumerate(zip(prefixes, seeds, strict=True)):
+            require_room(len(prefix["input_ids"]), max_new_tokens, self.limit)
             video = prefix["video"]
             metadata = {**video.metadata(), "do_sample_frames": False}  # our frames: never resampled
-            prompt = {
-                "prompt_token_ids": prefix["short_ids"],
-                "multi_modal_data": {"video": [(video.frames, metadata)]},
-            }
-            for seed in row:
-                requests.append(prompt)
-                parameters.append(
-                    SamplingParams(
-                        temperature=temperature,
-                        top_p=1.0,
-                        top_k=0,
-                        max_tokens=max_new_tokens,
-                        seed=seed % 2**31,
-                        logit_bias=self.bans,
-                        logprobs=0,
-                        detokenize=False,
-                    )
-                )
-        outputs = iter(self.llm.generate(requests, parameters, use_tqdm=False))
-        samples = [[next(outputs) for _ in row] for row in seeds]
-        for prefix, row in zip(prefixes, samples):
-            if list(row[0].prompt_token_ids) != prefix["input_ids"].tolist():
-                raise InputError(
-                    "vLLM expanded the video to other prompt tokens than the trainer; check both versions."
-                )
-        self.log_probs = [
-            [[next(iter(t.values())).logprob for t in s.outputs[0].logprobs] for s in row] for row in samples[own]
-        ]
+            prompt = {"prompt_token_ids": prefix["short_ids"], "multi_modal_data": {"video": [(video.frames, metadata)]}}
+            for k, seed in enumerate(row):
+                options = SamplingParams(temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_new_tokens,
+                                         seed=seed % 2**31, logit_bias=self.bans, logprobs=0, detokenize=False)
+                (name,) = self.llm.enqueue([prompt], [options], use_tqdm=False)
+                waiting[name.split("-")[0]] = i, k  # inside, vLLM adds a "-" and random letters; outputs come without
+        return waiting
+
+    def wake(self) -> None:
+        """Takes the GPU's memory again, if it was given back."""
+        if self.asleep:
+            self.llm.wake_up()
+            self.asleep = False
+
+    def sleep(self, level: int) -> None:
+        """Gives the GPU's memory back. Level 1 keeps the weights in the host's memory, 2 forgets them: then nothing
+        can be sampled any more. vLLM's CPU build cannot sleep."""
         if not self.on_cpu:
-            self.llm.sleep(level=1)  # gives the GPU's memory to the update; its CPU build cannot sleep
+            self.llm.sleep(level=level)
             self.asleep = True
-        return [[list(s.outputs[0].token_ids) for s in row] for row in samples[own]]
 
     def sync(self, named_weights) -> None:
         """Hands new weights to the engine and empties its caches, which hold what the old weights computed.
 
         Raises InputError unless every weight has arrived: vLLM itself only warns.
         """
-        self._wake()
+        self.wake()
         self.llm.collective_rpc(_reload, args=(named_weights,))
         assert self.llm.reset_prefix_cache(), "vLLM could not reset its prefix cache: requests still running"
         self.llm.llm_engine.reset_encoder_cache()  # without it a repeated video kills the engine
 
-    def _wake(self) -> None:
-        if self.asleep:
-            self.llm.wake_up()
-            self.asleep = False
-
     def close(self) -> None:
         """Ends the engine. It takes the process group with it, so this is the very last thing a script does."""
         self.llm.llm_engine.engine_core.shutdown()
+
+
+def require_room(prompt_tokens: int, max_new_tokens: int, limit: int) -> None:
+    """InputError if a CoT of full length has no room behind its prompt: vLLM would cut it without a word."""
+    if prompt_tokens + max_new_tokens > limit:
+        raise InputError(
+            f"{prompt_tokens} prompt tokens and a CoT of up to {max_new_tokens} exceed the engine's {limit}; raise "
+            "--engine-max-len, or lower --max-new-tokens, --fps or --max-pixels."
+        )
 
 
 def _reload(worker, named_weights) -> None:

@@ -1,6 +1,9 @@
 """Stage 1: masking only in training and once per pair, ties, limits, resume bit for bit, and the script."""
 
 import dataclasses
+import json
+import os
+import pickle
 import shutil
 
 import pytest
@@ -10,9 +13,10 @@ from plumbing import logs
 import cold_start
 import data
 import parallel
-from conftest import fails_in_one_sentence
+from conftest import fails_in_one_sentence, refuses
 from data import InputError
 from model import DeScore
+from plumbing.jobs import fitting_pairs
 
 
 @pytest.fixture
@@ -156,7 +160,7 @@ def test_bad_input(world, with_cots, base_dir, tmp_path):
         cold_start.main(arguments(with_cots, base_dir, tmp_path, batch_pairs=64))
     with pytest.raises(InputError, match="loss is nan at line"):
         cold_start.main(arguments(with_cots, base_dir, tmp_path, lr=1e30, max_steps=5))
-    fails_in_one_sentence("cold_start.py", "--data", tmp_path / "no.csv", "--out", tmp_path, says="no such file")
+    fails_in_one_sentence("cold_start.py", "--data", tmp_path / "no.csv", "--out", tmp_path / "b", says="no such file")
 
 
 def test_skip_bad_videos_counts_and_lists(with_cots, base_dir, tmp_path, capsys):
@@ -170,3 +174,94 @@ def test_skip_bad_videos_counts_and_lists(with_cots, base_dir, tmp_path, capsys)
     cold_start.main([*arguments(bad, base_dir, tmp_path / "b", max_steps=1), "--skip-bad-videos"])
     assert "skipped 1 pairs with 1 bad videos" in capsys.readouterr().out
     assert "bad.mp4" in (tmp_path / "b" / "skipped.jsonl").read_text()
+
+
+def test_a_second_run_in_the_same_folder(with_cots, base_dir, tmp_path, capsys):
+    """Refused; --overwrite removes what a run wrote and nothing else, and not what the new run reads."""
+    out, flags = tmp_path / "out", lambda **more: arguments(with_cots, base_dir, tmp_path / "out", **more)
+    cold_start.main(flags(max_steps=2))
+    before = weights(out)
+    refuses(capsys, cold_start.main, *flags(max_steps=1), says="holds a run (checkpoints, metrics.jsonl, model)")
+    refuses(capsys, cold_start.main, *flags(max_steps=1), "--resume", "--overwrite", says="give one of them")
+    refuses(capsys, cold_start.main, *flags(model=out / "model"), "--overwrite", says="lies in what --overwrite would")
+    assert all(torch.equal(before[name], value) for name, value in weights(out).items())
+    (out / "notes.txt").write_text("mine")
+    cold_start.main([*flags(max_steps=1), "--overwrite"])
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-000001"] and (out / "notes.txt").exists()
+    assert [line["step"] for line in logs.read_metrics(str(out))] == [1]
+    shutil.rmtree(out / "checkpoints")
+    refuses(capsys, cold_start.main, *flags(), "--resume", says="a model but no checkpoint")
+
+
+def test_resume_with_other_settings(with_cots, base_dir, tmp_path, capsys):
+    """What decides what is learned is refused by name; a new rate is used, printed and kept."""
+    flags = lambda **more: [*arguments(with_cots, base_dir, tmp_path, **more), "--resume"]
+    cold_start.main(flags(max_steps=1))
+    says = "begun with --batch-pairs 2, --mask-probability 0.5, --seed 0"
+    refuses(capsys, cold_start.main, *flags(seed=1, batch_pairs=1, mask_probability=1), says=says)
+    other = tmp_path / "other.csv"
+    other.write_text(open(with_cots["train_cold_start"]).read().replace("one", "another"))
+    refuses(capsys, cold_start.main, *flags(data=other), says="is not the file that the run")
+    kept = weights(tmp_path)
+    cold_start.main(flags(max_steps=2, lr=0, micro_pairs=2))
+    assert "--lr was 0.001, from here on 0.0" in capsys.readouterr().out
+    assert logs.read_metrics(str(tmp_path))[-1]["lr"] == 0
+    assert all(torch.equal(kept[name], value) for name, value in weights(tmp_path).items())  # rate 0: nothing moved
+    (line,) = (tmp_path / "changes.jsonl").read_text().splitlines()
+    changed = json.loads(line)
+    assert changed["after_step"] == 1 and changed["lr"] == [0.001, 0.0] and "seed" not in changed
+
+
+def test_nothing_in_a_checkpoint_can_run(with_cots, base_dir, tmp_path, capsys):
+    """Random states are numbers and tensors; an index that names more than torch's own classes is refused unread."""
+    cold_start.main(arguments(with_cots, base_dir, tmp_path, max_steps=1))
+    folder = tmp_path / "checkpoints" / "step-000001"
+    assert set(torch.load(folder / "random-0.pt", weights_only=True)) == {"python", "numpy", "torch"}
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    (folder / "state" / ".metadata").write_bytes(pickle.dumps(Evil()))
+    flags = [*arguments(with_cots, base_dir, tmp_path), "--resume"]
+    refuses(capsys, cold_start.main, *flags, says="no checkpoint of this code")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_full_training_resumes_bit_for_bit(with_cots, base_dir, tmp_path):
+    """Stage 1 leaves lm_head alone: nothing of its loss reaches it, so there would be no Adam state to go on with."""
+    cold_start.main(arguments(with_cots, base_dir, tmp_path / "whole", train="full", max_steps=2))
+    cold_start.main(arguments(with_cots, base_dir, tmp_path / "parts", train="full", max_steps=1))
+    cold_start.main([*arguments(with_cots, base_dir, tmp_path / "parts", train="full", max_steps=2), "--resume"])
+    one, two = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    start = DeScore.from_pretrained(base_dir, new_head=True).state_dict()
+    changed = {name for name in start if not torch.equal(start[name], one[name])}
+    assert any("embed_tokens" in name for name in changed) and not any("lm_head" in name for name in changed)
+
+
+def test_validation_without_cots_is_said(with_cots, world, base_dir, tmp_path, capsys):
+    cold_start.main(arguments(with_cots, base_dir, tmp_path, max_steps=1, val=world["train_cold_start"]))
+    assert "validation is without thinking" in capsys.readouterr().out
+
+
+def test_lengths_are_known_before_training(world, processor, tmp_path):
+    """Without decoding, to the token; what is too long stops the run at once, or is left out and listed."""
+    pairs = data.read_pairs(world["train_cold_start"])
+    lengths = {}
+    for pair in pairs:
+        cots = pair.cot_ids(processor.tokenizer)
+        prefixes = [data.encode_prompt(processor, data.sample_frames(v, 2.0, 4096), pair.prompt) for v in pair.videos]
+        exact = [len(prefix["input_ids"]) + len(cot) + 1 for prefix, cot in zip(prefixes, cots)]
+        assert data.sequence_lengths(processor, pair, 2.0, 4096) == exact
+        lengths[pair.line] = max(exact)
+    middle = sorted(lengths.values())[len(lengths) // 2]
+    long = [line for line, length in lengths.items() if length > middle]
+    settings = cold_start.Settings(out=str(tmp_path), max_length=middle, max_pixels=4096)
+    ranks = parallel.Ranks()
+    check = lambda s: fitting_pairs(pairs, processor, s, ranks, data.sequence_lengths)  # noqa: E731
+    with pytest.raises(InputError, match=f"line {long[0]}: {lengths[long[0]]} tokens .* --max-length {middle} "):
+        check(settings)
+    assert [pair.line for pair in check(dataclasses.replace(settings, skip_bad_videos=True))] == [
+        line for line in lengths if line not in long]
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == len(long) > 0

@@ -30,7 +30,7 @@ ANSWER = json.dumps(
 )
 FORMATS = {
     "cold start": ({"videos": "['a.mp4', 'b.mp4']", "problem": "?", "durations": "[5, 5]", "prompt": "a cat",
-                    "CoT_A": "<think>a</think>", "CoT_B": "", "GSB": "B"}, -1),
+                    "CoT_A": "<think>a</think>", "CoT_B": "<think>b</think>", "GSB": "B"}, -1),
     "rl": ({"videos": '["a.mp4", "b.mp4"]', "problem": "a cat", "answer": f"<answer>{ANSWER}</answer>"}, 1),
     "videoalign": ({"path_A": "a.mp4", "path_B": "b.mp4", "prompt": "a cat", "VQ": "A", "MQ": "A", "TA": "same", "fps_A": "8",
                     "num_frames_A": "49", "fps_B": "8", "num_frames_B": "49"}, 0),
@@ -53,7 +53,11 @@ def test_every_published_format(name, tmp_path):
 
 def test_format_details(tmp_path):
     (pair,) = data.read_pairs(write_csv(tmp_path / "a.csv", [FORMATS["cold start"][0]]))
-    assert pair.cots == ("<think>a</think>", None)
+    assert pair.cots == ("<think>a</think>", "<think>b</think>")
+    empty = {**FORMATS["cold start"][0], "CoT_A": "", "CoT_B": ""}
+    assert data.read_pairs(write_csv(tmp_path / "a.csv", [empty]))[0].cots == (None, None)
+    with pytest.raises(InputError, match="line 2: only one of CoT_A and CoT_B is filled"):
+        data.read_pairs(write_csv(tmp_path / "a.csv", [{**empty, "CoT_A": "<think>a</think>"}]))
     (pair,) = data.read_pairs(write_csv(tmp_path / "b.csv", [FORMATS["rl"][0]]))
     assert pair.annotation_a == TRUTH and pair.annotation_b["style"] == "0"  # 0 and "0" are the same verdict
     (pair,) = data.read_pairs(write_csv(tmp_path / "c.csv", [FORMATS["videogen"][0]]), dimension="Overall")
@@ -359,3 +363,14 @@ def test_show(world, base_dir, tmp_path):
 def test_command_line_errors(tmp_path):
     fails_in_one_sentence("lab.look", "--data", tmp_path / "no.csv", says="no such file")
     fails_in_one_sentence("lab.look", "--data", "x", "--colour", "red", says="unrecognized arguments")
+
+
+@pytest.mark.parametrize("scores, says", [
+    ({**TRUTH, "colour": "2"}, "line 2: unknown dimension 'colour'"),
+    ({**TRUTH, "style": "good"}, "line 2: the verdict on style is 'GOOD'"),
+])  # fmt: skip
+def test_annotations_that_no_cot_could_match(tmp_path, scores, says):
+    answer = json.dumps({"video_1_scores": TRUTH, "video_2_scores": scores, "gsb_result": "A"})
+    row = {**FORMATS["rl"][0], "answer": f"<answer>{answer}</answer>"}
+    with pytest.raises(InputError, match=says):
+        data.read_pairs(write_csv(tmp_path / "x.csv", [row]))

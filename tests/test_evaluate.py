@@ -184,20 +184,29 @@ class OneRank:
         return contextlib.nullcontext(collections.namedtuple("Bar", "update")(lambda n: None))
 
 
-def run(out, seen, ranks=None, bad=(), **more):
-    """Runs a phase over 10 items; the work notes each item in `seen` and refuses the videos in `bad`."""
-    settings = evaluate.Settings(out=str(out), batch_size=more.pop("batch_size", 3), **more)
+ITEMS = [jobs.Item(f"v{k}", "a prompt", k + 2) for k in range(10)]
 
-    def work(model, batch):
-        assert model == "the model"
+
+def run(out, seen, ranks=None, bad=(), skip=False):
+    """A phase over 10 items, three at a time; notes each item in `seen` and refuses the videos in `bad`."""
+    phase = jobs.Phase("rewards", ITEMS, str(out), skip, ranks or OneRank())
+    for batch in phase.batches(3):
         for item in batch:
             if item.video in bad:
-                raise InputError(f"{item.video}: is broken.")
-        seen.extend(item.video for item in batch)
-        return [{"video": i.video, "prompt": i.prompt, "reward": float(i.video[1:])} for i in batch]
+                phase.refuse(item, InputError(f"{item.video}: is broken."))
+            else:
+                seen.append(item.video)
+                phase.write({"video": item.video, "prompt": item.prompt, "reward": float(item.video[1:])})
+    return phase.finish()
 
-    items = [evaluate.Item(f"v{k}", "a prompt", k + 2) for k in range(10)]
-    return evaluate.run_phase("rewards", items, lambda: "the model", work, settings, ranks or OneRank())
+
+def test_all_ranks_see_that_there_is_something_to_do(tmp_path):
+    """A vLLM engine starts on all ranks together. With one item for three ranks, the other two must start it too, and
+    go through as many batches."""
+    for rank in range(3):
+        phase = jobs.Phase("rewards", ITEMS[:1], str(tmp_path), False, OneRank(rank, 3))
+        assert phase.to_do == ITEMS[:1]
+        assert list(phase.batches(2)) == [ITEMS[:1] if rank == 0 else []]
 
 
 def test_a_killed_phase_goes_on_and_repeats_nothing(tmp_path):
@@ -231,7 +240,7 @@ def test_a_bad_video_is_named_with_its_row_or_skipped_alone(tmp_path):
         run(tmp_path / "a", [], bad={"v4"})
     assert len(jobs.read_log(str(tmp_path / "a"), "rewards")) == 4  # v0 .. v2, and v3 of its own batch, are kept
     (tmp_path / "b").mkdir()
-    records, skipped = run(tmp_path / "b", [], bad={"v4", "v8"}, skip_bad_videos=True)
+    records, skipped = run(tmp_path / "b", [], bad={"v4", "v8"}, skip=True)
     assert len(records) == 8 and [(s["video"], s["line"]) for s in skipped] == [("v4", 6), ("v8", 10)]
 
 
@@ -291,7 +300,7 @@ def test_genai_ties(tmp_path, ties, left):
     head = ["prompt", "left_model", "right_model", "left_video", "right_video", "vote_type"]
     write_csv(tmp_path / "genai-bench.csv", head, rows)
     s = evaluate.Settings(benchmark=["genai-bench"], root=str(tmp_path), genai_ties=ties)
-    assert len(evaluate.read_data(s)[1]) == left
+    assert len(evaluate.read_job(s, "genai-bench").pairs) == left
 
 
 @pytest.mark.parametrize("path", ["../outside.mp4", "/etc/passwd", "link/inside.mp4", "a/../../x.mp4", "a\0b.mp4"])
@@ -301,7 +310,7 @@ def test_paths_that_leave_the_root_are_refused(tmp_path, path):
     (root / "link").symlink_to(tmp_path)
     table = write_csv(root / "pairs.csv", ["path_A", "path_B", "prompt", "TA"], [["fine.mp4", path, "a prompt", "A"]])
     with pytest.raises(InputError, match="line 2: .*outside --root"):
-        evaluate.read_data(evaluate.Settings(data=table, root=str(root)))
+        evaluate.read_job(evaluate.Settings(data=table, root=str(root)))
 
 
 def test_the_report_by_hand():
@@ -428,15 +437,6 @@ def no_figure(monkeypatch):
     monkeypatch.setattr(evaluate.report, "draw", lambda *_: None)
 
 
-def test_a_broken_checkpoint_is_not_a_broken_video(tmp_path, no_figure):
-    def load_model():
-        raise InputError("the head has another size")
-
-    settings = evaluate.Settings(out=str(tmp_path), skip_bad_videos=True)
-    with pytest.raises(InputError, match="another size"):
-        evaluate.run_phase("rewards", [evaluate.Item("v", "p", 2)], load_model, None, settings, OneRank())
-
-
 @pytest.fixture
 def clips_csv(tmp_path, tiny_clips, no_figure):
     """Two pairs, three unique (video, prompt): the second pair shares a video. A prompt full of control tokens."""
@@ -475,7 +475,7 @@ def test_batch_size_changes_nothing_and_a_finished_run_needs_no_model(tmp_path, 
     again = judge(tiny_model_dir, clips_csv, tmp_path / "one", "--batch-size", 2)
     np.testing.assert_allclose(again, one, atol=1e-5, rtol=0)
     assert log.read_bytes() == before
-    monkeypatch.setattr(evaluate, "loaders", lambda *_: (pytest.fail, pytest.fail))
+    monkeypatch.setattr(evaluate.Judge, "open_model", pytest.fail)
     judge(tiny_model_dir, clips_csv, tmp_path / "one")
 
 
@@ -511,6 +511,24 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path, tiny_model_dir,
     assert "another model;" in fails(capsys, "--model", trained_on, *flags[2:], "--no-think")
 
 
+def test_hub_models_differ_by_name_and_commit(tmp_path, base_dir, monkeypatch):
+    """As files they have nothing to hash here: two names, or two commits of one, must not count as the same model."""
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    known = set()
+    for name, commit in (("us/one", "a" * 40), ("us/two", "a" * 40), ("us/one", "b" * 40)):
+        cached = tmp_path / f"models--{name.replace('/', '--')}"
+        (cached / "snapshots" / commit).mkdir(parents=True)
+        shutil.copy(f"{base_dir}/config.json", cached / "snapshots" / commit)
+        (cached / "refs").mkdir(exist_ok=True)
+        (cached / "refs" / "main").write_text(commit)
+        known.add(jobs.identity(name))
+        assert name in jobs.identity(name) and commit in jobs.identity(name)
+    assert len(known) == 3
+    with pytest.raises(InputError, match="us/none: is no folder"):
+        jobs.identity("us/none")
+
+
 def test_sampled_thoughts_average_and_do_not_depend_on_the_batch(tmp_path, tiny_model_dir, clips_csv):
     two = judge(tiny_model_dir, clips_csv, tmp_path / "a", "--thoughts", 2, "--batch-size", 3)
     one = judge(tiny_model_dir, clips_csv, tmp_path / "b", "--thoughts", 2, "--batch-size", 1)
@@ -533,7 +551,7 @@ def test_a_bad_clip_or_a_giant_prompt_stops_or_is_counted(tmp_path, tiny_model_d
     numbers = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (numbers["pairs"], numbers["skipped_pairs"], numbers["skipped_videos"]) == (1, 2, 3)
     reasons = [json.loads(line)["error"] for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
-    assert "broken.mp4" in reasons[0] and "100,000 characters" in reasons[1]
+    assert "broken.mp4" in reasons[0] and "tokens; at most 5,000" in reasons[1]
 
 
 def test_best_of_and_one_video(tmp_path, tiny_model_dir, tiny_clips, capsys):
@@ -563,9 +581,13 @@ def test_the_score_that_a_cot_states(tmp_path, tiny_model_dir, clips_csv):
     before = (tmp_path / "thoughts.jsonl").read_text()
     evaluate.main([*flags, "--score-from", "text"])
     assert (tmp_path / "thoughts.jsonl").read_text() == before
-    assert {r["reward"] for r in jobs.read_log(str(tmp_path), "text_rewards").values()} == {3.0}
+    heads, texts = (tmp_path / "scores.csv").read_text(), (tmp_path / "text" / "scores.csv").read_text()
+    assert {row["reward"] for row in csv.DictReader(texts.splitlines())} == {"3.0"}
+    assert sorted(float(row["reward"]) for row in csv.DictReader(heads.splitlines())) == pytest.approx(sorted(rewards_in(tmp_path)))
     assert (tmp_path / "report.json").exists() and (tmp_path / "text" / "report.json").exists()
     evaluate.main([*flags[:-3], str(tmp_path / "both"), *flags[-2:], "--score-from", "head", "text"])
+    for name in ("scores.csv", "text/scores.csv"):
+        assert (tmp_path / name).read_text() == (tmp_path / "both" / name).read_text()
     for name in ("report.json", "text/report.json"):
         one, both = (json.loads((folder / name).read_text()) for folder in (tmp_path, tmp_path / "both"))
         assert one["accuracy_with_ties"] == both["accuracy_with_ties"]

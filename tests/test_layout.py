@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from layout import lay_out, shared_prefix_attention
-from model import sample_cots
+from rollout import sample_cots
 
 ROWS = [  # (prefix, [(start, CoT + query)]): equal lengths, unequal ones, a hidden CoT first and last, one CoT, none
     (5, [(5, 3), (8, 3), (11, 3)]),

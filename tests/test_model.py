@@ -1,6 +1,7 @@
 """DeScore: layout, packing, log-probs, rewards, gradients, sampling, and every checkpoint's round trip."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -17,7 +18,7 @@ from conftest import refuses
 from data import InputError
 from losses import bt_loss, grpo_loss
 from model import DeScore, lay_out
-from rollout import sample_cots
+from rollout import decode_cot, sample_cots
 
 COTS = [[[70, 71, 72, 73], [80], []], [[90, 91, 92, 93, 94, 95, 96], [75, 76], [77, 78, 79]]]  # [video][G], unequal
 
@@ -281,7 +282,11 @@ def test_think_score_reward(model, tiny_clips):
     thoughts = model.think(clips, prompts, max_new_tokens=6)
     rewards = model.score(clips, prompts, thoughts)
     assert rewards.shape == (2,) and rewards.dtype == torch.float32
-    assert torch.allclose(model.reward(clips, prompts, max_new_tokens=6), rewards, atol=1e-5)
+    ids = model.think(clips, prompts, max_new_tokens=6, as_tokens=True)  # cut off: no EOS, which a text would get
+    assert [decode_cot(model.processor.tokenizer, cot) for cot in ids] == thoughts and all(len(cot) == 6 for cot in ids)
+    own = model.score(clips, prompts, ids)
+    assert torch.allclose(model.reward(clips, prompts, max_new_tokens=6), own, atol=1e-5)
+    assert not torch.allclose(own, rewards, atol=1e-3)
     assert torch.allclose(model.reward(clips, prompts, think=False), model.score(clips, prompts, [None, ""]), atol=1e-6)
     with pytest.raises(InputError, match="one prompt per video"):
         model.think(clips, prompts[:1])
@@ -525,3 +530,21 @@ def test_random_init_needs_no_weights_and_is_the_same_on_every_rank(base_dir, pr
     with torch.no_grad():
         rewards = models[0](lay_out(models[0].backbone, prefixes[:1], [[[5, 6, 7]]])).rewards
     assert torch.isfinite(rewards).all()
+
+
+def test_saved_weights_are_readable_as_the_umask_says(model, tmp_path):
+    before = os.umask(0o022)
+    try:
+        model.save_pretrained(str(tmp_path))
+        assert os.umask(0o022) == 0o022  # and the umask is left as it was
+    finally:
+        os.umask(before)
+    for file in tmp_path.rglob("*.safetensors"):
+        assert file.stat().st_mode & 0o777 == 0o644, file
+
+
+def test_a_damaged_file_of_weights_is_one_sentence(tiny_model_dir, tmp_path):
+    shutil.copytree(tiny_model_dir, tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="cannot be opened as a Qwen3-VL"):
+        DeScore.from_pretrained(str(tmp_path / "m"))

@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
 
 from lab import plan
 from plumbing import checkpoint, logs, resume, settings
@@ -219,6 +220,26 @@ def test_plan_counts_what_training_holds(base_dir):
     assert plan.count_parameters(model.backbone.config, 4)["lora"] == adapters
     sizes = plan.count_parameters(plan.model_config("8B"), 64)
     assert round((sizes["llm"] + sizes["vision"]) / 1e9, 2) == 8.77
+
+
+def test_plan_counts_what_a_block_keeps_for_backward():
+    """The bytes that one real text block saves per token, as autograd's own hooks see them: within 5 %."""
+    text = plan.model_config("8B").text_config
+    sizes = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 1536}
+    text.update({**sizes, "_attn_implementation": "sdpa"})
+    block = Qwen3VLTextDecoderLayer(text, 0).bfloat16()
+    weights, saved = {parameter.data_ptr() for parameter in block.parameters()}, {}
+
+    def note(tensor):
+        if tensor.data_ptr() not in weights:
+            saved[tensor.untyped_storage().data_ptr()] = tensor, tensor.untyped_storage().nbytes()
+        return tensor
+
+    states, rotary = torch.randn(1, 256, 512, dtype=torch.bfloat16, requires_grad=True), torch.randn(1, 256, 64).bfloat16()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        block(states, position_embeddings=(rotary, rotary), attention_mask=None, position_ids=None)
+    measured = sum(size for _, size in saved.values()) / 256
+    assert plan.block_bytes(text, 256, 0, 1) == pytest.approx(measured, rel=0.05)
 
 
 def test_plan_moves_the_right_way(capsys):

@@ -1,15 +1,18 @@
 """Collecting CoTs: resumable, each (video, prompt) once, and the vLLM engine where it is installed."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
+import cold_start
 import data
 import parallel
 import rollout
 from conftest import refuses, run
 from model import DeScore, lay_out
+from plumbing.jobs import read_log
 
 
 def test_collecting_cots_writes_a_cold_start_csv_and_resumes(world, base_dir, tmp_path, capsys):
@@ -48,6 +51,33 @@ def test_what_is_kept_of_a_thought(world, base_dir, tmp_path):
     # random weights hardly ever say EOS: all six tokens, cut off, and far more characters than tokens
     assert {tokens for tokens, _, _ in more["sampled"]} == {6} and not any(ended for _, ended, _ in more["sampled"])
     assert max(characters for _, _, characters in more["sampled"]) > 6
+
+
+def test_stage_1_trains_on_what_was_sampled(world, base_dir, model, tmp_path, capsys):
+    """Ids from sampling to stage 1's forward: with no EOS where the CoT was cut off, and not what the text encodes to."""
+    out, tokenizer = tmp_path / "cots.csv", model.processor.tokenizer
+    rollout.main(["--model", base_dir, "--data", world["val_cold_start"], "--out", str(out), "--max-new-tokens", "9"])
+    records = read_log(f"{out}.thoughts", "thoughts")
+    pairs = data.read_pairs(str(out))
+    for pair in pairs:
+        sampled = [records[video, pair.prompt] for video in pair.videos]
+        assert list(pair.cot_ids(tokenizer)) == [record["token_ids"][0] for record in sampled]
+        assert not any(record["ended"][0] for record in sampled)  # all cut off: no EOS, though encode_cot would add one
+        assert all(ids[-1] != tokenizer.eos_token_id for ids in pair.cot_ids(tokenizer))
+    word = tokenizer("circle", add_special_tokens=False)["input_ids"]
+    letters = [i for letter in "circle" for i in tokenizer(letter, add_special_tokens=False)["input_ids"]]
+    assert word != letters  # the same text, sampled letter by letter
+    assert data.encode_cot(tokenizer, "circle", letters) == letters
+    assert data.encode_cot(tokenizer, "circle", [*letters, tokenizer.eos_token_id])[:-1] == letters
+    assert data.encode_cot(tokenizer, "circle") == [*word, tokenizer.eos_token_id]
+    for wrong in ([*letters, 70], [10**6], [-1]):  # edited text, or another tokenizer's ids
+        with pytest.raises(data.InputError, match="line 7: the CoT's tokens do not spell"):
+            dataclasses.replace(pairs[0], line=7, cot_a="circle", cot_a_tokens=wrong).cot_ids(tokenizer)
+    items = [(dataclasses.replace(pairs[0], cot_a="circle", cot_b="circle", cot_a_tokens=letters, cot_b_tokens=None),
+              model.encode(pairs[0].videos, [pairs[0].prompt] * 2))]
+    rewards = torch.cat(cold_start.score_pairs(model, items, cold_start.Settings()))
+    ids = [letters, [*word, tokenizer.eos_token_id]]
+    assert torch.allclose(rewards, model.score(pairs[0].videos, [pairs[0].prompt] * 2, ids), atol=1e-5)
 
 
 def test_two_ranks_collect_the_same(world, base_dir, tmp_path, capsys):

@@ -1,6 +1,8 @@
 """The vLLM engine beside the trainer: same prompts, same log-probs, weight sync, repeated videos. Needs vllm (CPU build is enough)."""
 
+import csv
 import json
+import os
 import subprocess
 import sys
 
@@ -87,8 +89,12 @@ path, clip = sys.argv[1:]
 processor = AutoProcessor.from_pretrained(path)
 prefix = data.encode_prompt(processor, data.sample_frames(clip), "a red circle.")
 engine = rollout.make_engine("vllm", path, processor, parallel.start(0), max_model_len=1024)
-outputs, generate = [], engine.llm.generate
-engine.llm.generate = lambda *args, **more: outputs.extend(generate(*args, **more)) or outputs
+outputs, step = [], engine.llm.llm_engine.step
+def noting():
+    made = step()
+    outputs.extend(made)
+    return made
+engine.llm.llm_engine.step = noting
 cots = engine.generate([prefix], [list(range(20))], 20, 1.0)
 print("REPORT" + json.dumps({"prompt": list(outputs[0].prompt_token_ids), "cots": cots[0]}))
 """
@@ -120,3 +126,36 @@ def test_two_ranks_train_with_an_engine_each_or_with_one_together(world, tiny_mo
     lines = logs.read_metrics(str(tmp_path))
     # The second step's CoTs come from weights that were handed over; control tokens, banned in the engine, cost a little.
     assert [line["step"] for line in lines] == [1, 2] and all(line["engine_gap"] < 0.05 for line in lines), lines
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_fewer_videos_than_ranks(tiny_model_dir, tiny_clips, tmp_path, tp):
+    """Starting vLLM is collective: with one video for two ranks, the rank that has nothing to do starts it too.
+    Collecting, thinking and scoring all end, and the engine is closed."""
+    clips = [os.path.abspath(clip) for clip in tiny_clips[:2]]
+    with open(tmp_path / "pairs.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["path_A", "path_B", "prompt", "TA"], [clips[0], clips[0], "a circle", "A"]])
+    common = ["--model", tiny_model_dir, "--data", tmp_path / "pairs.csv", "--engine", "vllm", "--max-new-tokens", 4,
+              "--engine-tp", tp]  # fmt: skip
+    env = {"TORCHDYNAMO_DISABLE": "1"}
+    run("rollout.py", *common, "--out", tmp_path / "cots.csv", ranks=2, env=env)
+    assert "CoT_A_tokens" in (tmp_path / "cots.csv").read_text()
+    done = run("evaluate.py", *common, "--out", tmp_path / "eval", ranks=2, env=env)
+    assert "Traceback" not in done.stderr and (tmp_path / "eval" / "scores.csv").exists()
+
+
+def test_evaluation_with_a_bad_video_a_long_prompt_and_an_end(tiny_model_dir, tiny_clips, tmp_path):
+    a, b = (os.path.abspath(clip) for clip in tiny_clips[:2])
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    rows = [[a, b, "a circle", "A"], [a, "broken.mp4", "a circle", "A"], [a, b, "word " * 900, "B"]]
+    with open(tmp_path / "pairs.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["path_A", "path_B", "prompt", "TA"], *rows])
+    flags = ["--model", tiny_model_dir, "--data", tmp_path / "pairs.csv", "--engine", "vllm", "--max-new-tokens", 8,
+             "--engine-max-len", 700, "--out", tmp_path / "eval", "--thoughts", 2]  # fmt: skip
+    env = {"TORCHDYNAMO_DISABLE": "1"}
+    done = run("evaluate.py", *flags, env=env, check=False)
+    assert done.returncode == 2 and "line 3" in done.stderr and "Traceback" not in done.stderr, done.stderr[-3000:]
+    done = run("evaluate.py", *flags, "--skip-bad-videos", env=env)
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done.stderr[-3000:]
+    skipped = [json.loads(line)["error"] for line in (tmp_path / "eval" / "skipped.jsonl").read_text().splitlines()]
+    assert len(skipped) == 3 and "broken.mp4" in skipped[0] and all("--engine-max-len" in error for error in skipped[1:])
