@@ -175,23 +175,23 @@ def sync_gradients(model, ranks: Ranks) -> None:
 
 
 def clip_gradients(model, max_norm: float) -> dict[str, float]:
-    """COLLECTIVE under FSDP: L2 norm per part ("llm", "vision", "head") and in total; scales all down to `max_norm`.
+    """COLLECTIVE under FSDP: each part ("llm", "vision", "head") is scaled down to L2 norm `max_norm`, by itself.
 
-    The norms returned are those before clipping; check their "total" with `require_finite` before the update.
+    By itself, because in stage 1 the head's norm is that of the hidden states: at the 8B's width 13 to 73 of a total of
+    13 to 73. One common norm would scale the others by 1/13 to 1/73, and by another factor in every step; Adam undoes a
+    constant factor, not a changing one. In stage 2, where the paper has its 1.0, the head hardly counts either way.
+    Returns the norms before clipping, with their "total"; check it with `require_finite` before the update.
     """
     norms = {}
-    for name, parameters in model.parameter_groups().items():
+    for part, parameters in model.parameter_groups().items():
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
-        norms[name] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-    total = sum(norm**2 for norm in norms.values()) ** 0.5
-    scale = min(1.0, max_norm / (total + 1e-6))
-    if scale < 1.0:
-        for parameters in model.parameter_groups().values():
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(scale)
-    return {**norms, "total": total}
+        norms[part] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        scale = min(1.0, max_norm / (norms[part] + 1e-6))
+        if scale < 1.0:
+            for gradient in gradients:
+                gradient.mul_(scale)
+    return {**norms, "total": sum(norm**2 for norm in norms.values()) ** 0.5}
 
 
 def take_step(model, optimizer, rows: list[dict], settings, ranks: Ranks) -> dict[str, float]:

@@ -26,7 +26,7 @@ class CommonSettings:
     gradient_checkpointing: bool = arg(True, "recompute activations in backward: less memory, a third more time")
     max_steps: int | None = arg(None, "stop after this many steps")
     lr_head: float | None = arg(None, "learning rate of query and head; default --lr (paper: the same)")
-    max_grad_norm: float = arg(1.0, "gradients are scaled down to this L2 norm (paper: 1.0)")
+    max_grad_norm: float = arg(1.0, "gradients of each part (LLM, vision, head) are scaled down to this L2 norm (paper: 1.0 in all)")
     seed: int = arg(0, "decides order, masks, samples, dropout and LoRA's start")
     # ranks
     shard_ranks: int = arg(0, "ranks that share one copy of the weights; 0: all; 8: inside nodes of 8 GPUs (hybrid)")

@@ -131,11 +131,12 @@ def test_clip_gradients():
             return {"llm": [self.a], "head": [self.b]}
 
     model = Two()
-    model.a.grad, model.b.grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
-    assert parallel.clip_gradients(model, 1.0) == pytest.approx({"llm": 3.0, "head": 4.0, "total": 5.0})
-    assert model.a.grad.tolist() == pytest.approx([0.6, 0.0]) and model.b.grad.tolist() == pytest.approx([0.8])
-    assert parallel.clip_gradients(model, 9.0)["total"] == pytest.approx(1.0)  # and nothing is scaled up
-    assert model.b.grad.tolist() == pytest.approx([0.8])
+    model.a.grad, model.b.grad = torch.tensor([0.3, 0.0]), torch.tensor([4.0])
+    assert parallel.clip_gradients(model, 1.0) == pytest.approx({"llm": 0.3, "head": 4.0, "total": 4.01123}, rel=1e-5)
+    # The head is scaled down to 1; the LLM, already below, keeps its gradient: a large head does not shrink it.
+    assert model.a.grad.tolist() == pytest.approx([0.3, 0.0]) and model.b.grad.tolist() == pytest.approx([1.0])
+    assert parallel.clip_gradients(model, 9.0)["head"] == pytest.approx(1.0)  # and nothing is scaled up
+    assert model.b.grad.tolist() == pytest.approx([1.0])
     model.a.grad[0] = float("nan")
     assert math.isnan(parallel.clip_gradients(model, 1.0)["total"])
 
