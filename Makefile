@@ -28,10 +28,10 @@ COTS = --temperature 0 --batch-size 120 $(THINK)
 # A tiny model wants larger steps than an 8B, and its CoTs are about 55 tokens long: so the length reward has its own range.
 # LoRA dropout draws a mask for each of its layers: at this width a quarter of the step.
 # At 200 times the paper's learning rate the LLM moves away under the head faster: BT holds it with 10 times the weight.
-STAGE1 = --model $(RUNS)/base --data $(D)/train_cots.csv --val $(D)/val_cots.csv --seed $(SEED) --batch-pairs 8 --micro-pairs 8 \
+STAGE1 = --overwrite --model $(RUNS)/base --data $(D)/train_cots.csv --val $(D)/val_cots.csv --seed $(SEED) --batch-pairs 8 --micro-pairs 8 \
 	--epochs 3 --lr 5e-4 --lr-vision 3e-5 --lr-head 3e-3 --lora-r 16 --lora-alpha 32 --lora-dropout 0 --no-gradient-checkpointing \
 	--val-every 35 --save-every 0 --frame-cache $(RUNS)/frames
-STAGE2 = --model $(RUNS)/stage1/model --data $(D)/train_rl.csv --seed $(SEED) --batch-pairs 6 --mini-pairs 6 --epochs 9 --max-steps 40 \
+STAGE2 = --overwrite --model $(RUNS)/stage1/model --data $(D)/train_rl.csv --seed $(SEED) --batch-pairs 6 --mini-pairs 6 --epochs 9 --max-steps 40 \
 	--lr 2e-4 --bt-coef 0.05 --length-low 10 --length-high 40 --no-gradient-checkpointing --rows-per-batch 96 --save-every 0 \
 	--max-new-tokens 72
 EVAL = $(PY) evaluate.py --root $(D) --benchmark in-domain genai-bench videogen-rewardbench --batch-size 110 $(THINK)

@@ -42,28 +42,29 @@ class Settings(CommonSettings):
     data: str = arg(None, "training pairs, a CSV in any known format; stage 1 wants CoT_A and CoT_B (see rollout.py)")
     val: str | None = arg(None, "validation pairs with CoTs")
     dimension: str = arg("TA", "label column where a CSV has several: TA, VQ, MQ or Overall")
-    max_pixels: int = arg(448 * 448, "pixels per frame at most (paper: 448 * 448)")
-    max_length: int = arg(6144, "tokens per sequence at most: video + prompt + CoT (paper: 6144)")
+    max_pixels: int = arg(448 * 448, "pixels per frame at most (paper: 448 * 448)", at_least=1024)
+    max_length: int = arg(6144, "tokens per sequence at most: video + prompt + CoT (paper: 6144)", at_least=1)
     # model
     model: str = arg("Qwen/Qwen3-VL-8B-Instruct", "base model, folder or hub name; or a DeScore folder to go on from")
     train: str = arg("lora", "what of the LLM is trained (paper: lora)", choices=["lora", "full", "head"])
     train_vision: bool = arg(True, "train the vision tower and merger fully (paper: yes)")
-    lora_dropout: float = arg(0.05, "LoRA dropout (paper: .05)")
+    lora_dropout: float = arg(0.05, "LoRA dropout (paper: .05)", at_least=0, at_most=0.9)
     # objective
     loss: str = arg("bt", "bt drops ties (paper, Eq. 3); btt learns from them (Rao-Kupper)", choices=["bt", "btt"])
-    mask_probability: float = arg(0.5, "p of random CoT masking, one draw per pair (paper: .5)")
+    mask_probability: float = arg(0.5, "p of random CoT masking, one draw per pair (paper: .5)", at_least=0, at_most=1)
     # optimisation
-    epochs: int = arg(4, "passes over the data (paper: 4)")
-    batch_pairs: int = arg(32, "pairs per update over all ranks (paper: 1 x 4 accumulation x 8 GPUs)")
-    micro_pairs: int = arg(1, "pairs per forward on one rank (paper: 1)")
-    lr: float = arg(2e-6, "learning rate of the LLM (paper: 2e-6)")
-    lr_vision: float | None = arg(None, "learning rate of the vision tower; default --lr (paper: the same)")
-    warmup: float = arg(0.05, "share of all steps with a rising learning rate; then constant (paper: 5 %)")
-    weight_decay: float = arg(0.0, "AdamW weight decay (not given in the paper)")
+    epochs: int = arg(4, "passes over the data (paper: 4)", at_least=1)
+    batch_pairs: int = arg(32, "pairs per update over all ranks (paper: 1 x 4 accumulation x 8 GPUs)", at_least=1)
+    micro_pairs: int = arg(1, "pairs per forward on one rank (paper: 1)", at_least=1)
+    lr: float = arg(2e-6, "learning rate of the LLM (paper: 2e-6)", at_least=0)
+    lr_vision: float | None = arg(None, "learning rate of the vision tower; default --lr (paper: the same)", at_least=0)
+    warmup: float = arg(
+        0.05, "share of all steps with a rising learning rate; then constant (paper: 5 %)", at_least=0, at_most=1)
+    weight_decay: float = arg(0.0, "AdamW weight decay (not given in the paper)", at_least=0)
     # output
     out: str = arg("runs/stage1", "output folder")
-    val_every: int = arg(100, "steps between validations; 0: only at the end")
-    save_every: int = arg(100, "steps between checkpoints; 0: only at the end")
+    val_every: int = arg(100, "steps between validations; 0: only at the end", at_least=0)
+    save_every: int = arg(100, "steps between checkpoints; 0: only at the end", at_least=0)
 
 
 def prepare_pairs(path: str, settings: Settings, ranks, need_cots: bool) -> list[data.PreferencePair]:

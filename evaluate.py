@@ -63,8 +63,7 @@ class Settings:
     model: str = arg(None, "checkpoint folder with backbone, query and head")
     data: str = arg(None, "CSV of preference pairs")
     benchmark: list[str] = arg(
-        None, "published benchmarks, found in --root; of several, each goes to OUT/NAME", list(BENCHMARKS)
-    )
+        None, "published benchmarks, found in --root; of several, each goes to OUT/NAME", list(BENCHMARKS))
     root: str = arg(None, "folder of the videos (and the benchmark's CSV); paths that leave it are refused")
     dimension: str = arg("TA", "label column: TA (text alignment, the paper's), VQ, MQ or Overall")
     genai_ties: str = arg("both", "which of GenAI-Bench's two tie votes to keep, as ties", list(DROPPED_VOTES))
@@ -73,26 +72,27 @@ class Settings:
     scores: str = arg(None, "CSV of ready-made scores: reward_A,reward_B (row by row) or path,reward[,prompt]")
     compare: list[str] = arg(None, "several score files in one report; differences are to the first")
     think: bool = arg(True, "write a CoT before scoring")
-    thoughts: int = arg(1, "CoTs per video: 1 is greedy; more are sampled at temperature 1, rewards averaged")
-    max_new_tokens: int = arg(4096, "CoT tokens at most (paper: 4096)")
+    thoughts: int = arg(
+        1, "CoTs per video: 1 is greedy; more are sampled at temperature 1, rewards averaged", at_least=1)
+    max_new_tokens: int = arg(4096, "CoT tokens at most (paper: 4096)", at_least=1)
     score_from: list[str] = arg(
-        ("head",), "head: DeScore's reward; text: the score that the CoT states, in OUT/text", ["head", "text"]
-    )
-    temperature: float = arg(None, "sampling temperature (default: 0 for one CoT, 1 for several)")
+        ("head",), "head: DeScore's reward; text: the score that the CoT states, in OUT/text", ["head", "text"])
+    temperature: float = arg(None, "sampling temperature (default: 0 for one CoT, 1 for several)", at_least=0)
     engine: str = arg("transformers", "who writes the CoTs; vllm for real models", ["transformers", "vllm"])
-    engine_memory: float = arg(0.9, "share of a GPU's memory that vLLM may use while thinking")
-    engine_max_len: int = arg(12288, "prompt + CoT tokens that vLLM takes at most; a video with more is refused")
-    engine_tp: int = arg(1, "tensor parallel vLLM: ranks that hold one engine together")
-    fps: float = arg(None, "sampled frames per second (default: the checkpoint's; paper: 2)")
-    max_pixels: int = arg(None, "pixels per frame at most (default: the checkpoint's; paper: 200704)")
+    engine_memory: float = arg(0.9, "share of a GPU's memory that vLLM may use while thinking", above=0, at_most=1)
+    engine_max_len: int = arg(
+        12288, "prompt + CoT tokens that vLLM takes at most; a video with more is refused", at_least=1)
+    engine_tp: int = arg(1, "tensor parallel vLLM: ranks that hold one engine together", at_least=1)
+    fps: float = arg(None, "sampled frames per second (default: the checkpoint's; paper: 2)", above=0)
+    max_pixels: int = arg(None, "pixels per frame at most (default: the checkpoint's; paper: 200704)", at_least=1024)
     dtype: str = arg("auto", "auto: bfloat16 on a GPU, else float32", ["auto", "float32", "bfloat16"])
-    seed: int = arg(0, "seed of the sampled CoTs")
-    batch_size: int = arg(8, "videos at once; changes speed, not results")
+    seed: int = arg(0, "seed of the sampled CoTs", at_least=0)
+    batch_size: int = arg(8, "videos at once; changes speed, not results", at_least=1)
     skip_bad_videos: bool = arg(False, "leave out and list (OUT/skipped.jsonl) what cannot be read")
     videoalign_compatible: bool = arg(False, "also show accuracy with ties as VideoAlign's script computes it")
     out: str = arg("evaluation", "folder for everything that is written")
     html: str = arg(None, "page to write: clips, CoTs, rewards and labels of each pair")
-    html_pairs: int = arg(200, "pairs on the page at most, spread evenly over the data")
+    html_pairs: int = arg(200, "pairs on the page at most, spread evenly over the data", at_least=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -305,9 +305,6 @@ def check(s: Settings) -> None:
         max(len(s.benchmark or []), len(s.score_from)) > 1 and s.html,
         "--benchmark needs --root, the folder it was downloaded to": s.benchmark and not s.root,
         "--video needs --prompt, and --prompt needs --video": bool(s.video) != bool(s.prompt and s.prompt.strip()),
-        "--thoughts, --batch-size, --max-new-tokens and --html-pairs must be at least 1": min(
-            s.thoughts, s.batch_size, s.max_new_tokens, s.html_pairs) < 1,
-        "--fps must be positive and --max-pixels at least 1024": (s.fps or 1) <= 0 or (s.max_pixels or 1024) < 1024,
         "--score-from text needs CoTs, so not --no-think": "text" in s.score_from and not s.think,
         "--thoughts above 1 and --no-think exclude each other": s.thoughts > 1 and not s.think,
         "--video thinks with transformers, so leave out --engine vllm": s.video and s.engine == "vllm",

@@ -45,50 +45,48 @@ class Settings(CommonSettings):
 
     # data
     data: str = arg(None, "training pairs with true verdicts: a CSV in DeScore's RL format")
-    max_pixels: int = arg(307_200, "pixels per frame at most (paper, stage 2: 307,200)")
+    max_pixels: int = arg(307_200, "pixels per frame at most (paper, stage 2: 307,200)", at_least=1024)
     # model
     model: str = arg(None, "a DeScore folder: OUT/model of stage 1")
     train: str = arg("full", "what of the LLM is trained (paper: full)", choices=["lora", "full"])
     # rollouts
-    rollouts: int = arg(8, "G, CoTs sampled per video (paper: 8)")
-    max_new_tokens: int = arg(4096, "tokens per CoT at most (paper: 4096)")
-    temperature: float = arg(1.0, "sampling temperature (paper: 1)")
+    rollouts: int = arg(8, "G, CoTs sampled per video (paper: 8)", at_least=1)
+    max_new_tokens: int = arg(4096, "tokens per CoT at most (paper: 4096)", at_least=1)
+    temperature: float = arg(1.0, "sampling temperature (paper: 1)", at_least=0)
     engine: str = arg("transformers", "who samples; vllm for real models", choices=["transformers", "vllm"])
-    engine_memory: float = arg(0.4, "share of a GPU's memory that vLLM may use; it sleeps during the update")
-    engine_tp: int = arg(1, "tensor parallel vLLM: ranks that hold one engine together")
-    rows_per_batch: int = arg(64, "CoTs the transformers engine samples at a time")
+    engine_memory: float = arg(
+        0.4, "share of a GPU's memory that vLLM may use; it sleeps during the update", above=0, at_most=1)
+    engine_tp: int = arg(1, "tensor parallel vLLM: ranks that hold one engine together", at_least=1)
+    rows_per_batch: int = arg(64, "CoTs the transformers engine samples at a time", at_least=1)
     # rollout reward
-    weight_quality: float = arg(0.7, "weight of R_qual (paper: .7)")
-    weight_format: float = arg(0.1, "weight of R_fmt (paper: .1)")
-    weight_length: float = arg(0.2, "weight of R_len (paper: .2)")
-    length_low: int = arg(500, "CoT tokens up to which R_len is 0 (paper: 500)")
-    length_high: int = arg(2000, "CoT tokens from which R_len is 1 (paper: 2000)")
+    weight_quality: float = arg(0.7, "weight of R_qual (paper: .7)", at_least=0)
+    weight_format: float = arg(0.1, "weight of R_fmt (paper: .1)", at_least=0)
+    weight_length: float = arg(0.2, "weight of R_len (paper: .2)", at_least=0)
+    length_low: int = arg(500, "CoT tokens up to which R_len is 0 (paper: 500)", at_least=0)
+    length_high: int = arg(2000, "CoT tokens from which R_len is 1 (paper: 2000)", at_least=1)
     # objectives
-    clip_low: float = arg(0.2, "ratio clip below (EasyR1's default: .2)")
-    clip_high: float = arg(0.3, "ratio clip above (EasyR1's default: .3)")
-    clip_dual: float = arg(3.0, "dual clip for negative advantages (EasyR1's default: 3)")
+    clip_low: float = arg(0.2, "ratio clip below (EasyR1's default: .2)", at_least=0, at_most=1)
+    clip_high: float = arg(0.3, "ratio clip above (EasyR1's default: .3)", at_least=0)
+    clip_dual: float = arg(3.0, "dual clip for negative advantages (EasyR1's default: 3)", above=1)
     kl_coef: float = arg(
-        1e-5, "weight of the KL to the start of this stage (paper's launch script: 1e-5); 0: no reference"
-    )
+        1e-5, "weight of the KL to the start of this stage (paper's launch script: 1e-5); 0: no reference", at_least=0)
     engine_cap: float = arg(
-        0.0,
-        "truncated importance weight: a token's policy loss times min(trainer / engine probability, this), for "
-        "engines that round otherwise; 0: off (not in the paper)",
-    )
-    bt_coef: float = arg(5e-3, "weight of the BT loss over rollouts, Eq. 10 (paper: 5e-3); 0: the head drifts")
+        0.0, "weigh a token's policy loss by min(trainer / engine probability, this); 0: off (not in the paper)", at_least=0)
+    bt_coef: float = arg(
+        5e-3, "weight of the BT loss over rollouts, Eq. 10 (paper: 5e-3); 0 switches BT off; rewards then drift", at_least=0)
     # optimisation
-    epochs: int = arg(1, "passes over the data (not given in the paper)")
-    batch_pairs: int = arg(128, "pairs per rollout batch over all ranks (paper: 128)")
+    epochs: int = arg(1, "passes over the data (not given in the paper)", at_least=1)
+    batch_pairs: int = arg(128, "pairs per rollout batch over all ranks (paper: 128)", at_least=1)
     mini_pairs: int = arg(
-        8, "pairs per update (paper: 8); equal to --batch-pairs: on-policy, no pass for old log-probs"
-    )
+        8, "pairs per update (paper: 8); equal to --batch-pairs: on-policy, no pass for old log-probs", at_least=1)
     packing: bool = arg(True, "a row per video: the prefix once for its G CoTs; --no-packing: a row per CoT")
-    lr: float = arg(1e-6, "learning rate of the LLM (paper: 1e-6)")
-    warmup: float = arg(0.0, "share of all rollout batches with a rising learning rate (not given in the paper)")
-    weight_decay: float = arg(1e-2, "AdamW weight decay (paper: 1e-2)")
+    lr: float = arg(1e-6, "learning rate of the LLM (paper: 1e-6)", at_least=0)
+    warmup: float = arg(
+        0.0, "share of all rollout batches with a rising learning rate (not given in the paper)", at_least=0, at_most=1)
+    weight_decay: float = arg(1e-2, "AdamW weight decay (paper: 1e-2)", at_least=0)
     # output
     out: str = arg("runs/stage2", "output folder")
-    save_every: int = arg(10, "rollout batches between checkpoints; 0: only at the end")
+    save_every: int = arg(10, "rollout batches between checkpoints; 0: only at the end", at_least=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -347,6 +345,8 @@ def check(settings: Settings, ranks) -> None:
     for name in ("data", "model"):
         if getattr(settings, name) is None:
             raise InputError(f"--{name} is missing; see --help.")
+    if settings.length_low >= settings.length_high:
+        raise InputError(f"--length-low {settings.length_low} must be below --length-high {settings.length_high}.")
     if settings.batch_pairs % settings.mini_pairs or settings.mini_pairs % ranks.world:
         raise InputError(
             f"--mini-pairs {settings.mini_pairs} must divide --batch-pairs {settings.batch_pairs} and be a multiple "

@@ -61,16 +61,17 @@ class Settings:
     out: str = arg("runs/bench", "output folder")
     quick: bool = arg(False, "one cell of stage 2 (P : C = 4 : 1, G = 8), three points per line, three rounds")
     only: str = arg("stage2,stage1,scaling,decode,metric,rollout", "sections, separated by commas")
-    ratios: list[float] = arg((0.5, 1, 4, 16), "stage 2: prefix tokens P / CoT tokens C")
-    groups: list[int] = arg((4, 8, 16), "stage 2: G, CoTs per video")
-    repeats: int = arg(0, "timed rounds; 0: 5, or 3 with --quick")
-    cot_tokens: int = arg(0, "C, tokens per CoT; 0: 64 on a CPU, 256 on a GPU")
-    hidden: int = arg(0, "hidden size of the model; 0: 256 on a CPU, 1024 on a GPU")
-    layers: int = arg(0, "layers of the model; 0: 4 on a CPU, 12 on a GPU")
-    released_micro: int = arg(2, "CoTs of each video in one forward of the released layout (EasyR1's default: 4 rows)")
+    ratios: list[float] = arg((0.5, 1, 4, 16), "stage 2: prefix tokens P / CoT tokens C", above=0)
+    groups: list[int] = arg((4, 8, 16), "stage 2: G, CoTs per video", at_least=1)
+    repeats: int = arg(0, "timed rounds; 0: 5, or 3 with --quick", at_least=0)
+    cot_tokens: int = arg(0, "C, tokens per CoT; 0: 64 on a CPU, 256 on a GPU", at_least=0)
+    hidden: int = arg(0, "hidden size of the model; 0: 256 on a CPU, 1024 on a GPU", at_least=0)
+    layers: int = arg(0, "layers of the model; 0: 4 on a CPU, 12 on a GPU", at_least=0)
+    released_micro: int = arg(
+        2, "CoTs of each video in one forward of the released layout (EasyR1's default: 4 rows)", at_least=1)
     old_pass: bool = arg(False, "add the pass for old log-probs, which ours needs when --mini-pairs < --batch-pairs")
     gradient_checkpointing: bool = arg(False, "recompute activations in backward, in all layouts")
-    seed: int = arg(0, "decides weights, clips and CoTs")
+    seed: int = arg(0, "decides weights, clips and CoTs", at_least=0)
 
 
 # ---- 1. Measuring --------------------------------------------------------------------------------------------

@@ -17,20 +17,23 @@ class Plan:
     plan: str = arg("8B", "8B: the sizes of Qwen3-VL-8B-Instruct; or a model's folder or hub name")
     stage: int = arg(2, "1: cold start, 2: RL", choices=[1, 2])
     train: str = arg("full", "what of the LLM is trained", choices=["lora", "full"])
-    lora_r: int = arg(64, "LoRA rank")
-    gpus: int = arg(8, "number of GPUs")
-    shard_ranks: int = arg(0, "GPUs that share one copy of the weights; 0: all")
-    gpu_gb: float = arg(80.0, "memory of one GPU, 10^9 bytes")
-    tflops: float = arg(989.0, "a GPU's dense bf16 rate, 10^12 operations per second (H100 SXM: 989)")
-    bandwidth: float = arg(3.35, "a GPU's memory bandwidth, 10^12 bytes per second (H100 SXM: 3.35)")
-    utilisation: float = arg(0.4, "share of both rates that is reached: an assumption, not a measurement")
-    video_tokens: int = arg(2048, "prompt and video tokens (5 s at 2 fps and 448 x 448: 5 x 196, plus the text)")
-    cot_tokens: int = arg(1024, "tokens of a CoT (at most 4,096)")
-    rollouts: int = arg(8, "G, CoTs per video in stage 2")
-    batch_pairs: int | None = arg(None, "pairs per step over all GPUs; default the paper's: 32 in stage 1, 128 in 2")
+    lora_r: int = arg(64, "LoRA rank", at_least=1)
+    gpus: int = arg(8, "number of GPUs", at_least=1)
+    shard_ranks: int = arg(0, "GPUs that share one copy of the weights; 0: all", at_least=0)
+    gpu_gb: float = arg(80.0, "memory of one GPU, 10^9 bytes", above=0)
+    tflops: float = arg(989.0, "a GPU's dense bf16 rate, 10^12 operations per second (H100 SXM: 989)", above=0)
+    bandwidth: float = arg(3.35, "a GPU's memory bandwidth, 10^12 bytes per second (H100 SXM: 3.35)", above=0)
+    utilisation: float = arg(
+        0.4, "share of both rates that is reached: an assumption, not a measurement", above=0, at_most=1)
+    video_tokens: int = arg(
+        2048, "prompt and video tokens (5 s at 2 fps and 448 x 448: 5 x 196, plus the text)", at_least=1)
+    cot_tokens: int = arg(1024, "tokens of a CoT (at most 4,096)", at_least=1)
+    rollouts: int = arg(8, "G, CoTs per video in stage 2", at_least=1)
+    batch_pairs: int | None = arg(
+        None, "pairs per step over all GPUs; default the paper's: 32 in stage 1, 128 in 2", at_least=1)
     gradient_checkpointing: bool = arg(True, "recompute activations in backward")
     kl: bool = arg(True, "stage 2 holds a reference for the KL term")
-    engine_memory: float = arg(0.4, "share of the GPU that vLLM may use while it samples")
+    engine_memory: float = arg(0.4, "share of the GPU that vLLM may use while it samples", above=0, at_most=1)
 
 
 def model_config(name: str):

@@ -51,13 +51,13 @@ class Settings:
     clips: list[str] = arg(None, "two video files; default: two of 5 seconds at 448 x 448 are rendered")
     text_layers: str = arg("2", "layers of the LLM: a number, or all")
     vision_layers: str = arg("4", "layers of the vision tower: a number, or all")
-    rollouts: int = arg(8, "G, CoTs per video in stage 2")
-    cot_tokens: int = arg(0, "C, tokens per CoT; 0: as many as the prefix, P : C = 1 : 1")
+    rollouts: int = arg(8, "G, CoTs per video in stage 2", at_least=1)
+    cot_tokens: int = arg(0, "C, tokens per CoT; 0: as many as the prefix, P : C = 1 : 1", at_least=0)
     packing: bool = arg(True, "stage 2: a row per video; --no-packing: a row per CoT")
     gradient_checkpointing: bool = arg(True, "recompute activations in backward")
     bf16: bool = arg(False, "on a CPU compute in bf16 as GPUs do (autocast), with frozen weights in bf16")
-    repeats: int = arg(1, "timed rounds after the first")
-    seed: int = arg(0, "decides weights, clip and CoTs")
+    repeats: int = arg(1, "timed rounds after the first", at_least=1)
+    seed: int = arg(0, "decides weights, clip and CoTs", at_least=0)
 
 
 # ---- 1. The world: a cut configuration, a model, a pair ------------------------------------------------------

@@ -1,0 +1,47 @@
+"""Flags: every number has bounds, and what lies outside is refused in one sentence before anything is opened."""
+
+import dataclasses
+import typing
+
+import pytest
+
+import cold_start
+import evaluate
+import grpo
+import rollout
+from conftest import refuses
+from lab import bench, best_of, plan, real
+from plumbing import settings
+
+CLASSES = [cold_start.Settings, grpo.Settings, rollout.Settings, evaluate.Settings, best_of.Settings, plan.Plan,
+           bench.Settings, real.Settings]
+
+
+@pytest.mark.parametrize("settings_class", CLASSES, ids=lambda c: c.__module__)
+def test_every_number_has_bounds_that_its_default_keeps(settings_class):
+    for field in dataclasses.fields(settings_class):
+        kind = typing.get_type_hints(settings_class)[field.name]
+        kinds = {kind, *typing.get_args(kind)}
+        if kinds & {int, float} and not field.metadata["choices"]:
+            assert field.metadata["bounds"], (settings_class, field.name)
+            settings.check_range(field, field.default)
+
+
+@pytest.mark.parametrize("script, flags, says", [
+    (cold_start, ["--fps", "nan"], "--fps nan: must be above 0"),
+    (cold_start, ["--fps", "inf"], "--fps inf: must be above 0"),
+    (cold_start, ["--batch-pairs", "0"], "--batch-pairs 0: must be at least 1"),
+    (cold_start, ["--lr", "-1"], "--lr -1.0: must be at least 0"),
+    (cold_start, ["--mask-probability", "1.5"], "--mask-probability 1.5: must be at least 0 and at most 1"),
+    (cold_start, ["--lora-r", "0"], "--lora-r 0: must be at least 1"),
+    (grpo, ["--rollouts", "0"], "--rollouts 0: must be at least 1"),
+    (grpo, ["--temperature", "-1"], "--temperature -1.0: must be at least 0"),
+    (grpo, ["--clip-dual", "1"], "--clip-dual 1.0: must be above 1"),
+    (grpo, ["--data", "x", "--model", "y", "--length-low", "50", "--length-high", "50"], "--length-low 50 must be below"),
+    (rollout, ["--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"),
+    (evaluate, ["--thoughts", "0"], "--thoughts 0: must be at least 1"),
+    (plan, ["--gpus", "0"], "--gpus 0: must be at least 1"),
+    (bench, ["--ratios", "1", "0"], "--ratios 0.0: must be above 0"),
+])  # fmt: skip
+def test_a_number_out_of_range_is_one_sentence(script, flags, says, capsys):
+    refuses(capsys, script.main, *flags, says=says)
