@@ -26,7 +26,7 @@ from losses import bt_loss, btt_loss, draw_cot_mask
 from metrics import accuracy_without_ties
 from model import DeScore, lay_out, to_device
 from plumbing.checkpoint import save_model
-from plumbing.jobs import readable_pairs
+from plumbing.jobs import fitting_pairs, readable_pairs
 from plumbing.logs import Sums, draw_curves, reward_scale
 from plumbing.monitor import COLD_START_PANELS, cold_start_line, cold_start_metrics, note_scores
 from plumbing.resume import claim_run, require_finite
@@ -200,17 +200,15 @@ def main(argv=None) -> None:
     claim_run(settings, ranks)
     pairs = prepare_pairs(settings.data, settings, ranks, need_cots=True)
     val_pairs = prepare_pairs(settings.val, settings, ranks, need_cots=False) if settings.val else []
-    model = DeScore.from_pretrained(
-        settings.model,
-        dtype=parallel.load_dtype(settings.train, ranks),
-        new_head=True,
-        empty=ranks.world > 1,
-        random_init=settings.random_init,
-    )
+    how = {"empty": ranks.world > 1, "random_init": settings.random_init}
+    dtype = parallel.load_dtype(settings.train, ranks)
+    model = DeScore.from_pretrained(settings.model, dtype=dtype, new_head=True, **how)
+    pairs = fitting_pairs(pairs, model.processor, settings, ranks, data.sequence_lengths)  # before hours of training
+    if val_pairs:
+        val_pairs = fitting_pairs(val_pairs, model.processor, settings, ranks, data.sequence_lengths)
     model.settings.update(base_model=settings.model, fps=settings.fps, max_pixels=settings.max_pixels)
-    model.make_trainable(
-        settings.train, settings.train_vision, settings.lora_r, settings.lora_alpha, settings.lora_dropout, lm_head=False
-    )
+    lora = settings.lora_r, settings.lora_alpha, settings.lora_dropout
+    model.make_trainable(settings.train, settings.train_vision, *lora, lm_head=False)
     if settings.gradient_checkpointing:
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     for part, parameters in model.parameter_groups().items():

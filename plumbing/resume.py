@@ -264,8 +264,7 @@ def _checkpoints(out):
 
 
 class StopSignal:
-    """Ctrl-C (or SIGTERM) asks for a stop at the end of the step, so that a checkpoint can be saved; twice stops at
-    once."""
+    """Ctrl-C (or SIGTERM) asks for a stop at the end of the step, so that a checkpoint is saved; twice stops at once."""
 
     def __init__(self):
         self.requested = False
@@ -276,4 +275,7 @@ class StopSignal:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("\nstopping after this step; again to stop at once", file=sys.stderr, flush=True)
+        said = "\nstopping after this step; again to stop at once"
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun kills its processes 30 s after it was asked to stop
+            said += "; if a step takes longer than 30 s, start with torchrun --shutdown-timeout SECONDS"
+        print(said, file=sys.stderr, flush=True)
