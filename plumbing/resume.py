@@ -276,4 +276,7 @@ class StopSignal:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        print("\nstopping after this step; again to stop at once", file=sys.stderr, flush=True)
+        text = "stopping after this step; again to stop at once"
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, not this process, decides how long a step may still take
+            text += " (torchrun kills after 30 s; longer steps need torchrun --shutdown-timeout SECONDS)"
+        print("\n" + text, file=sys.stderr, flush=True)
