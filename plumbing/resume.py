@@ -268,7 +268,7 @@ class StopSignal:
     once."""
 
     def __init__(self):
-        self.requested = False
+        self.requested, self.process = False, os.getpid()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask)
 
@@ -276,7 +276,9 @@ class StopSignal:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        if os.getpid() != self.process or os.environ.get("RANK", "0") != "0":
+            return  # the other ranks, and decoders forked from this process, get the signal too: one message is enough
         text = "stopping after this step; again to stop at once"
         if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, not this process, decides how long a step may still take
-            text += " (torchrun kills after 30 s; longer steps need torchrun --shutdown-timeout SECONDS)"
+            text += " (torchrun kills after 30 s by default; longer steps need torchrun --shutdown-timeout SECONDS)"
         print("\n" + text, file=sys.stderr, flush=True)

@@ -19,6 +19,7 @@ def stop():
 @pytest.mark.parametrize("under_torchrun", [True, False])
 def test_ctrl_c_asks_once_and_tells_of_torchruns_limit(stop, under_torchrun, monkeypatch, capsys):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
     if under_torchrun:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     signal.raise_signal(signal.SIGINT)
@@ -28,3 +29,9 @@ def test_ctrl_c_asks_once_and_tells_of_torchruns_limit(stop, under_torchrun, mon
     assert ("torchrun --shutdown-timeout SECONDS" in text) == under_torchrun
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+
+
+def test_other_ranks_stop_silently(stop, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    signal.raise_signal(signal.SIGINT)
+    assert stop.requested and not capsys.readouterr().err
