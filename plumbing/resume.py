@@ -267,7 +267,7 @@ class StopSignal:
     """Ctrl-C (or SIGTERM) asks for a stop at the end of the step, so that a checkpoint is saved; twice stops at once."""
 
     def __init__(self):
-        self.requested = False
+        self.requested, self.process = False, os.getpid()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask)
 
@@ -275,7 +275,9 @@ class StopSignal:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        said = "\nstopping after this step; again to stop at once"
-        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun kills its processes 30 s after it was asked to stop
-            said += "; if a step takes longer than 30 s, start with torchrun --shutdown-timeout SECONDS"
-        print(said, file=sys.stderr, flush=True)
+        if os.getpid() != self.process or os.environ.get("RANK", "0") != "0":
+            return  # the other ranks, and decoders forked from this process, get the signal too: one message is enough
+        text = "stopping after this step; again to stop at once"
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, not this process, decides how long a step may still take
+            text += " (torchrun kills after 30 s by default; longer steps need torchrun --shutdown-timeout SECONDS)"
+        print("\n" + text, file=sys.stderr, flush=True)

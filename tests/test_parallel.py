@@ -121,22 +121,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(world, base_dir, tmp_path):
     assert os.listdir(tmp_path / "checkpoints") == [f"step-{steps[-1]:06d}"]
 
 
-def test_ctrl_c_under_torchrun_names_the_flag_for_long_steps(monkeypatch, capsys):
-    """torchrun kills its processes 30 s after SIGINT: a longer step would be lost, and nothing would say why."""
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    for under_torchrun in (False, True):
-        if under_torchrun:
-            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-        stop = resume.StopSignal()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.requested and ("--shutdown-timeout" in capsys.readouterr().err) == under_torchrun
-        with pytest.raises(KeyboardInterrupt):  # a second one stops at once
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
-    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
-        signal.signal(number, handler)
-
-
 def test_clip_gradients():
     class Two(torch.nn.Module):
         def __init__(self):
