@@ -214,6 +214,7 @@ def main(argv=None) -> None:
     for part, parameters in model.parameter_groups().items():
         ranks.print(f"trained {part}: {sum(p.numel() for p in parameters):,} parameters")
     parallel.shard(model, ranks, settings.shard_ranks, settings.cpu_offload)
+    parallel.seed_dropout(ranks)
     train(model, pairs, val_pairs, settings, ranks)
     model.settings.update(reward_scale(settings.out))
     save_model(model, os.path.join(settings.out, "model"), ranks)

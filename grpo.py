@@ -381,7 +381,7 @@ def main(argv=None) -> None:
             .eval()
             .requires_grad_(False)
         )
-        parallel.shard(reference, ranks, settings.shard_ranks, settings.cpu_offload)
+        parallel.shard(reference, ranks, settings.shard_ranks, settings.cpu_offload, frozen=True)
     own = model.backbone if ranks.world == 1 else None  # under FSDP the transformers engine needs an unsharded copy
     engine = make_engine(
         settings.engine,

@@ -1,5 +1,4 @@
-"""One process or many: start, sharding, sums over ranks, checkpoints, settings, logs. The only file that knows of
-ranks.
+"""One process or many: start, sums over ranks, FSDP2, the optimizer's step.
 
     python x.py                          one process, CPU or one GPU, no process group
     torchrun --nproc_per_node 8 x.py     one process per GPU (NCCL), or per CPU share (gloo); weights sharded with FSDP2
@@ -24,12 +23,7 @@ from plumbing.resume import require_finite
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 1. Settings: one dataclass per script -> --help, strict flags, a file beside the checkpoint
-# ---------------------------------------------------------------------------------------------------------------
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# 2. Ranks
+# 1. Ranks
 # ---------------------------------------------------------------------------------------------------------------
 class Ranks:
     """Who this process is. With one process every method works and costs nothing."""
@@ -106,26 +100,37 @@ class Ranks:
 
 
 def start(seed: int, cpu_offload: bool = False) -> Ranks:
-    """COLLECTIVE: starts the process group under torchrun, finds the device, seeds every generator alike on all
-    ranks."""
+    """COLLECTIVE: starts the process group under torchrun, finds the device, seeds all generators alike on all ranks."""
     ranks = Ranks(cpu_offload)
-    random.seed(seed), np.random.seed(seed % 2**32), torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
     return ranks
 
 
+def seed_dropout(ranks: Ranks) -> None:
+    """From here on each rank draws its own dropout masks; equal ones would be as one rank's, repeated.
+
+    To be called after the model is built: LoRA's start must be the same on all ranks.
+    """
+    torch.manual_seed(torch.initial_seed() + ranks.rank)
+
+
 # ---------------------------------------------------------------------------------------------------------------
-# 3. FSDP2: the model cut into shards, one block at a time
+# 2. FSDP2: the model cut into shards, one block at a time
 # ---------------------------------------------------------------------------------------------------------------
-def shard(model, ranks: Ranks, shard_ranks: int = 0, cpu_offload: bool = False):
-    """COLLECTIVE: each rank keeps 1/world of every weight, gradient and optimizer state; a block is whole only while
-    used.
+def shard(model, ranks: Ranks, shard_ranks: int = 0, cpu_offload: bool = False, frozen=False, compute_dtype=None):
+    """COLLECTIVE: each rank keeps 1/world of all weights, gradients and optimizer states; a block is whole while used.
 
     fp32 master weights, bf16 compute on GPUs, gradients reduced in fp32. The query and the head are left out: a few
     thousand numbers that stay whole and fp32 on every rank, their gradients summed in `sync_gradients`. An empty model
     is read here, block by block, so that no rank ever holds more than one block and the embeddings.
+
     shard_ranks: so many ranks share one copy, 0: all. With 8 on nodes of 8 GPUs, weights are gathered inside a node,
     and only gradients travel between nodes (hybrid sharding). cpu_offload: the shards and the optimizer live in the
-    host's memory.
+    host's memory. frozen: for the reference; its embeddings are given back after each forward too (FSDP keeps the
+    root's for the backward, which the reference has none of), or they would lie in memory while sampling.
+    compute_dtype: bfloat16 on GPUs, else as the weights; tests ask for bfloat16 on a CPU.
     """
     if ranks.world == 1:
         fill(model, model, ranks.device)
@@ -137,19 +142,27 @@ def shard(model, ranks: Ranks, shard_ranks: int = 0, cpu_offload: bool = False):
     if ranks.world % shard_ranks:
         raise InputError(f"--shard-ranks {shard_ranks} does not divide the {ranks.world} ranks.")
     copies = ranks.world // shard_ranks
-    shape, names = ((copies, shard_ranks), ("copy", "shard")) if copies > 1 else ((shard_ranks,), ("shard",))
+    shape, names = (shard_ranks,), ("shard",)
+    if copies > 1:
+        shape, names = (copies, shard_ranks), ("copy", "shard")
+    compute_dtype = compute_dtype or (torch.bfloat16 if on_gpu else None)
+    reduce_dtype = torch.float32 if compute_dtype else None
     options = {
         "mesh": init_device_mesh(ranks.device.type, shape, mesh_dim_names=names),
-        "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32) if on_gpu else MixedPrecisionPolicy(),
         "offload_policy": CPUOffloadPolicy(pin_memory=on_gpu) if cpu_offload else OffloadPolicy(),
     }
+    # A block's inputs are not cast: its hidden states come from a bf16 layer already, and the vision tower's rotary
+    # tables, which come along, must stay fp32, or places far from the origin become alike.
+    inside = MixedPrecisionPolicy(compute_dtype, reduce_dtype, cast_forward_inputs=False)
     for own in (model.query, model.head.weight):
         own.data = own.data.to(ranks.device)
     tower = model.backbone.model
     for block in [*tower.language_model.layers, *tower.visual.blocks]:
         fill(model, block, ranks.device)
-        fully_shard(block, **options)
+        fully_shard(block, mp_policy=inside, **options)
     fill(model, model, ranks.device)
+    options["mp_policy"] = MixedPrecisionPolicy(compute_dtype, reduce_dtype)
+    options["reshard_after_forward"] = True if frozen else None  # None: FSDP's own choice, the root stays whole
     fully_shard(model, ignored_params={model.query, model.head.weight}, **options)
     return model
 
@@ -164,8 +177,7 @@ def backward(loss: torch.Tensor, ranks: Ranks) -> None:
 
 
 def sync_gradients(model, ranks: Ranks) -> None:
-    """COLLECTIVE: averages the gradients of query and head over ranks, as FSDP did for all others. After the last
-    backward."""
+    """COLLECTIVE, after the last backward: averages query's and head's gradients over ranks, as FSDP did all others'."""
     if ranks.world > 1:
         for parameter in (model.query, model.head.weight):
             if parameter.grad is None:
@@ -221,7 +233,7 @@ def trained_weights(model):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 4. What both stages need around their loop
+# 3. What both stages need around their loop
 # ---------------------------------------------------------------------------------------------------------------
 def load_dtype(train: str, ranks: Ranks) -> torch.dtype:
     """How the backbone is loaded: fp32 masters if it is trained (or on CPU), bf16 on a GPU if only adapters are."""
@@ -239,8 +251,7 @@ def make_optimizer(model, settings) -> torch.optim.AdamW:
 
 
 def set_learning_rate(optimizer, step: int, warmup_steps: int) -> float:
-    """Linear warm-up, then constant; `step` counts from 1. A function of the step alone: nothing to save for a
-    resume."""
+    """Linear warm-up, then constant; `step` counts from 1. Of the step alone, so a resume has nothing to restore."""
     scale = min(1.0, step / warmup_steps)
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * scale

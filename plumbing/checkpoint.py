@@ -1,6 +1,7 @@
 """A DeScore folder on disk: written tensor by tensor, read strictly, whole or block by block."""
 
 import contextlib
+import copy
 import glob
 import inspect
 import json
@@ -41,9 +42,17 @@ def write_model(model, path: str, whole=lambda tensor: tensor, write=True) -> No
             model.processor.save_pretrained(path)
     if model.backbone.config.tie_word_embeddings:
         state.pop("backbone.lm_head.weight", None)
-    write_tensors(path, merge_lora(state, model.lora_scaling(), whole), write)
+    # One type for all. fp32 as soon as anything was trained: stage 1 changes weights by less than half a step of bf16,
+    # and rounding would give the base model back.
+    trained = any(value.dtype == torch.float32 for name, value in state.items() if name.startswith("backbone."))
+    dtype = torch.float32 if trained else model.backbone.dtype
+    merged = merge_lora(state, model.lora_scaling(), whole)
+    write_tensors(path, ((name, value.to(dtype)) for name, value in merged), write)
     if write:
-        model.backbone.config.save_pretrained(path)
+        config = copy.deepcopy(model.backbone.config)
+        for part in (config, config.text_config, config.vision_config):
+            part.dtype = dtype
+        config.save_pretrained(path)
         model.backbone.generation_config.save_pretrained(path)
 
 

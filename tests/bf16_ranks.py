@@ -1,37 +1,69 @@
-"""Two gloo ranks in the mixed precision of GPUs (bf16 compute, fp32 gradients): stage 2's three passes over a pair.
+"""Two gloo ranks in the mixed precision of GPUs (bf16 compute, fp32 gradients): a step of stage 1, then stage 2's
+three passes over a pair.
 
     torchrun --nproc_per_node 2 tests/bf16_ranks.py MODEL DATA lora|full   ->   a line of JSON from each rank
 
-Its own process, since parallel.shard casts on GPUs only: here it is told to on the CPU, too.
+On a CPU parallel.shard casts only if it is told to.
 """
 
 import json
+import os
 import sys
 
 import torch
-import torch.distributed.fsdp as fsdp
 
+import cold_start
 import data
 import grpo
 import parallel
+from losses import bt_loss
 from model import DeScore
 
-mixed = fsdp.MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-fsdp.MixedPrecisionPolicy = lambda *_: mixed
-
-
-def load(path: str, train: str, ranks):
+def load(path: str, train: str, ranks, vision=False, dropout=0.0, frozen=False):
     model = DeScore.from_pretrained(path, empty=True)
-    model.make_trainable(train, vision=False, lora_r=4, lora_dropout=0.0)
+    model.make_trainable(train, vision=vision, lora_r=4, lora_dropout=dropout, lm_head=not vision)
     model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     model.backbone.model.visual.register_forward_hook(lambda *_: looks.append(1))
-    return parallel.shard(model, ranks)
+    return parallel.shard(model, ranks, frozen=frozen, compute_dtype=torch.bfloat16)
+
+
+def note_types(model, types: set):
+    """The types that reach the blocks: of hidden states, and of the vision tower's rotary tables."""
+    def note(kind):
+        def hook(module, args, kwargs):
+            states = args[0] if args else kwargs["hidden_states"]
+            tables = {str(table.dtype) for table in kwargs["position_embeddings"]} if kind == "vision" else set()
+            types.add((kind, str(states.dtype), *tables))
+        return hook
+
+    for kind, blocks in (("text", model.backbone.model.language_model.layers), ("vision", model.backbone.model.visual.blocks)):
+        blocks[0].register_forward_pre_hook(note(kind), with_kwargs=True)
+
+
+def stage_1_step(model, items, ranks) -> dict:
+    """One update of stage 1, with the tower and LoRA's dropout: loss and norms, all finite."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    settings = cold_start.Settings(out=".")
+    reward_a, reward_b = cold_start.score_pairs(model, items, settings)
+    loss = bt_loss(reward_a, reward_b, denominator=ranks.world)
+    parallel.backward(loss, ranks)
+    return {"loss": loss.item(), **parallel.take_step(model, optimizer, [], settings, ranks)}
 
 
 path, csv, train = sys.argv[1:]
 looks, ranks = [], parallel.start(seed=0)
+first, types = load(path, train, ranks, vision=True, dropout=0.5).train(), set()
+parallel.seed_dropout(ranks)
+with torch.no_grad():
+    for name, parameter in first.named_parameters():
+        if ".lora_B" in name:
+            parameter.to_local().fill_(0.05)  # B starts at 0, where dropout changes nothing
+note_types(first, types)
+item = data.EncodedPairs(data.read_pairs(csv), first.processor)[0]  # the same pair on both ranks: only dropout differs
+step = stage_1_step(first, [item], ranks)
+looks.clear()
 model = load(path, train, ranks).train()
-reference = load(path, train, ranks).eval().requires_grad_(False)
+reference = load(path, train, ranks, frozen=True).eval().requires_grad_(False)
 pair, prefixes = data.EncodedPairs(data.read_pairs(csv), model.processor)[ranks.rank]
 rollouts = grpo.Rollouts(pair, prefixes, [[[70, 71], [80]], [[90, 91, 92], [75]]], advantages=torch.ones(2, 2))
 settings = grpo.Settings(rollouts=2, kl_coef=1e-2, out=".")
@@ -40,7 +72,9 @@ rollouts.reference = grpo.log_probs_now(reference, rollouts, settings, ranks)
 optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
 done = grpo.update(model, optimizer, [rollouts], settings, ranks)
 seen = {"looks": len(looks), "kl": done["kl"], "ratio": done["ratio_max"], "norm": done["grad_norm_total"],
-        "kept": rollouts.video_features is not None}  # fmt: skip
+        "kept": rollouts.video_features is not None, "types": sorted(types), "stage 1": step}  # fmt: skip
 for line in ranks.gather_objects([json.dumps(seen)]):
     ranks.print(line)
 ranks.finish()
+sys.stdout.flush()
+os._exit(0)  # gloo's threads can abort an interpreter that is being torn down, after all is said

@@ -364,6 +364,26 @@ def test_merged_folder_is_a_plain_qwen3_vl(model, prefixes, tmp_path, monkeypatc
     assert torch.allclose(DeScore.from_pretrained(str(tmp_path))(batch).rewards, model(batch).rewards, atol=1e-5)
 
 
+def test_what_was_trained_is_saved_in_fp32(base_dir, prefixes, tmp_path):
+    """LoRA on a bf16 base, as on a GPU: one type for all, and an update below half a step of bf16 is not rounded away."""
+    model = DeScore.from_pretrained(base_dir, dtype=torch.bfloat16, new_head=True)
+    model.make_trainable("lora", vision=True, lora_r=2, lora_alpha=2)
+    name = "backbone.model.language_model.layers.0.mlp.up_proj"
+    layer = model.get_submodule(name)
+    base = layer.base_layer.weight.detach().float()
+    with torch.no_grad():
+        layer.lora_A["default"].weight.fill_(1e-3)
+        layer.lora_B["default"].weight.fill_(1e-3)
+    model.save_pretrained(str(tmp_path))
+    saved = load_file(tmp_path / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["dtype"] == config["text_config"]["dtype"] == config["vision_config"]["dtype"] == "float32"
+    update = saved[f"{name.removeprefix('backbone.')}.weight"] - base
+    assert torch.allclose(update, torch.full_like(update, 2e-6), atol=1e-7)  # alpha / r * B A = 1 * (2 * 1e-3 * 1e-3)
+    assert ((base + 2e-6).bfloat16().float() == base).float().mean() > 0.9  # in bf16 nearly all of it would be gone
+
+
 def test_a_second_stage_keeps_the_first(model, prefixes, tmp_path):
     """README, difference 17: stage 2 must start from stage 1's weights, not from the base model's."""
     model.make_trainable("lora", vision=False, lora_r=4, lora_alpha=8)
