@@ -127,7 +127,7 @@ def validate(model, dataset, settings, ranks) -> float:
 
 
 def draw(run: Run, settings) -> list[tuple[int, bool]]:
-    """1 and 2: this rank's pairs for all steps that are left, each with the coin that decides whether its CoT is hidden.
+    """1 and 2: this rank's pairs for all steps that are left, each with the coin that decides on its CoT.
 
     One coin per pair and epoch, from (seed, epoch) alone, so that every rank and a resumed run toss the same.
     """
@@ -177,7 +177,8 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
             parallel.backward(loss, ranks)  # 5 backward
             note_scores(sums, loss, reward_a, reward_b, label, masks)
         parallel.set_learning_rate(optimizer, step, run.warmup_steps)
-        norms = parallel.take_step(model, optimizer, rows_of(item for item, _ in batch), settings, ranks)  # clip, update
+        rows = rows_of(item for item, _ in batch)
+        norms = parallel.take_step(model, optimizer, rows, settings, ranks)  # clip, update
         metrics = cold_start_metrics(ranks.sum(sums), settings) | norms  # 6 log
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "epoch": step / run.steps_per_epoch}
         metrics |= {"wait_share": waited / run.seconds(), "step_seconds": run.seconds()}

@@ -67,7 +67,8 @@ class PreferencePair:
     def cot_ids(self, tokenizer) -> tuple[list[int], list[int]]:
         """Both CoTs as token ids: those that were sampled where the CSV has them, else the text's. [] without a CoT."""
         try:
-            return encode_cot(tokenizer, self.cot_a, self.cot_a_tokens), encode_cot(tokenizer, self.cot_b, self.cot_b_tokens)
+            ids_a = encode_cot(tokenizer, self.cot_a, self.cot_a_tokens)
+            return ids_a, encode_cot(tokenizer, self.cot_b, self.cot_b_tokens)
         except InputError as error:
             raise InputError(f"line {self.line}: {error}") from error
 
@@ -343,7 +344,7 @@ def encode_prompt(processor, video: Video, prompt: str) -> dict[str, torch.Tenso
         text=[head + pad], videos=[torch.from_numpy(video.frames).permute(0, 3, 1, 2)],
         video_metadata=[video.metadata()], do_sample_frames=False, do_resize=False, cap_pixels_per_frame=False,
         return_tensors="pt",
-    )  # fmt: skip
+    )
     after_ids = encode_text(processor.tokenizer, prompt, before=between, after=tail)
     before = inputs["input_ids"][0]
     after = torch.tensor(after_ids, dtype=before.dtype)
@@ -361,7 +362,7 @@ def encode_cot(tokenizer, cot: str | None, tokens: list[int] | None = None) -> l
     """A CoT's ids, ended by EOS as a sampled one is. None or "" (masked, or no thinking): no ids at all, no EOS.
 
     tokens: the ids it was sampled as. They are the CoT itself, and are taken as they are: encoding the text may give
-    others, and would put an EOS behind a CoT that was cut off. They must spell the text, or they are another tokenizer's.
+    others, and would put an EOS behind a CoT that was cut off. They must spell the text.
     Encoded apart from the prompt: a sampled CoT too begins with a token of its own. EOS is an added token, and nothing
     merges with those, so there is no seam at the end either.
     """

@@ -117,7 +117,7 @@ def measure(name: str, pairs: list[PreferencePair], rewards: np.ndarray) -> repo
         "threshold": threshold, "accuracy_with_ties_cross_fitted": accuracy_with_ties_cross_fitted(labels, margins),
         "accuracy_with_ties_videoalign_compatible": videoalign_compatible(labels, margins),
         "calibration": report.calibration(labels, margins),
-    }  # fmt: skip
+    }
     makers = {}  # (model, model) -> indices of its pairs; which of the two was shown as A does not matter
     for i, pair in enumerate(pairs):
         if len(pair.extra) == 2:
@@ -126,7 +126,7 @@ def measure(name: str, pairs: list[PreferencePair], rewards: np.ndarray) -> repo
         {"models": names, "pairs": len(i), "with_ties": float(hits["with_ties"][i].mean()),
          "without_ties": float(hits["without_ties"][i][decided[i]].mean()) if decided[i].any() else None}
         for names, i in sorted(makers.items())
-    ]  # fmt: skip
+    ]
     return report.Judged(numbers, labels, margins, accuracy_curve(labels, margins), hits, groups)
 
 
@@ -309,7 +309,7 @@ def check(s: Settings) -> None:
         "--thoughts above 1 and --no-think exclude each other": s.thoughts > 1 and not s.think,
         "--video thinks with transformers, so leave out --engine vllm": s.video and s.engine == "vllm",
         "give --model DIR": not s.model and not (s.scores or s.compare),
-    }  # fmt: skip
+    }
     for problem, is_so in problems.items():
         if is_so:
             raise InputError(f"{problem} (--help shows all flags).")

@@ -57,6 +57,7 @@ class Settings(CommonSettings):
     engine_memory: float = arg(
         0.4, "share of a GPU's memory that vLLM may use; it sleeps during the update", above=0, at_most=1)
     engine_tp: int = arg(1, "tensor parallel vLLM: ranks that hold one engine together", at_least=1)
+    engine_max_len: int = arg(12288, "prompt + CoT tokens that vLLM takes at most; more is an error", at_least=1)
     rows_per_batch: int = arg(64, "CoTs the transformers engine samples at a time", at_least=1)
     # rollout reward
     weight_quality: float = arg(0.7, "weight of R_qual (paper: .7)", at_least=0)
@@ -71,9 +72,9 @@ class Settings(CommonSettings):
     kl_coef: float = arg(
         1e-5, "weight of the KL to the start of this stage (paper's launch script: 1e-5); 0: no reference", at_least=0)
     engine_cap: float = arg(
-        0.0, "weigh a token's policy loss by min(trainer / engine probability, this); 0: off (not in the paper)", at_least=0)
+        0.0, "weighs a token's loss by min(trainer / engine probability, this); 0: off (not in the paper)", at_least=0)
     bt_coef: float = arg(
-        5e-3, "weight of the BT loss over rollouts, Eq. 10 (paper: 5e-3); 0 switches BT off; rewards then drift", at_least=0)
+        5e-3, "weight of BT over rollouts, Eq. 10 (paper: 5e-3); 0 switches BT off; rewards then drift", at_least=0)
     # optimisation
     epochs: int = arg(1, "passes over the data (not given in the paper)", at_least=1)
     batch_pairs: int = arg(128, "pairs per rollout batch over all ranks (paper: 128)", at_least=1)
@@ -217,7 +218,7 @@ def old_log_probs(output, rollouts: Rollouts) -> torch.Tensor:
 
 
 def engine_gap(output, rollouts: Rollouts) -> torch.Tensor | None:
-    """(2G, T): trainer minus engine, the log-prob that each token was sampled with; None if the engine does not tell."""
+    """(2G, T): trainer minus engine, each token's log-prob when sampled; None if the engine does not tell."""
     if not rollouts.engine_log_probs:
         return None
     old = old_log_probs(output, rollouts)
@@ -330,7 +331,7 @@ def train(model, reference, engine, pairs, settings: Settings, ranks) -> None:
         for i in range(0, run.local_pairs, mini_size):
             updates.append(update(model, optimizer, batch[i : i + mini_size], settings, ranks))  # 6 update
         engine.sync(parallel.trained_weights(model))  # 7 the engine samples the next batch from the new weights
-        metrics = grpo_metrics(batch, updates, settings, ranks)  # 8 log
+        metrics = grpo_metrics(batch, updates, tokenizer.eos_token_id, settings, ranks)  # 8 log
         metrics |= {"wait_share": drawn / run.seconds(), "generate_seconds": generated - drawn}
         metrics |= {"update_seconds": run.seconds() - generated, "step_seconds": run.seconds()}
         run.save(step)
@@ -359,7 +360,8 @@ def main(argv=None) -> None:
     ranks = parallel.start(settings.seed, settings.cpu_offload)
     check(settings, ranks)
     claim_run(settings, ranks)
-    pairs = readable_pairs(data.read_pairs(settings.data, video_root=settings.video_root), settings, ranks, data.sample_frames)
+    pairs = data.read_pairs(settings.data, video_root=settings.video_root)
+    pairs = readable_pairs(pairs, settings, ranks, data.sample_frames)
     for pair in pairs:
         if not pair.annotation_a or not pair.annotation_b:
             raise InputError(
@@ -384,16 +386,8 @@ def main(argv=None) -> None:
         parallel.shard(reference, ranks, settings.shard_ranks, settings.cpu_offload, frozen=True)
     own = model.backbone if ranks.world == 1 else None  # under FSDP the transformers engine needs an unsharded copy
     engine = make_engine(
-        settings.engine,
-        settings.model,
-        model.processor,
-        ranks,
-        own,
-        settings.seed,
-        rows_per_batch=settings.rows_per_batch,
-        memory=settings.engine_memory,
-        tp=settings.engine_tp,
-        dummy=settings.random_init,
+        settings.engine, settings.model, model.processor, ranks, own, settings.seed, settings.engine_max_len,
+        settings.rows_per_batch, memory=settings.engine_memory, tp=settings.engine_tp, dummy=settings.random_init,
     )
     parallel.shard(model, ranks, settings.shard_ranks, settings.cpu_offload)
     train(model, reference, engine, pairs, settings, ranks)

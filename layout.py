@@ -109,8 +109,8 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling=N
             b   x x x  x x .
             q   x x x  x x x
 
-    A mask over the whole row would allow the same, but no fast kernel takes one, and the others compute all L x L scores
-    to throw most away: at P = C, packing would gain nothing. Here the work is exactly what the drawing has x for.
+    A mask over the whole row would allow the same, but no fast kernel takes one, and the others compute all L x L
+    scores to throw most away: at P = C, packing would gain nothing. Here the work is exactly what the drawing has x for.
     Without spans (sampling with a cache, calls from elsewhere) it is transformers' own SDPA attention.
 
     query (B, H, L, d), key and value (B, H_kv, L, d), spans from `lay_out` -> (B, L, H, d), None. Padding gives 0.
@@ -135,7 +135,7 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling=N
 
 
 def attend_behind(prefix: int, starts: list[int], n: int, query, key, value, options: dict) -> torch.Tensor:
-    """One row (1, H, L, d); S CoTs of n positions that begin at `starts` look at prefix and themselves: (S, H, n, d)."""
+    """One row (1, H, L, d); S CoTs of n positions that begin at `starts` see prefix and themselves: (S, H, n, d)."""
     query, own_keys, own_values = (torch.cat([x[:, :, s : s + n] for s in starts]) for x in (query, key, value))
     shared = (x[:, :, :prefix].expand(len(starts), -1, -1, -1) for x in (key, value))  # (S, H_kv, P, d)
     keys, values = (torch.cat(parts, dim=2) for parts in zip(shared, (own_keys, own_values)))  # (S, H_kv, P + n, d)

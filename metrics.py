@@ -31,8 +31,7 @@ def right(labels: np.ndarray, margins: np.ndarray, threshold: float = NOTHING_TI
 
 
 def accuracy_without_ties(labels, margins) -> float:
-    """Share of pairs with sign(r_A - r_B) = label, human ties dropped, equal scores wrong. README, "What the metrics
-    mean".
+    """Share of pairs with sign(r_A - r_B) = label, human ties dropped, equal scores wrong (docs/metrics.md).
 
     Example: labels [1, 1, -1, 0], margins [2, 0, -1, 5] -> right, wrong (equal), right, dropped -> 2/3.
     Raises InputError for empty input, only human ties, or a non-finite margin.
@@ -75,7 +74,7 @@ def accuracy_with_ties(labels, margins) -> tuple[float, float]:
 def accuracy_with_ties_cross_fitted(labels, margins, seeds: int = 20) -> float:
     """Accuracy with ties, eps tuned on one random half and measured on the other, both ways, mean over `seeds` splits.
 
-    Tuning eps on the data it is measured on flatters (random scores at n = 100: .39 against .35 here).
+    Tuning eps on the data it is measured on is optimistic (random scores at n = 100: .39 against .35 here).
     nan for a single pair, which has no halves. The order of the rows does not matter: they are sorted first.
     """
     labels, margins = checked(labels, margins)

@@ -33,8 +33,11 @@ LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|u
 
 @dataclasses.dataclass
 class Output:
-    """rewards (N,) fp32; log_probs (N, T) fp32, 0 at padding, or None if not asked for; video_features: what the
-    vision tower saw, for a next forward over the same videos."""
+    """What one forward gives.
+
+    rewards (N,) fp32; log_probs (N, T) fp32, 0 at padding, or None if not asked for; video_features: what the vision
+    tower saw, for a next forward over the same videos.
+    """
 
     rewards: torch.Tensor
     log_probs: torch.Tensor | None
@@ -109,7 +112,7 @@ class DeScore(nn.Module):
             checkpoint(chunk_log_probs, states[i : i + self.logit_chunk], token_ids[i : i + self.logit_chunk],
                        use_reentrant=False)
             for i in range(0, len(states), self.logit_chunk)
-        ]  # fmt: skip
+        ]
         log_probs = torch.zeros(mask.shape, device=hidden.device)  # (N, T)
         return log_probs.masked_scatter(mask, torch.cat(pieces)) if pieces else log_probs
 
@@ -137,7 +140,8 @@ class DeScore(nn.Module):
             self._start_adapters()
         for name, parameter in self.named_parameters():  # after add_adapter, which freezes the whole backbone
             mine = name in QUERY_AND_HEAD or ".lora_" in name
-            in_tower, idle = name.startswith("backbone.model.visual."), name == "backbone.lm_head.weight" and not lm_head
+            in_tower = name.startswith("backbone.model.visual.")
+            idle = name == "backbone.lm_head.weight" and not lm_head
             parameter.requires_grad_(mine or (vision if in_tower else train == "full" and not idle))
         for parameter in self.parameters():
             if parameter.requires_grad:
@@ -155,8 +159,7 @@ class DeScore(nn.Module):
             nn.init.zeros_(b)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The trained parameters by part: "llm", "vision", "head" (query and head). For optimizers and gradient
-        norms."""
+        """The trained parameters by part, for optimizer and gradient norms: "llm", "vision", "head" (query and head)."""
         groups = {"llm": [], "vision": [], "head": []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:

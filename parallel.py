@@ -100,7 +100,7 @@ class Ranks:
 
 
 def start(seed: int, cpu_offload: bool = False) -> Ranks:
-    """COLLECTIVE: starts the process group under torchrun, finds the device, seeds all generators alike on all ranks."""
+    """COLLECTIVE: starts the process group, finds the device, seeds all generators alike on all ranks."""
     ranks = Ranks(cpu_offload)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -177,7 +177,7 @@ def backward(loss: torch.Tensor, ranks: Ranks) -> None:
 
 
 def sync_gradients(model, ranks: Ranks) -> None:
-    """COLLECTIVE, after the last backward: averages query's and head's gradients over ranks, as FSDP did all others'."""
+    """COLLECTIVE, after the last backward: averages the gradients of query and head, as FSDP did all others."""
     if ranks.world > 1:
         for parameter in (model.query, model.head.weight):
             if parameter.grad is None:

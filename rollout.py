@@ -104,13 +104,13 @@ def sample_cots(
         pixel_values_videos=torch.cat([prefix["pixel_values_videos"] for prefix in prefixes]).to(device),
         video_grid_thw=torch.cat([prefix["video_grid_thw"] for prefix in prefixes]).to(device),
         use_cache=True, logits_to_keep=1,
-    ).past_key_values  # fmt: skip
+    ).past_key_values
     cache.batch_select_indices(which)  # a copy of the prompt's keys and values for each of its CoTs
     backbone.model.rope_deltas = backbone.model.rope_deltas[which]
     tokens = backbone.generate(
         input_ids=ids[which], attention_mask=mask[which], past_key_values=cache, generation_config=config,
         logits_processor=sampling,
-    )[:, length:].tolist()  # fmt: skip
+    )[:, length:].tolist()
     backbone.train(was_training)
     ended = [row[: row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row for row in tokens]
     samples = iter(ended)
@@ -180,7 +180,8 @@ def make_engine(
             raise InputError(f"--engine-tp {tp} does not divide the {ranks.world} ranks.")
         vllm |= {"dtype": "float32" if on_cpu else "bfloat16", "on_cpu": on_cpu}
         text = AutoConfig.from_pretrained(path).text_config
-        banned, limit = banned_tokens(processor.tokenizer, text.vocab_size), min(max_model_len, text.max_position_embeddings)
+        banned = banned_tokens(processor.tokenizer, text.vocab_size)
+        limit = min(max_model_len, text.max_position_embeddings)
         return VLLMEngine(path, processor, banned, seed + ranks.rank // tp, limit, **vllm)
     if name != "transformers":
         raise InputError(f"--engine {name}: choose transformers or vllm.")

@@ -261,7 +261,7 @@ def forward_flops(model: DeScore, prefix: dict, cots: list[int]) -> dict[str, fl
     vision += 4 * tower.config.hidden_size * tower.config.depth * patches * patches / steps
     lm_head = 2 * model.backbone.lm_head.weight.numel() * sum(cots)
     return {"linear": 2 * linear * (p + sum(lengths)), "attention": attention,
-            "lm_head": lm_head, "vision": vision}  # fmt: skip
+            "lm_head": lm_head, "vision": vision}
 
 
 def count_flops(world, rollouts: grpo.Rollouts, packed: bool, forward_only: bool = False) -> float:
@@ -304,7 +304,7 @@ def run_cell(world, p: int, group: int, c: int, layouts) -> list[dict]:
     for layout, seconds in times.items():
         row, middle = rows[layout], statistics.median(seconds)
         row |= {"seconds": seconds, "ideal GFLOP": ideal / 1e9, "forward GFLOP/s": rate / 1e9,
-                "times the limit": middle / (ideal / rate)}  # fmt: skip
+                "times the limit": middle / (ideal / rate)}
         for rival in [name for name in ("plain", "released") if name in times]:
             row[f"x {rival}"] = speed_up(seconds, times[rival])
             row[f"x {rival} by tokens"] = rows[rival]["units"] / row["units"]
@@ -321,14 +321,14 @@ def stage2(world) -> list[dict]:
     rows = [{"P : C": f"{k:g} : 1", **row} for k, g in bar for row in run_cell(world, round(k * c), g, c, LAYOUTS)]
     state = "installed" if importlib.util.find_spec("trl") else "not installed"
     return rows + [{"layout": f"TRL's GRPOTrainer ({state}) cannot express this task: it takes text and images, not video "
-                              "(huggingface/trl, issue 5373), and has no second loss on the same forward."}]  # fmt: skip
+                              "(huggingface/trl, issue 5373), and has no second loss on the same forward."}]
 
 
 def scaling(world) -> list[dict]:
     """Seconds of an update against G, P and C, one of them varied, and a line a + b x fitted to the medians."""
     c, steps, rows = world.settings.cot_tokens, (2, 4, 8) if world.settings.quick else (1, 2, 4, 8, 16), []
     axes = {"G": [(4 * c, k, c) for k in steps], "P": [(k * c, 8, c) for k in steps],
-            "C": [(4 * c, 8, k * c // 4) for k in steps]}  # fmt: skip
+            "C": [(4 * c, 8, k * c // 4) for k in steps]}
     for axis, cells in axes.items():
         points = [row for cell in cells for row in run_cell(world, *cell, ("packed", "plain"))]
         for layout in ("packed", "plain"):
@@ -403,7 +403,7 @@ def rollout(world) -> list[dict]:
     for engine in engines.values():
         engine.close()
     return [{"engine": name, "tokens": tokens[name], "seconds": t, "tokens/s": [tokens[name] / x for x in t],
-             "x transformers": speed_up(t, times["transformers"])} for name, t in times.items()] + rows  # fmt: skip
+             "x transformers": speed_up(t, times["transformers"])} for name, t in times.items()] + rows
 
 
 def decode(world) -> list[dict]:
@@ -434,7 +434,7 @@ def decode(world) -> list[dict]:
     return [{"decoded at": name, "clip": f"{seconds} s, 1280 x 720, {fps} fps", "frames": str(results[name].shape[:3]),
              "decoded MB": largest[name] / 1e6, "seconds": t, "ours is x faster": speed_up(times["target size"], t),
              "differs": float(np.abs(results[name] - results["target size"].astype(float)).mean())}
-            for name, t in times.items()]  # fmt: skip
+            for name, t in times.items()]
 
 
 def running_counts(labels: list, margins: list) -> float:
@@ -466,7 +466,7 @@ def metric(world) -> list[dict]:
         differs = abs(work() - metrics.accuracy_with_ties(labels[:n], margins[:n])[0])
         factor = speed_up(times["metrics.accuracy_with_ties"], seconds)
         rows.append({"method": name, "pairs run": n, "seconds for 26,500": seconds, "ours is x faster": factor,
-                     "differs": differs})  # fmt: skip
+                     "differs": differs})
     return rows
 
 
@@ -524,7 +524,7 @@ def draw(results: dict, path: str) -> None:
             axes[name].set_ylim(bottom=0)
     others = {f"{section}: {next(iter(row.values()))}": row[key] for section in list(SECTIONS)[1:]
               for row in results.get(section, []) for key in ("ours is x faster", "x transformers")
-              if row.get(key, 1) != 1}  # fmt: skip
+              if row.get(key, 1) != 1}
     axes["others"].barh(list(others), list(others.values()), log=bool(others))
     axes["others"].set_title("ours is x times faster (vllm: than transformers)")
     for axis in axes.values():

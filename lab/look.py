@@ -72,7 +72,7 @@ def main(argv=None) -> None:
     pairs = read_pairs(args.data, args.dimension, args.video_root)
     print(f"{args.data}: {len(pairs)} pairs, {sum(p.label == 0 for p in pairs)} ties, "
           f"{sum(p.cot_a is not None for p in pairs)} with CoTs, "
-          f"{sum(p.annotation_a is not None for p in pairs)} with annotations")  # fmt: skip
+          f"{sum(p.annotation_a is not None for p in pairs)} with annotations")
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(args.model)

@@ -43,9 +43,9 @@ def model_config(name: str):
     if name != "8B":
         return AutoConfig.from_pretrained(name)
     text = {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
-            "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936}  # fmt: skip
+            "head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936}
     vision = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "out_hidden_size": 4096,
-              "deepstack_visual_indexes": [8, 16, 24], "num_position_embeddings": 2304}  # fmt: skip
+              "deepstack_visual_indexes": [8, 16, 24], "num_position_embeddings": 2304}
     return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
 
 

@@ -152,7 +152,7 @@ def planned_gb(folder: str, s: Settings, stage: int, train: str, prefix: int, co
     sizes = plan.Plan(
         plan=folder, stage=stage, train=train, gpus=1, video_tokens=prefix, cot_tokens=cot, rollouts=s.rollouts,
         gradient_checkpointing=s.gradient_checkpointing,
-    )  # fmt: skip
+    )
     return sum(plan.plan_memory(plan.model_config(folder), sizes).values()) / 1e9
 
 
@@ -190,7 +190,7 @@ def run_case(case: str, folder: str, s: Settings, ranks, rate: float | None) -> 
     row = {"case": case, "P": p, "C": c, "G": s.rollouts if stage == 2 else 1, "tokens": tokens, "seconds": seconds,
            "tokens/s": tokens / middle, "TFLOP": flops / 1e12, "TFLOP/s": flops / middle / 1e12,
            "MFU": rate and flops / middle / rate, "weights GB": held / 1e9, "peak GB": (held + peak) / 1e9,
-           "plan GB": planned_gb(folder, s, stage, train, p, c), **found}  # fmt: skip
+           "plan GB": planned_gb(folder, s, stage, train, p, c), **found}
     return {name: value for name, value in row.items() if value is not None}
 
 
@@ -207,7 +207,7 @@ def main(argv=None) -> None:
     rate = matmul_rate(ranks.device) if on_gpu else None
     name = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     machine = {"device": name, "torch": torch.__version__, "compute": "bf16" if on_gpu or s.bf16 else "fp32",
-               "matmul TFLOP/s": rate and rate / 1e12}  # fmt: skip
+               "matmul TFLOP/s": rate and rate / 1e12}
     ranks.print(table([machine]))
     with tempfile.TemporaryDirectory() as folder:
         cut_copy(s, folder)

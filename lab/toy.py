@@ -28,7 +28,7 @@ from plumbing.settings import cli
 
 # ---- 1. The world: what a clip can show, what a prompt can ask for, and the truth about both -----------------
 COLOURS = {"red": (220, 45, 45), "green": (60, 190, 70), "blue": (60, 90, 235), "yellow": (240, 215, 60),
-           "pink": (240, 130, 190), "white": (245, 245, 245)}  # fmt: skip
+           "pink": (240, 130, 190), "white": (245, 245, 245)}
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 VALUES = {
     "dynamics": ("resting", "moving left", "moving right", "rising", "falling", "circling"),
@@ -38,7 +38,7 @@ VALUES = {
 }
 GROUND = {"night": ((15, 18, 50), (85, 90, 140)), "forest": ((15, 60, 30), (80, 130, 75)),
           "desert": ((180, 140, 85), (240, 215, 170)), "snow": ((180, 192, 208), (245, 248, 252)),
-          "sea": ((10, 65, 115), (85, 150, 190)), "meadow": ((90, 140, 50), (165, 210, 120))}  # fmt: skip
+          "sea": ((10, 65, 115), (85, 150, 190)), "meadow": ((90, 140, 50), (165, 210, 120))}
 # Colour-shape pairs that neither pre-training nor a training split ever shows: only the GenAI-Bench stand-in has them.
 UNSEEN = {("red", "diamond"), ("green", "ring"), ("blue", "cross"), ("yellow", "triangle"), ("pink", "square")}
 
@@ -248,16 +248,16 @@ def _row(kind: str, rng, a: str, b: str, prompt: str, truth: list[dict], fps: in
     if kind == "cold_start":  # the CoTs are sampled from the base model later; 2 % of pairs could not be judged
         label = "invalid" if rng.random() < 0.02 else better()
         return {"videos": str([a, b]), "problem": prompt, "durations": str([frames / fps] * 2), "prompt": prompt,
-                "CoT_A": "", "CoT_B": "", "GSB": label}  # fmt: skip
+                "CoT_A": "", "CoT_B": "", "GSB": label}
     if kind == "genai":
         tie = "bothbad_vote" if points(truth[0]) <= 3 else "tievote"
         return {"prompt": prompt, "left_model": "toy-old-1", "right_model": "toy-old-2", "left_video": a,
-                "right_video": b, "vote_type": better(words=("leftvote", tie, "rightvote"))}  # fmt: skip
+                "right_video": b, "vote_type": better(words=("leftvote", tie, "rightvote"))}
     if kind == "videogen":
         looks, motion = better(("subject", "environment", "style")), better(("dynamics", "camera"))
         return {"path_A": a, "path_B": b, "prompt": prompt, "VQ": looks, "MQ": motion, "TA": better(),
                 "fps_A": fps, "num_frames_A": frames, "fps_B": fps, "num_frames_B": frames,
-                "A_model": "toy-1", "B_model": "toy-2", "Overall": better()}  # fmt: skip
+                "A_model": "toy-1", "B_model": "toy-2", "Overall": better()}
     words = ("A", "same", "B") if rng.random() < 0.8 else ("Video 1 is better", "same", "Video 2 is better")
     scores = {"video_1_scores": truth[0], "video_2_scores": truth[1], "gsb_result": better(words=words)}
     answer = f"<answer>{json.dumps(scores)}</answer>"
@@ -329,7 +329,7 @@ def main(argv=None) -> None:
         ("vision-steps", 100, "steps of phase 1, the vision tower alone"),
         ("steps", 340, "steps of phase 2, the language model"), ("batch", 32, "clips a step, twice that in phase 1"),
         ("pool", 3000, "clips rendered to learn from"),
-    ):  # fmt: skip
+    ):
         base.add_argument(f"--{flag}", type=int, default=default, help=f"{meaning} (default {default})")
     args, start = parser.parse_args(argv), time.time()
     if args.command == "data":

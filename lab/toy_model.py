@@ -34,7 +34,7 @@ from rollout import decode_cot, sample_cots
 # ---- 1. A tokenizer, a processor and a tiny Qwen3-VL ---------------------------------------------------------
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-           "<|image_pad|>", "<|video_pad|>"]  # fmt: skip
+           "<|image_pad|>", "<|video_pad|>"]
 # Qwen3-VL's chat layout in our words: turns of text and videos, one <|video_pad|> per video, widened by the processor.
 CHAT_TEMPLATE = """\
 {%- for turn in messages -%}
@@ -82,10 +82,10 @@ def build_processor():
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=4096,
         additional_special_tokens=SPECIAL[1:], clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    )
     # `size` bounds T * H * W. Qwen's own lower bound of 131,072 would enlarge our clips of 8 x 64 x 64 = 32,768.
     vision = dict(patch_size=16, merge_size=2, temporal_patch_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3,
-                  size={"shortest_edge": 1024, "longest_edge": 512 * 448 * 448})  # fmt: skip
+                  size={"shortest_edge": 1024, "longest_edge": 512 * 448 * 448})
     videos = Qwen3VLVideoProcessor(**vision, cap_pixels_per_frame=False)  # frames arrive at their final size
     return Qwen3VLProcessor(Qwen2VLImageProcessor(**vision), tokenizer, videos, chat_template=CHAT_TEMPLATE)
 
@@ -106,13 +106,13 @@ def build_model(processor, seed: int = 0, hidden=128, layers=3, heads=4, vision_
     ids = {f"{n.removesuffix('_pad')}_token_id": tokenizer.convert_tokens_to_ids(f"<|{n}|>") for n in names}
     ids |= {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_interleaved": True,
-            "mrope_section": [side // 2 - 2 * (side // 6), side // 6, side // 6]}  # fmt: skip
+            "mrope_section": [side // 2 - 2 * (side // 6), side // 6, side // 6]}
     text = dict(vocab_size=-(-len(tokenizer) // 64) * 64, hidden_size=hidden, intermediate_size=3 * hidden,
                 num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads // 2, head_dim=side,
-                max_position_embeddings=4096, rope_parameters=rope)  # fmt: skip
+                max_position_embeddings=4096, rope_parameters=rope)
     vision = dict(depth=vision_layers, hidden_size=vision_hidden, intermediate_size=3 * vision_hidden,
                   num_heads=vision_hidden // 24, out_hidden_size=hidden, num_position_embeddings=16,
-                  deepstack_visual_indexes=list(range(vision_layers - 1)))  # fmt: skip
+                  deepstack_visual_indexes=list(range(vision_layers - 1)))
     torch.manual_seed(seed)
     model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **ids))
     for name, weight in model.named_parameters():
@@ -247,7 +247,7 @@ def pretrain_language(model, processor, seen: list[dict], frames, steps: int, ba
         hidden = model.model(
             input_ids=ids, position_ids=places.expand(3, batch, -1), video_grid_thw=grid.repeat(batch, 1),
             pixel_values_videos=cache[picks].flatten(0, 1),
-        ).last_hidden_state  # (B, L, hidden)  # fmt: skip
+        ).last_hidden_state  # (B, L, hidden)
         target = ids[:, 1:][learn[:, 1:]]  # (C,), all CoT tokens of the batch
         logits = model.lm_head(hidden[:, :-1][learn[:, 1:]])  # (C, vocabulary): the token at i is predicted at i - 1
         loss = torch.nn.functional.cross_entropy(logits, target, reduction="none")  # nats of each CoT token

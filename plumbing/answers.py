@@ -57,7 +57,7 @@ def read_verdicts(text: str) -> dict[str, str]:
 
 
 def well_formed(text: str) -> bool:
-    """`<think>...</think>`, then `<answer>` with JSON that has a verdict on each of the five dimensions, and no more."""
+    """`<think>...</think>`, then `<answer>` with JSON that has a verdict on each dimension, and no more."""
     return LAYOUT.fullmatch(text) is not None and len(read_verdicts(text)) == len(DIMENSIONS)
 
 

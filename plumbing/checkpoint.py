@@ -102,8 +102,7 @@ def fill(model, module: nn.Module, device) -> None:
 
 
 def merge_lora(state: dict[str, torch.Tensor], scaling: dict[str, float], whole=lambda tensor: tensor):
-    """This model's state dict -> (Hugging Face name, tensor) of the backbone, adapters folded in: W + (alpha/r) B A,
-    fp32.
+    """State dict -> (Hugging Face name, tensor) of the backbone, adapters folded in: W + (alpha / r) B A, in fp32.
 
     A generator: a caller that sends the weights on needs room for one layer, not for a second model. `whole` turns a
     shard into the whole tensor, where the model is sharded.

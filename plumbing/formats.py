@@ -14,7 +14,7 @@ LABELS = {
     "b": -1, "video 2 is better": -1, "rightvote": -1, "right": -1,
     "same": 0, "tie": 0, "tievote": 0, "bothbad_vote": 0, "bothbad": 0,
     "invalid": None,  # annotators could not judge: the row is dropped. NOT the same as "same" (README, difference 9)
-}  # fmt: skip
+}
 
 
 def open_table(path: str, need: tuple[str, ...] = ()):
@@ -202,7 +202,8 @@ def read_scores(path: str, data_path: str, pairs: list, root: str) -> np.ndarray
             if i is not None:
                 rewards[i] = [number(path, line, row, column) for column in ("reward_A", "reward_B")]
                 if row.get("prompt", pairs[i].prompt).strip() != pairs[i].prompt:
-                    raise InputError(f"{path}, line {line}: has another prompt than line {pairs[i].line} of {data_path}.")
+                    other = f"line {pairs[i].line} of {data_path}"
+                    raise InputError(f"{path}, line {line}: has another prompt than {other}.")
         if k + 1 != len(index):
             raise InputError(f"{path}: has {k + 1} rows but {data_path} has {len(index)}; they belong row by row.")
         return rewards

@@ -11,10 +11,9 @@ VERSION = 2  # of how frames are sampled: a change there must not find old frame
 
 
 class FrameCache:
-    """Sampled frames on disk, so that a clip that is used in every epoch is decoded once. At most `gigabytes` (and 1 %
-    for each process that writes), oldest out.
+    """A folder of sampled frames.
 
-    The key holds path, size, time of change, fps and pixel budget: an edited clip is decoded again. Raw uint8 frames:
+    At most `gigabytes` (and 1 % for each process that writes); the least recently used go first. The key holds path, size, time of change, fps and pixel budget: an edited clip is decoded again. Raw uint8 frames:
     16 s of 448 x 448 at 2 fps are 19 MB. Several processes may share a folder: files appear by renaming.
     """
 
@@ -29,7 +28,8 @@ class FrameCache:
         if not os.path.isfile(path):
             return self.decode(path, fps, max_pixels)  # for its message
         info = os.stat(path)
-        key = hashlib.sha256(repr((os.path.abspath(path), info.st_size, info.st_mtime_ns, fps, max_pixels, VERSION)).encode())
+        clip = os.path.abspath(path), info.st_size, info.st_mtime_ns
+        key = hashlib.sha256(repr((clip, fps, max_pixels, VERSION)).encode())
         file = os.path.join(self.folder, key.hexdigest()[:32] + ".npz")
         try:
             with np.load(file) as saved:

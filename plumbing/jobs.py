@@ -111,15 +111,18 @@ def write_skipped(out: str, skipped: list[dict], ranks) -> None:
 
 
 def identity(model: str) -> str:
-    """What tells a model from another. A hub name: the name and the commit that it resolves to here. A folder: a hash of
-    its files' names, sizes and both ends (all of an 8B would take a minute), wherever it lies."""
+    """What tells a model from another.
+
+    A hub name: the name and the commit that it resolves to here. A folder, wherever it lies: a hash of its files'
+    names, sizes and both ends (all of an 8B would take a minute).
+    """
     if not os.path.isdir(model):
         from transformers.utils import cached_file
 
         try:  # .../snapshots/COMMIT/config.json; from the cache where there is no network
             return f"{model} at {os.path.basename(os.path.dirname(cached_file(model, 'config.json')))}"
         except (OSError, ValueError) as error:
-            raise InputError(f"{model}: is no folder, nor a model that can be had here ({first_line(error)}).") from error
+            raise InputError(f"{model}: is no folder, nor a model on the hub ({first_line(error)}).") from error
     digest = hashlib.sha256()
     patterns = ("*.safetensors", "*/*.safetensors", "*config.json", "descore.json", "tokenizer.json", "*.jinja")
     for pattern in patterns:

@@ -65,8 +65,7 @@ def _read_lines(path):
 
 
 def reward_scale(out: str) -> dict[str, float]:
-    """Mean and spread of the head's rewards over the last quarter of the steps, for
-    `DeScore.reward(normalize=True)`."""
+    """Mean and spread of the rewards over the last quarter of the steps, for `DeScore.reward(normalize=True)`."""
     lines = [line for line in read_metrics(out) if "reward_std" in line]
     last = lines[-max(1, len(lines) // 4) :]
     mean = float(np.mean([line["reward_mean"] for line in last]))

@@ -79,7 +79,7 @@ def note_update(sums: Sums, output, mask, old, gap, rollouts, settings, counts) 
         sums.add(engine_gap=(gap.abs() * mask).sum() / counts["tokens"])
 
 
-def grpo_metrics(batch: list, updates: list[dict], settings, ranks) -> dict[str, float]:
+def grpo_metrics(batch: list, updates: list[dict], eos: int, settings, ranks) -> dict[str, float]:
     """COLLECTIVE. What moves, averaged over all rollouts of all ranks. docs/metrics.md explains each name."""
     rewards = [r for rollouts in batch for row in rollouts.rule_rewards for r in row]
     cots = [cot for rollouts in batch for row in rollouts.cots for cot in row]
@@ -89,7 +89,7 @@ def grpo_metrics(batch: list, updates: list[dict], settings, ranks) -> dict[str,
         "rollout_reward": sum(r.total for r in rewards) / count, "quality": sum(r.quality for r in rewards) / count,
         "format": sum(r.format for r in rewards) / count, "length": sum(r.length for r in rewards) / count,
         "cot_tokens": sum(map(len, cots)) / count,
-        "truncated": sum(len(cot) >= settings.max_new_tokens for cot in cots) / count,
+        "truncated": sum(cot[-1:] != [eos] for cot in cots) / count,
         "flat_groups": sum(not group.any() for group in groups) / (2 * settings.batch_pairs),
     })
     reward, square = (sum(u.pop(name) for u in updates) for name in ("reward", "square"))

@@ -93,7 +93,7 @@ def write_page(
             f'<div class="prompt">{html.escape(prompt)}</div><div class="pair">{"".join(sides)}</div></article>'
         )
     buttons = "".join(f'<button data-kind="{kind}">{text}</button>' for kind, text in (
-        ("", "all"), ("wrong", "wrong"), ("tie", "human ties"), ("large", "large margins (top 10 %)")))  # fmt: skip
+        ("", "all"), ("wrong", "wrong"), ("tie", "human ties"), ("large", "large margins (top 10 %)")))
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{seal}'"
     n = one.numbers
     title = html.escape(f"{n['name']} on {n['data']}")

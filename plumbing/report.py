@@ -89,7 +89,7 @@ def thought_statistics(records: list[dict], pairs: list) -> dict:
         "tokens_mean": float(np.mean(lengths)), "tokens_median": float(np.median(lengths)), "tokens_max": max(lengths),
         "verdict_accuracy": {d: float(np.mean(h)) for d, h in hits.items() if h},
         "verdicts": sum(map(len, hits.values())),
-    }  # fmt: skip
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -23,19 +23,19 @@ from plumbing.settings import InputError
 
 # What a run writes into --out; --overwrite removes this and nothing else.
 WRITTEN = ("checkpoints", "model", "model.tmp", "model.old", "settings.json", "changes.jsonl", "metrics.jsonl",
-           "samples.jsonl", "skipped.jsonl", "not_finite*.jsonl", "curves.png")  # fmt: skip
+           "samples.jsonl", "skipped.jsonl", "not_finite*.jsonl", "curves.png")
 
 # What --resume may be given anew. All other settings decide what is learned and from what: a run whose second half has
 # others could not be described by one settings.json, so they are refused. Reasons, group by group:
 MAY_CHANGE = {
-    "lr", "lr_vision", "lr_head", "max_grad_norm",  # how large a step is: a loss that is not finite asks for smaller ones
+    "lr", "lr_vision", "lr_head", "max_grad_norm",  # size of a step: what a loss that is not finite asks for
     "epochs", "max_steps",  # how long it trains
     "max_length", "skip_bad_videos",  # limits that an error in mid-training asks to change
     "data", "val", "video_root", "frame_cache",  # where files lie; that --data holds the same pairs is checked below
     "out", "val_every", "save_every", "keep", "log_with", "resume", "overwrite",  # what is written, and how often
     "workers", "micro_pairs", "packing", "gradient_checkpointing", "rows_per_batch",  # speed and memory: the same sums
-    "engine", "engine_memory", "engine_tp", "shard_ranks", "cpu_offload",  # who computes, and where weights lie
-}  # fmt: skip
+    "engine", "engine_memory", "engine_tp", "engine_max_len", "shard_ranks", "cpu_offload",  # who computes, and where
+}
 
 
 def claim_run(settings, ranks) -> None:
@@ -45,7 +45,7 @@ def claim_run(settings, ranks) -> None:
     but for MAY_CHANGE; what is changed is printed, and kept in changes.jsonl with the step after which it counts.
     """
     problem = None
-    if ranks.is_main:  # one looks and decides, all hear of it: ranks that looked for themselves could see different files
+    if ranks.is_main:  # one looks and decides, all hear of it: others could see other files
         try:
             _claim(settings, ranks)
         except InputError as error:
@@ -61,7 +61,8 @@ def _claim(settings, ranks):
     if settings.overwrite:
         _remove_run(settings)
     elif not settings.resume:
-        if held := [name for name in ("checkpoints", "metrics.jsonl", "model") if os.path.exists(os.path.join(out, name))]:
+        names = ("checkpoints", "metrics.jsonl", "model")
+        if held := [name for name in names if os.path.exists(os.path.join(out, name))]:
             raise InputError(
                 f"{out}: holds a run ({', '.join(held)}); --resume goes on with it, --overwrite removes it, or give "
                 "another --out."
@@ -192,7 +193,7 @@ def load_checkpoint(out: str, model, optimizer, ranks) -> dict:
     set_state_dict(
         model, optimizer, model_state_dict=weights, optim_state_dict=adam,
         options=StateDictOptions(ignore_frozen_params=True, strict=False),  # frozen weights are not in the checkpoint
-    )  # fmt: skip
+    )
     position = _read_position(folder)
     if position["world"] == ranks.world:
         states = torch.load(os.path.join(folder, f"random-{ranks.rank}.pt"), weights_only=True)
@@ -240,7 +241,7 @@ class _Index(pickle.Unpickler):
         "torch.serialization": {"_get_layout"},
         "torch": {"Size", "float32", "bfloat16"},
         "pathlib": {"PosixPath"}, "pathlib._local": {"PosixPath"},
-    }  # fmt: skip
+    }
 
     def find_class(self, module, name):
         if name not in self.KNOWN.get(module, ()):

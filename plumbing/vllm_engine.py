@@ -101,7 +101,8 @@ class VLLMEngine:
             require_room(len(prefix["input_ids"]), max_new_tokens, self.limit)
             video = prefix["video"]
             metadata = {**video.metadata(), "do_sample_frames": False}  # our frames: never resampled
-            prompt = {"prompt_token_ids": prefix["short_ids"], "multi_modal_data": {"video": [(video.frames, metadata)]}}
+            video_data = {"video": [(video.frames, metadata)]}
+            prompt = {"prompt_token_ids": prefix["short_ids"], "multi_modal_data": video_data}
             for k, seed in enumerate(row):
                 options = SamplingParams(temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_new_tokens,
                                          seed=seed % 2**31, logit_bias=self.bans, logprobs=0, detokenize=False)
@@ -147,7 +148,7 @@ def require_room(prompt_tokens: int, max_new_tokens: int, limit: int) -> None:
 
 
 def _reload(worker, named_weights) -> None:
-    """Runs in vLLM's worker, which is this process: loads the weights, then checks that each has reached a parameter."""
+    """Runs in vLLM's worker, which is this process: loads the weights and checks that each has arrived."""
     model, sent, arrived = worker.model_runner.get_model(), [], set()
     load = model.load_weights
 

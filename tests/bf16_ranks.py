@@ -72,7 +72,7 @@ rollouts.reference = grpo.log_probs_now(reference, rollouts, settings, ranks)
 optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
 done = grpo.update(model, optimizer, [rollouts], settings, ranks)
 seen = {"looks": len(looks), "kl": done["kl"], "ratio": done["ratio_max"], "norm": done["grad_norm_total"],
-        "kept": rollouts.video_features is not None, "types": sorted(types), "stage 1": step}  # fmt: skip
+        "kept": rollouts.video_features is not None, "types": sorted(types), "stage 1": step}
 for line in ranks.gather_objects([json.dumps(seen)]):
     ranks.print(line)
 ranks.finish()

@@ -22,7 +22,7 @@ from model import DeScore
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SIZES = {"train_cold_start": 8, "val_cold_start": 3, "train_rl": 6, "test_in_domain": 6, "test_genai_bench": 4,
-         "test_videogen_rewardbench": 4}  # fmt: skip
+         "test_videogen_rewardbench": 4}
 
 
 @pytest.fixture(scope="session")

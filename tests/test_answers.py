@@ -33,7 +33,7 @@ def test_a_good_answer(text):
     "<think></think>" + cot()[cot().index("<answer>"):], '<think>x</think><answer>["a"]</answer>',
     '<think>x</think><answer>{"dimensional_scores": "2"}</answer>',
     '<think>x</think><answer>{"dimensional_scores": {"subject": "2"}}</answer>',
-])  # fmt: skip
+])
 def test_a_malformed_answer(text):
     assert not well_formed(text)
 
@@ -49,7 +49,7 @@ def test_verdicts_are_read_one_by_one():
 @pytest.mark.parametrize("value, score", [
     ("3.5", 3.5), ('"4.5"', 4.5), ("4", 4.0), ("true", None), ("null", None), ('"x"', None), ("NaN", None), ("1e999", None),
     ("[4]", None),
-])  # fmt: skip
+])
 def test_stated_score(value, score):
     assert stated_score(f'x <answer>{{"overall_score": {value}}}</answer>') == score
     assert stated_score("nothing") is None
@@ -59,6 +59,6 @@ def test_stated_score(value, score):
     ('x <answer>{"a": 1}</answer>', {"a": 1}), ("<answer>{'a': None}</answer>", {"a": None}), ("<answer>[1]</answer>", None),
     ("no answer", None), ("<answer>{broken</answer>", None), ("<answer>1</answer><answer>{}</answer>", {}),
     ("<answer>" + "[" * 100_000 + "</answer>", None), ('<answer>```json\n{"a": 1}\n```</answer>', {"a": 1}),
-])  # fmt: skip
+])
 def test_extract_answer(text, expected):
     assert data.extract_answer(text) == expected

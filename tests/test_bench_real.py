@@ -12,7 +12,7 @@ from lab import real
 @pytest.mark.parametrize("case", real.CASES)
 def test_a_case_runs_and_writes_its_row(base_dir, tiny_clips, tmp_path, case):
     real.main(["--model", base_dir, "--out", str(tmp_path), "--cases", case, "--rollouts", "2", "--cot-tokens", "5",
-               "--text-layers", "1", "--vision-layers", "1", "--clips", *tiny_clips[:2]])  # fmt: skip
+               "--text-layers", "1", "--vision-layers", "1", "--clips", *tiny_clips[:2]])
     (row,) = json.loads((tmp_path / "real.json").read_text())["cases"]
     group = 1 if case == "stage1-lora" else 2
     assert row["tokens"] == 2 * (row["P"] + group * 6) and row["G"] == group and row["C"] == 5

@@ -40,7 +40,7 @@ FORMATS = {
                "vote_type": "bothbad_vote"}, 0),
     "genai paths": ({"prompt": "a cat", "left_video_path": "a.mp4", "right_video_path": "b.mp4", "vote_type": "leftvote"}, 1),
     "in-domain": ({"video_A": "a.mp4", "video_B": "b.mp4", "prompt": "a cat", "answer": "Video 2 is better"}, -1),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -172,7 +172,7 @@ def test_bad_videos_are_one_sentence(kind, tmp_path, tiny_clips):
                 file.mux(packet)
     elif kind != "missing":
         path.write_bytes({"empty": b"", "text": b"hello " * 99, "truncated": good[: len(good) // 2],
-                          "tail zeroed": good[: len(good) // 3] + bytes(2 * len(good) // 3)}[kind])  # fmt: skip
+                          "tail zeroed": good[: len(good) // 3] + bytes(2 * len(good) // 3)}[kind])
     with pytest.raises(InputError) as error:
         data.sample_frames(str(path))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
@@ -368,7 +368,7 @@ def test_command_line_errors(tmp_path):
 @pytest.mark.parametrize("scores, says", [
     ({**TRUTH, "colour": "2"}, "line 2: unknown dimension 'colour'"),
     ({**TRUTH, "style": "good"}, "line 2: the verdict on style is 'GOOD'"),
-])  # fmt: skip
+])
 def test_annotations_that_no_cot_could_match(tmp_path, scores, says):
     answer = json.dumps({"video_1_scores": TRUTH, "video_2_scores": scores, "gsb_result": "A"})
     row = {**FORMATS["rl"][0], "answer": f"<answer>{answer}</answer>"}

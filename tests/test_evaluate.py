@@ -399,7 +399,7 @@ def test_bad_input_ends_with_one_sentence_and_exit_code_2(tmp_path, pairs_csv, c
         (["--benchmark", "genai-bench", "--scores", nan, "--root", str(tmp_path)], "holds none of"),
         (["--data", pairs_csv, "--scores", nan, "--thoughts", "0"], "at least 1"),
         (["--data", pairs_csv, "--scores", nan, "--out", nan], "cannot be written to"),
-    ):  # fmt: skip
+    ):
         lines = fails(capsys, *flags).strip().splitlines()
         lines = [line for line in lines if "labelled invalid" not in line]
         assert len(lines) == 1 and words in lines[0], (flags, lines)

@@ -224,7 +224,7 @@ def test_the_loop_hands_each_pair_with_its_advantages_to_one_update(world, tiny_
     monkeypatch.setattr(grpo, "make_engine", scripted)
     monkeypatch.setattr(grpo, "update", lambda m, o, mini, *more: updates.append(mini) or update(m, o, mini, *more))
     grpo.main(["--model", tiny_model_dir, "--data", world["train_rl"], "--out", str(tmp_path), "--rollouts", "2", "--workers", "0",
-               "--batch-pairs", "4", "--mini-pairs", "2", "--max-steps", "1", "--kl-coef", "0"])  # fmt: skip
+               "--batch-pairs", "4", "--mini-pairs", "2", "--max-steps", "1", "--kl-coef", "0"])
     assert [len(mini) for mini in updates] == [2, 2]
     pairs = [one for mini in updates for one in mini]
     assert len({one.pair.line for one in pairs}) == 4
@@ -246,7 +246,7 @@ def test_script_runs_logs_saves_and_resumes(world, tiny_model_dir, tmp_path):
     def go(out, steps, *more):
         grpo.main(["--model", tiny_model_dir, "--data", world["train_rl"], "--out", str(tmp_path / out), "--rollouts", "2",
                    "--batch-pairs", "2", "--mini-pairs", "1", "--max-new-tokens", "8", "--lr", "1e-3", "--workers", "0",
-                   "--length-low", "1", "--length-high", "9", "--kl-coef", "0.01", "--max-steps", str(steps), *more])  # fmt: skip
+                   "--length-low", "1", "--length-high", "9", "--kl-coef", "0.01", "--max-steps", str(steps), *more])
         return logs.read_metrics(str(tmp_path / out))
 
     whole = go("whole", 3)
@@ -278,7 +278,7 @@ def test_the_reference_is_the_start_of_the_stage(world, tiny_model_dir, tmp_path
     """π_ref of the KL term: with LoRA the model without its adapter, else a second, frozen model. It never moves."""
     grpo.main(["--model", tiny_model_dir, "--data", world["train_rl"], "--out", str(tmp_path), "--rollouts", "2", "--train", train,
                "--lora-r", "4", "--batch-pairs", "1", "--mini-pairs", "1", "--max-new-tokens", "6", "--lr", "1e-2", "--workers", "0",
-               "--kl-coef", "0.01", "--max-steps", "2"])  # fmt: skip
+               "--kl-coef", "0.01", "--max-steps", "2"])
     first, second = logs.read_metrics(str(tmp_path))
     assert first["kl"] == pytest.approx(0.0, abs=1e-9)  # step 1, on-policy: nothing has moved, the policy IS the reference
     assert second["kl"] > 1e-6

@@ -102,7 +102,7 @@ def test_log_probs_equal_transformers_own_logits(model, prefixes):
     logits = model.backbone(
         input_ids=batch["input_ids"], attention_mask=row_mask(batch), mm_token_type_ids=types,
         pixel_values_videos=batch["pixel_values_videos"], video_grid_thw=batch["video_grid_thw"],
-    ).logits  # transformers' own positions and embedding: (2, L, V)  # fmt: skip
+    ).logits  # transformers' own positions and embedding: (2, L, V)
     ours = model(batch).log_probs
     for row, prefix, cot in ((0, prefixes[0], [70, 71, 72]), (1, prefixes[1], [90])):
         for t, token in enumerate(cot):
@@ -229,7 +229,7 @@ def test_sampling_reads_each_video_once(model, prefixes, processor):
     assert sum(len(grid) for kwargs in seen for name, grid in kwargs.items() if name == "grid_thw") == 3  # not 6
     assert [len(row) for row in many] == [3, 1, 2]
     one_by_one = [[sample_cots(model.backbone, processor, [prefix], [[seed]], 8)[0][0] for seed in row]
-                  for prefix, row in zip(prefixes, [[1, 2, 3], [4], [5, 6]])]  # fmt: skip
+                  for prefix, row in zip(prefixes, [[1, 2, 3], [4], [5, 6]])]
     assert many == one_by_one
 
 
@@ -453,7 +453,7 @@ def test_query_is_bit_equal_to_a_vocabulary_row(model, prefixes):
     hidden = model.backbone.model(
         input_ids=ids, attention_mask=row_mask(batch), mm_token_type_ids=types,
         pixel_values_videos=batch["pixel_values_videos"], video_grid_thw=batch["video_grid_thw"],
-    ).last_hidden_state  # fmt: skip
+    ).last_hidden_state
     assert torch.equal(model.head(hidden[0, -1]), as_parameter)
     assert data.encode_text(model.processor.tokenizer, "<Reward>")  # only text
 

@@ -34,7 +34,7 @@ def test_two_ranks_equal_one_in_stage_1(world, base_dir, tmp_path):
     """FSDP2 over two gloo ranks, micro-batches on one: the same losses, gradient norms and weights; resume on one rank."""
     flags = ["--model", base_dir, "--data", world["train_cold_start"], "--val", world["val_cold_start"], "--batch-pairs", "4",
              "--lr", "1e-3", "--workers", "0", "--mask-probability", "1", "--lora-r", "4", "--lora-dropout", "0",
-             "--epochs", "9"]  # fmt: skip
+             "--epochs", "9"]
     out = {name: tmp_path / name for name in ("one", "two", "killed")}
     cold_start.main([*flags, "--out", str(out["one"]), "--max-steps", "4"])
     run("cold_start.py", *flags, "--out", out["two"], "--max-steps", "4", ranks=2)
@@ -61,7 +61,7 @@ def kill_after_step(step, out, *flags):
     process = subprocess.Popen(
         [*command, *map(str, flags)], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     deadline, wanted = time.time() + 120, out / "checkpoints" / f"step-{step:06d}"
     while not wanted.is_dir() and time.time() < deadline:
         time.sleep(0.02)
@@ -75,7 +75,7 @@ def test_two_ranks_equal_one_in_stage_2(world, tiny_model_dir, tmp_path):
     engine beside the shards, several updates per rollout batch; two copies of the model in one shard each, offloaded."""
     flags = ["--model", tiny_model_dir, "--data", world["train_rl"], "--batch-pairs", "4", "--mini-pairs", "2", "--rollouts", "2",
              "--max-new-tokens", "10", "--lr", "1e-3", "--workers", "0", "--length-low", "1", "--length-high", "9",
-             "--kl-coef", "0.01", "--epochs", "9", "--max-steps", "2"]  # fmt: skip
+             "--kl-coef", "0.01", "--epochs", "9", "--max-steps", "2"]
     grpo.main([*flags, "--out", str(tmp_path / "one"), "--no-packing"])
     two_ranks = [*flags, "--out", tmp_path / "two", "--shard-ranks", "1", "--cpu-offload", "--save-every", "1"]
     run("grpo.py", *two_ranks, ranks=2)
@@ -110,7 +110,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(world, base_dir, tmp_path):
         [sys.executable, "cold_start.py", "--model", base_dir, "--data", world["train_cold_start"], "--mask-probability", "1",
          "--batch-pairs", "1", "--epochs", "500", "--workers", "0", "--out", str(tmp_path)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    )
     deadline = time.time() + 120
     while not logs.read_metrics(str(tmp_path)) and time.time() < deadline:
         time.sleep(0.2)

@@ -14,7 +14,7 @@ from test_data import published_layout
 
 pytestmark = pytest.mark.real
 GIRL = ("The camera remains still, a girl with braided hair and wearing a pink dress approached the chair in the room"
-        " and sat on it, the background is a cozy bedroom, warm indoor lighting.")  # fmt: skip
+        " and sat on it, the background is a cozy bedroom, warm indoor lighting.")
 
 
 def clip(seconds, source_fps, height, width, max_pixels=448 * 448):
@@ -27,7 +27,7 @@ def clip(seconds, source_fps, height, width, max_pixels=448 * 448):
 @pytest.mark.parametrize("video, tokens, video_tokens", [
     (clip(5.25, 24.0, 752, 1360), 1487, 1140), (clip(5.25, 24.0, 752, 1360, 307_200), 2141, 1794),
     (clip(152 / 30, 30.0, 720, 1280), 1487, 1140), (clip(152 / 30, 30.0, 720, 1280, 307_200), 2141, 1794),
-])  # fmt: skip
+])
 def test_prompts_are_as_long_as_in_the_release_that_the_weights_came_out_for(real_processor, video, tokens, video_tokens):
     inputs = data.encode_prompt(real_processor, video, GIRL)
     assert len(inputs["input_ids"]) == tokens and int((inputs["mm_token_type_ids"] == 2).sum()) == video_tokens
@@ -44,7 +44,7 @@ def test_harmless_prompts_are_read_as_the_stock_processor_reads_them(real_proces
     text = real_processor.apply_chat_template(data.build_conversation(prompt), add_generation_prompt=True, tokenize=False)
     text = text.replace("<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>")
     whole = real_processor(text=[text], videos=[torch.from_numpy(video.frames).permute(0, 3, 1, 2)], return_tensors="pt",
-                           video_metadata=[video.metadata()], do_sample_frames=False, do_resize=False)  # fmt: skip
+                           video_metadata=[video.metadata()], do_sample_frames=False, do_resize=False)
     ours = data.encode_prompt(real_processor, video, prompt)
     for name in ("input_ids", "mm_token_type_ids"):
         assert torch.equal(ours[name], whole[name][0])

@@ -21,14 +21,14 @@ from data import DIMENSIONS, InputError, PreferencePair
 NASTY = '<script>alert(1)</script><img src=x onerror=alert(2)>" onload="x $\\frac{1 | `a` [b](http://c) & =1+1'
 GOOD = "<think>\nsubject: asked a cat; shown a cat; verdict 2\n</think>\n<answer>" + json.dumps(
     {"dimensional_scores": dict(zip(DIMENSIONS, ["2", "1", "N/A", "0", 2])), "overall_score": 3.5}
-) + "</answer>"  # fmt: skip
+) + "</answer>"
 
 
 def judged(margins, labels, name="ours", prompts=None, extra=None):
     """One Judged and its pairs. Reward of A = margin, of B = 0."""
     prompts = prompts or [f"prompt {k}" for k in range(len(labels))]
     pairs = [PreferencePair(f"{k}a.mp4", f"{k}b.mp4", prompt, label, line=k + 2, extra=extra or {})
-             for k, (label, prompt) in enumerate(zip(labels, prompts))]  # fmt: skip
+             for k, (label, prompt) in enumerate(zip(labels, prompts))]
     one = evaluate.measure(name, pairs, np.array([[m, 0.0] for m in margins]))
     one.numbers.update(data="pairs.csv", benchmark=None, skipped_pairs=0, skipped_videos=0, difference_to_first=None)
     return one, pairs
@@ -191,7 +191,7 @@ def test_best_and_worst_leaves_out_what_has_no_order(tmp_path):
 
 def test_several_runs_in_one_table(tmp_path):
     numbers = {"benchmark": "genai-bench", "data": "x.csv", "accuracy_without_ties": 0.75, "accuracy_with_ties": 0.5,
-               "accuracy_without_ties_interval": [0.6, 0.9]}  # fmt: skip
+               "accuracy_without_ties_interval": [0.6, 0.9]}
     for name, value in (("a", 0.75), ("b", 0.25)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.json").write_text(json.dumps(numbers | {"accuracy_without_ties": value}))

@@ -42,6 +42,6 @@ def test_every_number_has_bounds_that_its_default_keeps(settings_class):
     (evaluate, ["--thoughts", "0"], "--thoughts 0: must be at least 1"),
     (plan, ["--gpus", "0"], "--gpus 0: must be at least 1"),
     (bench, ["--ratios", "1", "0"], "--ratios 0.0: must be above 0"),
-])  # fmt: skip
+])
 def test_a_number_out_of_range_is_one_sentence(script, flags, says, capsys):
     refuses(capsys, script.main, *flags, says=says)

@@ -17,7 +17,7 @@ from plumbing.answers import read_verdicts, well_formed
 from rollout import sample_cots
 
 RED_CIRCLE = {"subject": ("red", "circle"), "dynamics": "moving left", "camera": "still", "environment": "night",
-              "style": "plain"}  # fmt: skip
+              "style": "plain"}
 WISH = RED_CIRCLE | {"subject": ("red", "square"), "camera": None, "style": "grainy"}
 
 
@@ -80,10 +80,10 @@ def test_csvs_have_the_real_formats(tiny_world):
     assert columns["train_rl"] == ["videos", "problem", "answer"]
     assert columns["test_in_domain"] == ["video_A", "video_B", "prompt", "answer"]
     assert columns["test_genai_bench"] == [
-        "prompt", "left_model", "right_model", "left_video", "right_video", "vote_type"]  # fmt: skip
+        "prompt", "left_model", "right_model", "left_video", "right_video", "vote_type"]
     assert columns["test_videogen_rewardbench"] == [
         "path_A", "path_B", "prompt", "VQ", "MQ", "TA", "fps_A", "num_frames_A", "fps_B", "num_frames_B",
-        "A_model", "B_model", "Overall"]  # fmt: skip
+        "A_model", "B_model", "Overall"]
     for split, path in written.items():
         for pair in data.read_pairs(path):
             assert all(pathlib.Path(video).is_file() for video in pair.videos)
@@ -123,7 +123,7 @@ def test_two_processes_write_the_same_clips(tmp_path):
     code = (f"import sys, numpy as np; from {toy.__name__} import random_values, render_clip, write_mp4\n"
             "for k in range(6):\n"
             "    rng = np.random.default_rng(k)\n"
-            "    write_mp4(f'{sys.argv[1]}/{k}.mp4', render_clip(random_values(rng), rng), 4)")  # fmt: skip
+            "    write_mp4(f'{sys.argv[1]}/{k}.mp4', render_clip(random_values(rng), rng), 4)")
     fills = ("85", "170")
     started = [
         subprocess.Popen([sys.executable, "-c", code, tmp_path / fill], cwd=ROOT, env={**os.environ, "MALLOC_PERTURB_": fill})
@@ -164,7 +164,7 @@ def test_chat_template(processor):
     text = processor.apply_chat_template(turns, tokenize=False)
     user = "<|vision_start|><|video_pad|><|vision_end|>" + data.INSTRUCTION_BEFORE + "P" + data.INSTRUCTION_AFTER
     assert text == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n" + user + "<|im_end|>\n"
-                    "<|im_start|>assistant\n<think>\n</think><|im_end|>\n")  # fmt: skip
+                    "<|im_start|>assistant\n<think>\n</think><|im_end|>\n")
     asked = processor.apply_chat_template(data.build_conversation("P"), add_generation_prompt=True, tokenize=False)
     assert asked.endswith("<|im_end|>\n<|im_start|>assistant\n")
 

@@ -121,7 +121,7 @@ def test_engine_reads_the_published_layout_and_samples_only_text(files, request,
 def test_two_ranks_train_with_an_engine_each_or_with_one_together(world, tiny_model_dir, tmp_path, tp):
     flags = ["--model", tiny_model_dir, "--data", world["train_rl"], "--engine", "vllm", "--engine-tp", tp, "--rollouts", 2,
              "--batch-pairs", 2, "--mini-pairs", 2, "--max-new-tokens", 10, "--lr", "1e-3", "--max-steps", 2,
-             "--length-low", 1, "--length-high", 9, "--workers", 0, "--out", tmp_path]  # fmt: skip
+             "--length-low", 1, "--length-high", 9, "--workers", 0, "--out", tmp_path]
     run("grpo.py", *flags, ranks=2, env={"TORCHDYNAMO_DISABLE": "1"})
     lines = logs.read_metrics(str(tmp_path))
     # The second step's CoTs come from weights that were handed over; control tokens, banned in the engine, cost a little.
@@ -136,7 +136,7 @@ def test_fewer_videos_than_ranks(tiny_model_dir, tiny_clips, tmp_path, tp):
     with open(tmp_path / "pairs.csv", "w", newline="") as file:
         csv.writer(file).writerows([["path_A", "path_B", "prompt", "TA"], [clips[0], clips[0], "a circle", "A"]])
     common = ["--model", tiny_model_dir, "--data", tmp_path / "pairs.csv", "--engine", "vllm", "--max-new-tokens", 4,
-              "--engine-tp", tp]  # fmt: skip
+              "--engine-tp", tp]
     env = {"TORCHDYNAMO_DISABLE": "1"}
     run("rollout.py", *common, "--out", tmp_path / "cots.csv", ranks=2, env=env)
     assert "CoT_A_tokens" in (tmp_path / "cots.csv").read_text()
@@ -151,7 +151,7 @@ def test_evaluation_with_a_bad_video_a_long_prompt_and_an_end(tiny_model_dir, ti
     with open(tmp_path / "pairs.csv", "w", newline="") as file:
         csv.writer(file).writerows([["path_A", "path_B", "prompt", "TA"], *rows])
     flags = ["--model", tiny_model_dir, "--data", tmp_path / "pairs.csv", "--engine", "vllm", "--max-new-tokens", 8,
-             "--engine-max-len", 700, "--out", tmp_path / "eval", "--thoughts", 2]  # fmt: skip
+             "--engine-max-len", 700, "--out", tmp_path / "eval", "--thoughts", 2]
     env = {"TORCHDYNAMO_DISABLE": "1"}
     done = run("evaluate.py", *flags, env=env, check=False)
     assert done.returncode == 2 and "line 3" in done.stderr and "Traceback" not in done.stderr, done.stderr[-3000:]
