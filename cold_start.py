@@ -182,7 +182,7 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
         metrics = cold_start_metrics(ranks.sum(sums), settings) | norms  # 6 log
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "epoch": step / run.steps_per_epoch}
         metrics |= {"wait_share": waited / run.seconds(), "step_seconds": run.seconds()}
-        run.save(step)
+        run.save(step, metrics)
         if val_pairs and run.is_due(step, settings.val_every):  # after saving: a crash here costs nothing
             metrics["val_accuracy"] = validate(model, val_set, settings, ranks)
         run.finish_step(step, metrics, cold_start_line(metrics))

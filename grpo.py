@@ -334,7 +334,7 @@ def train(model, reference, engine, pairs, settings: Settings, ranks) -> None:
         metrics = grpo_metrics(batch, updates, tokenizer.eos_token_id, settings, ranks)  # 8 log
         metrics |= {"wait_share": drawn / run.seconds(), "generate_seconds": generated - drawn}
         metrics |= {"update_seconds": run.seconds() - generated, "step_seconds": run.seconds()}
-        run.save(step)
+        run.save(step, metrics)
         if ranks.is_main:
             texts = [decode_cot(tokenizer, cot) for cot in batch[0].cots[0]]
             write_samples(os.path.join(settings.out, "samples.jsonl"), step, batch[0], texts)

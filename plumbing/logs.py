@@ -11,19 +11,26 @@ import numpy as np
 class Log:
     """metrics.jsonl, one JSON line per step, and one dense line on the screen. Rank 0 writes."""
 
-    def __init__(self, out: str, ranks, resumed_step: int = 0):
+    def __init__(self, out: str, ranks, position: dict):
+        """position: step.json of the checkpoint that was resumed. Later steps' lines will be written again."""
         self.path, self.ranks, self.started = os.path.join(out, "metrics.jsonl"), ranks, time.time()
         if ranks.is_main:
             for file_name in ("metrics.jsonl", "samples.jsonl"):
-                _cut(os.path.join(out, file_name), resumed_step)
+                _cut(os.path.join(out, file_name), position["step"])
+            written = [line["step"] for line in read_metrics(out)]
+            if position["step"] and position["step"] not in written:  # a kill came between saving and logging
+                self._append(position["step"], position["metrics"])
 
     def step(self, step: int, metrics: dict[str, float], line: str) -> None:
         """Writes one step's metrics; `line` is what the screen shows."""
         if self.ranks.is_main:
-            record = {"step": step, "seconds": round(time.time() - self.started, 2), **metrics}
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            self._append(step, metrics)
         self.ranks.print(line)
+
+    def _append(self, step, metrics):
+        record = {"step": step, "seconds": round(time.time() - self.started, 2), **metrics}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 class Sums(dict):

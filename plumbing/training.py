@@ -75,8 +75,9 @@ class Run:
         self.steps_per_epoch, self.local_pairs = divide(num_pairs, settings, ranks)
         self.total = min(settings.max_steps or 10**9, settings.epochs * self.steps_per_epoch)
         self.warmup_steps = max(1, round(settings.warmup * self.total))
-        self.first = load_checkpoint(settings.out, model, optimizer, ranks)["step"] if settings.resume else 0
-        self.log, self.stop, self.began = Log(settings.out, ranks, self.first), StopSignal(), time.time()
+        position = load_checkpoint(settings.out, model, optimizer, ranks) if settings.resume else {"step": 0}
+        self.first = position["step"]
+        self.log, self.stop, self.began = Log(settings.out, ranks, position), StopSignal(), time.time()
 
     def draws(self):
         """Yields (epoch, this rank's indices of pairs) for each step that is left."""
@@ -101,11 +102,15 @@ class Run:
         """At every `every`-th step and at the last; `every` 0: only at the last."""
         return step == self.total or (every > 0 and step % every == 0)
 
-    def save(self, step: int) -> None:
-        """COLLECTIVE: a checkpoint if one is due, or if somebody pressed Ctrl-C."""
+    def save(self, step: int, metrics: dict[str, float]) -> None:
+        """COLLECTIVE: a checkpoint if one is due, or if somebody pressed Ctrl-C.
+
+        The step's metrics go along: a kill between saving and logging would lose their line.
+        """
         self.stopping = self.ranks.any(self.stop.requested)
         if self.stopping or self.is_due(step, self.settings.save_every):
-            save_checkpoint(self.settings.out, step, self.model, self.optimizer, self.ranks, self.settings.keep)
+            out, keep, more = self.settings.out, self.settings.keep, {"metrics": metrics}
+            save_checkpoint(out, step, self.model, self.optimizer, self.ranks, keep, more)
 
     def finish_step(self, step: int, metrics: dict[str, float], line: str) -> None:
         """Logs the step; after Ctrl-C ends the run. `line` is what the screen shows."""

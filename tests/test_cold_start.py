@@ -193,6 +193,18 @@ def test_a_second_run_in_the_same_folder(with_cots, base_dir, tmp_path, capsys):
     refuses(capsys, cold_start.main, *flags(), "--resume", says="a model but no checkpoint")
 
 
+def test_a_kill_between_saving_and_logging_loses_no_line(with_cots, base_dir, tmp_path):
+    """The step's metrics lie in the checkpoint too: tests/kills.py found their line missing after a resume."""
+    flags = [*arguments(with_cots, base_dir, tmp_path, max_steps=2), "--resume"]
+    cold_start.main(flags)
+    path = tmp_path / "metrics.jsonl"
+    before = logs.read_metrics(str(tmp_path))
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:1]))
+    cold_start.main(flags)
+    after = logs.read_metrics(str(tmp_path))
+    assert [line["step"] for line in after] == [1, 2] and after[1]["loss"] == before[1]["loss"]
+
+
 def test_resume_with_other_settings(with_cots, base_dir, tmp_path, capsys):
     """What decides what is learned is refused by name; a new rate is used, printed and kept."""
     flags = lambda **more: [*arguments(with_cots, base_dir, tmp_path, **more), "--resume"]
