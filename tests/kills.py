@@ -3,13 +3,14 @@
     python tests/kills.py --kills 100 --out DIR              stage 1 on one rank, and rollout.py
     python tests/kills.py --kills 20 --ranks 2 --out DIR     stage 1 under torchrun
 
-Each round runs a command to its end without a kill, then again with SIGKILL to its whole process group at random
+Each round runs a command to its end without a kill, then again with SIGKILL to all its processes at random
 moments (a checkpoint is saved after every step, so many hit a save), each time going on with the same command, until it
 ends by itself. Lost is: another final weight or CoT by a single bit, a step that is missing or twice in metrics.jsonl, a
 half-written folder that stays. Prints a line per kill and a verdict; exit code 1 if anything was lost.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -58,6 +59,44 @@ def lines_of(path: pathlib.Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
+def family(pid: int) -> list[int]:
+    """A process and all its descendants, from /proc (Linux). The parent's pid is the second field behind the name."""
+    children = {}
+    for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parent = int(path.read_text().rpartition(")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):  # it ended just now
+            continue
+        children.setdefault(parent, []).append(int(path.parent.name))
+    found = [pid]
+    for one in found:  # grows while it is read
+        found += children.get(one, [])
+    return found
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL to the process and its ranks, and waits until all are gone.
+
+    torchrun gives each rank a session of its own, so its process group holds none of them. Left alive, they would train
+    and save beside the run that goes on.
+    """
+    members = family(process.pid)
+    for pid in members:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+    while any(alive(pid) for pid in members):
+        time.sleep(0.01)
+
+
+def alive(pid: int) -> bool:
+    """False for a zombie too: it writes nothing any more, and its parent may never fetch it."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def run(command: list[str], log: pathlib.Path, kill_after: float | None) -> bool:
     """Runs it; after its log has grown by a line and `kill_after` seconds more, kills it. True: it ended by itself."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -69,8 +108,7 @@ def run(command: list[str], log: pathlib.Path, kill_after: float | None) -> bool
             if kill_after is not None and moment is None and lines_of(log) > before:
                 moment = time.time() + kill_after
             if moment is not None and time.time() >= moment:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                kill_all(process)
                 return False
             time.sleep(0.005)
     if process.returncode:

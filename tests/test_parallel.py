@@ -21,6 +21,7 @@ import data
 import grpo
 import parallel
 from conftest import ROOT, refuses, run
+from kills import alive, family, kill_all
 from model import DeScore
 
 
@@ -65,8 +66,10 @@ def kill_after_step(step, out, *flags):
     deadline, wanted = time.time() + 120, out / "checkpoints" / f"step-{step:06d}"
     while not wanted.is_dir() and time.time() < deadline:
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    members = family(process.pid)
+    kill_all(process)
+    # torchrun and both ranks: a rank left alive would train beside the run that goes on, and save in its place.
+    assert len(members) >= 3 and not any(alive(pid) for pid in members)
     assert wanted.is_dir() and not (out / "model").exists()
 
 
