@@ -5,7 +5,7 @@
     python -m lab.look --show 3 --data pairs.csv --model Qwen/Qwen3-VL-8B-Instruct
         prints three examples with prompt, CoT and query in colour and draws their sampled frames to a PNG.
 
-Shapes: T frames, H x W pixels, P prompt tokens (video tokens included), C CoT tokens, N patches.
+Shapes: F frames, H x W pixels, P prompt tokens (video tokens included), T CoT tokens.
 Labels everywhere: +1 video A is better, -1 video B is better, 0 the same.
 """
 
@@ -122,11 +122,11 @@ class Video:
     """Sampled frames and where they came from.
 
     Attributes:
-        frames: (T, H, W, 3) uint8, RGB; T is even and >= 2; H and W are multiples of 32.
+        frames: (F, H, W, 3) uint8, RGB; F is even and >= 2; H and W are multiples of 32.
         source_fps: frames per second of the FILE. The processor turns frame_indices / source_fps into the timestamps
             that the model reads, so a wrong value here silently shifts all of them.
         total_num_frames: frames in the file.
-        frame_indices: which T of them were taken.
+        frame_indices: which F of them were taken.
     """
 
     frames: np.ndarray
@@ -210,7 +210,7 @@ def _read_video(path, fps, max_pixels, decode):
         frames = np.broadcast_to(np.uint8(0), (len(indices), height, width, 3))
         if decode:
             reader = VideoReader(path, ctx=cpu(0), width=width, height=height, num_threads=1)
-            frames = reader.get_batch(indices).asnumpy()  # (T, H, W, 3) uint8
+            frames = reader.get_batch(indices).asnumpy()  # (F, H, W, 3) uint8
     except (DECORDError, RuntimeError, IndexError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(f"{path}: is broken or not a video ({reason.strip()[-120:]}).") from error
@@ -220,7 +220,7 @@ def _read_video(path, fps, max_pixels, decode):
 def to_video(video, fps: float, max_pixels: int, source_fps: float | None = None) -> Video:
     """A path, a Video, or frames in memory -> Video.
 
-    Frames: array or tensor (T, H, W, 3), uint8 or float in [0, 1], all frames of the clip at `source_fps`; they are
+    Frames: array or tensor (F, H, W, 3), uint8 or float in [0, 1], all frames of the clip at `source_fps`; they are
     sampled and resized as a file would be.
     """
     if isinstance(video, Video):
@@ -229,7 +229,7 @@ def to_video(video, fps: float, max_pixels: int, source_fps: float | None = None
         return sample_frames(os.fspath(video), fps, max_pixels)
     frames = torch.as_tensor(video)
     if frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) == 0:
-        raise InputError(f"frames of shape {tuple(frames.shape)}: (T, H, W, 3) is needed, T >= 1.")
+        raise InputError(f"frames of shape {tuple(frames.shape)}: (F, H, W, 3) is needed, F >= 1.")
     if not source_fps or source_fps <= 0:
         raise InputError("frames in memory need source_fps, the frames per second they were made at.")
     if frames.is_floating_point():

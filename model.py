@@ -191,7 +191,7 @@ class DeScore(nn.Module):
 
     # -- using it -----------------------------------------------------------------------------------------------
     def encode(self, videos, prompts, source_fps: float | None = None) -> list[dict]:
-        """Videos (paths, data.Video, or (T, H, W, 3) arrays with `source_fps`) and prompts -> prefixes for
+        """Videos (paths, data.Video, or (F, H, W, 3) arrays with `source_fps`) and prompts -> prefixes for
         `lay_out`."""
         if len(videos) != len(prompts):
             raise InputError(f"{len(videos)} videos but {len(prompts)} prompts; one prompt per video is needed.")

@@ -7,7 +7,7 @@ A clip shows one coloured shape over a textured background, seen by a moving cam
 truth of every verdict is known: `annotate` stands in for the human labels and for Gemini's annotations. Nothing else
 is simplified: real H.264 files, the real processor and model classes. The model is in toy_model.py.
 
-Shapes: T frames, H x W pixels.
+Shapes: F frames, H x W pixels.
 """
 
 import argparse
@@ -149,7 +149,7 @@ def _paths(seen: dict, t, rng):
 
 
 def _apply_style(frames, style: str, strength: float, rng):
-    """frames (T, H, W, 3) float -> the same in a style. `strength` 1 is plain to see, 0.5 is a close call."""
+    """frames (F, H, W, 3) float -> the same in a style. `strength` 1 is plain to see, 0.5 is a close call."""
     if style == "grainy":
         return frames + 26 * strength * rng.standard_normal(frames.shape[:3] + (1,), np.float32)
     if style == "faded":
@@ -177,11 +177,11 @@ def render_clip(seen: dict, rng, times=None, size: int = 64, look: str = "clean"
     phase, wave = rng.uniform(0, 6.3, 3), 6.28 / rng.uniform(18, 30, 3)
     across = (x[0] / zoom[:, None] + shift[:, :1])[:, None, :]  # (T, 1, W)
     down = (y[:, 0] / zoom[:, None] + shift[:, 1:])[:, :, None]  # (T, H, 1)
-    checks = np.sin(wave[0] * across + phase[0]) * np.sin(wave[1] * down + phase[1])  # (T, H, W)
+    checks = np.sin(wave[0] * across + phase[0]) * np.sin(wave[1] * down + phase[1])  # (F, H, W)
     i, j = wave[2] * across + phase[2], wave[2] * down
     stripes = np.sin(i) * np.cos(j) + np.cos(i) * np.sin(j)  # sin(i + j)
     low, high = np.array(GROUND[seen["environment"]], np.float32)
-    frames = low + (high - low) * (0.5 + 0.35 * checks + 0.25 * stripes)[..., None]  # (T, H, W, 3)
+    frames = low + (high - low) * (0.5 + 0.35 * checks + 0.25 * stripes)[..., None]  # (F, H, W, 3)
 
     colour, shape = seen["subject"]
     radius = rng.uniform(9.0, 12.5) * (0.8 if look == "hard" else 1.0)
@@ -198,7 +198,7 @@ def render_clip(seen: dict, rng, times=None, size: int = 64, look: str = "clean"
 
 
 def write_mp4(path, frames: np.ndarray, fps: int, crf: int = 14) -> None:
-    """frames (T, H, W, 3) uint8 -> H.264 in mp4, 4:2:0 like nearly every clip in the wild. crf: higher is blockier."""
+    """frames (F, H, W, 3) uint8 -> H.264 in mp4, 4:2:0 like nearly every clip in the wild. crf: higher is blockier."""
     import av  # here: only `data` and `measure` write clips
 
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,7 @@ def frames_html(path: str, sample_frames, count: int = 6) -> str:
     from PIL import Image
 
     try:
-        frames = sample_frames(path, 2.0, 192 * 192).frames  # (T, H, W, 3)
+        frames = sample_frames(path, 2.0, 192 * 192).frames  # (F, H, W, 3)
     except InputError as error:
         return f"<p>{html.escape(str(error))}</p>"
     images = []
