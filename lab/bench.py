@@ -533,7 +533,7 @@ def draw(results: dict, path: str) -> None:
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
 
 
