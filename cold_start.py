@@ -70,6 +70,7 @@ class Settings(CommonSettings):
 def prepare_pairs(path: str, settings: Settings, ranks, need_cots: bool) -> list[data.PreferencePair]:
     """COLLECTIVE: reads a CSV, drops ties for plain BT, drops bad videos if asked, and says how many."""
     pairs = data.read_pairs(path, settings.dimension, settings.video_root)
+    # Without CoTs nothing is left to mask: the head would learn to score unthinkingly, and nothing would say so.
     if need_cots and not any(pair.cot_a or pair.cot_b for pair in pairs) and settings.mask_probability < 1:
         raise InputError(
             f"{path}: has no CoT_A / CoT_B; collect them with rollout.py, or train with --mask-probability 1."
@@ -151,6 +152,8 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
     run = Run("stage 1", model, optimizer, len(pairs), settings, ranks)
     how = (model.processor, settings.fps, settings.max_pixels, settings.frame_cache)
     train_set, val_set = data.EncodedPairs(pairs, *how), data.EncodedPairs(val_pairs, *how)
+    # What is drawn depends on (seed, epoch) alone, so the whole schedule is known now, and loader workers can decode
+    # ahead of the loop. A resumed run starts the same schedule at its own step.
     drawn = draw(run, settings)
     encoded = data.take(train_set, [index for index, _ in drawn], settings.workers)
     stream = zip(encoded, [masked for _, masked in drawn])
@@ -158,7 +161,7 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
     model.train()
     for step in run.steps():
         batch = [next(stream) for _ in range(run.local_pairs)]  # 1 draw pairs
-        waited = run.seconds()
+        waited = run.seconds()  # a large share of the step means: more --workers, or --frame-cache
         batch.sort(key=longest)
         sums = Sums()
         for i in range(0, run.local_pairs, settings.micro_pairs):
@@ -169,7 +172,9 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
             # 4 The denominator is the whole batch's, over all micro-batches and ranks.
             if settings.loss == "btt":
                 loss = btt_loss(reward_a, reward_b, label, denominator=settings.batch_pairs)
-            else:  # r_w, r_l of Eq. 3: the reward of the video that people preferred, and of the other
+            else:
+                # r_w, r_l of Eq. 3: the reward of the video that people preferred, and of the other. The label may say
+                # A or B; a reward has no side, so that the model cannot learn one.
                 chosen = torch.where(label > 0, reward_a, reward_b)
                 rejected = torch.where(label > 0, reward_b, reward_a)
                 loss = bt_loss(chosen, rejected, denominator=settings.batch_pairs)
@@ -177,8 +182,9 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
             parallel.backward(loss, ranks)  # 5 backward
             note_scores(sums, loss, reward_a, reward_b, label, masks)
         parallel.set_learning_rate(optimizer, step, run.warmup_steps)
+        # clip and update: once per batch, after all of its micro-batches have added to the gradients
         rows = rows_of(item for item, _ in batch)
-        norms = parallel.take_step(model, optimizer, rows, settings, ranks)  # clip, update
+        norms = parallel.take_step(model, optimizer, rows, settings, ranks)
         metrics = cold_start_metrics(ranks.sum(sums), settings) | norms  # 6 log
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "epoch": step / run.steps_per_epoch}
         metrics |= {"wait_share": waited / run.seconds(), "step_seconds": run.seconds()}
@@ -194,6 +200,7 @@ def rows_of(items) -> list[dict]:
 
 
 def main(argv=None) -> None:
+    """Reads and checks everything that can be checked, builds the model, trains it, saves it."""
     settings = parse(Settings, __doc__, argv)
     if settings.data is None:
         raise InputError("--data is missing; give a CSV of preference pairs.")
@@ -203,12 +210,14 @@ def main(argv=None) -> None:
     val_pairs = prepare_pairs(settings.val, settings, ranks, need_cots=False) if settings.val else []
     how = {"empty": ranks.world > 1, "random_init": settings.random_init}
     dtype = parallel.load_dtype(settings.train, ranks)
+    # new_head: the base model has none, so query and head start from scratch; stage 2 will insist on them.
     model = DeScore.from_pretrained(settings.model, dtype=dtype, new_head=True, **how)
     pairs = fitting_pairs(pairs, model.processor, settings, ranks, data.sequence_lengths)  # before hours of training
     if val_pairs:
         val_pairs = fitting_pairs(val_pairs, model.processor, settings, ranks, data.sequence_lengths)
     model.settings.update(base_model=settings.model, fps=settings.fps, max_pixels=settings.max_pixels)
     lora = settings.lora_r, settings.lora_alpha, settings.lora_dropout
+    # lm_head maps hidden states to words. This stage's loss never asks for a word, so no gradient would reach it.
     model.make_trainable(settings.train, settings.train_vision, *lora, lm_head=False)
     if settings.gradient_checkpointing:
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
@@ -217,6 +226,7 @@ def main(argv=None) -> None:
     parallel.shard(model, ranks, settings.shard_ranks, settings.cpu_offload)
     parallel.seed_dropout(ranks)
     train(model, pairs, val_pairs, settings, ranks)
+    # The rewards' mean and spread go along, for those who want them on a common scale: DeScore.reward(normalize=True).
     model.settings.update(reward_scale(settings.out))
     save_model(model, os.path.join(settings.out, "model"), ranks)
     if ranks.is_main:

@@ -359,6 +359,7 @@ def one_video(s: Settings, ranks, judge: Judge) -> None:
 
 
 def main(argv=None) -> None:
+    """All sets are thought about first, then scored: the engine's memory is free when scoring starts."""
     s = parse(Settings, __doc__, argv)
     check(s)
     ranks = parallel.start(s.seed)

@@ -316,6 +316,8 @@ def train(model, reference, engine, pairs, settings: Settings, ranks) -> None:
     tokenizer, mini_size = model.processor.tokenizer, settings.mini_pairs // ranks.world
 
     model.train()
+    # Rewards and advantages belong to the CoTs as they were sampled: they are computed once per rollout batch, and stay
+    # the same for all of its mini-batches, while the policy moves on. That is what the ratio π / π_old corrects for.
     for step in run.steps():
         items = [next(stream) for _ in range(run.local_pairs)]  # 1 draw pairs
         drawn = run.seconds()
@@ -328,7 +330,7 @@ def train(model, reference, engine, pairs, settings: Settings, ranks) -> None:
             log_probs_before(model, reference, rollouts, settings, ranks)  # 5 old and reference log-probs
         parallel.set_learning_rate(optimizer, step, run.warmup_steps)
         updates = []
-        for i in range(0, run.local_pairs, mini_size):
+        for i in range(0, run.local_pairs, mini_size):  # one mini-batch = one optimizer step
             updates.append(update(model, optimizer, batch[i : i + mini_size], settings, ranks))  # 6 update
         engine.sync(parallel.trained_weights(model))  # 7 the engine samples the next batch from the new weights
         metrics = grpo_metrics(batch, updates, tokenizer.eos_token_id, settings, ranks)  # 8 log
@@ -356,6 +358,7 @@ def check(settings: Settings, ranks) -> None:
 
 
 def main(argv=None) -> None:
+    """Reads and checks the data, builds policy, reference and engine, trains, saves."""
     settings = parse(Settings, __doc__, argv)
     ranks = parallel.start(settings.seed, settings.cpu_offload)
     check(settings, ranks)

@@ -361,6 +361,7 @@ def write_cots(out: str, pairs: list[data.PreferencePair], thoughts: dict) -> No
 
 
 def main(argv=None) -> None:
+    """One CoT per video of each CSV; the engine is opened once for all of them."""
     s = parse(Settings, __doc__, argv)
     if s.data is None:
         raise InputError("--data is missing; give a CSV of preference pairs.")
