@@ -1,1 +1,1 @@
-"""What is done with the method: the toy world, the bench, the memory plan, pictures, best-of-N. Run with `python -m lab.NAME`."""
+"""What is done with the method: toy world, bench, memory plan, pictures, best-of-N. `python -m lab.NAME` runs one."""

@@ -538,6 +538,7 @@ def draw(results: dict, path: str) -> None:
 
 
 def main(argv=None) -> None:
+    """Runs the chosen sections; writes tables and figure."""
     s, big = parse(Settings, __doc__, argv), torch.cuda.is_available()
     chosen = [name.strip() for name in s.only.split(",")]
     if unknown := [name for name in chosen if name not in SECTIONS]:
@@ -549,7 +550,7 @@ def main(argv=None) -> None:
     device = torch.cuda.get_device_name() if big else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     machine = {"device": device, "torch": torch.__version__, "compute": "bf16 autocast" if big else "fp32",
                "parameters": sum(p.numel() for p in world.model.parameters())}
-    results, text = {}, ["# bench.py", table([machine]), ", ".join(f"{k} {v}" for k, v in vars(s).items())]
+    results, text = {}, ["# lab/bench.py", table([machine]), ", ".join(f"{k} {v}" for k, v in vars(s).items())]
     world.ranks.print("\n\n".join(text))
     for name in [name for name in SECTIONS if name in chosen]:
         results[name] = SECTIONS[name](world)

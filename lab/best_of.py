@@ -74,6 +74,7 @@ def write_best_and_worst(path: str, groups: dict[str, list[tuple[float, str]]]) 
 
 
 def main(argv=None) -> None:
+    """Thinks and scores as evaluate.py does, then ranks per prompt."""
     s = parse(Settings, __doc__, argv)
     evaluate.check(s)
     if not s.data:

@@ -59,6 +59,7 @@ def draw_frames(rows: list[tuple[str, Video]], path: str) -> None:
 
 
 def main(argv=None) -> None:
+    """Prints the first pairs of a CSV and draws their frames."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="CSV of preference pairs, any of the known formats")
     parser.add_argument("--show", type=int, default=3, metavar="N", help="how many examples (default 3)")

@@ -147,6 +147,7 @@ def plan_time(config, s: Plan) -> dict[str, float]:
 
 
 def main(argv=None) -> None:
+    """Prints memory by use, and seconds of one step."""
     s = parse(Plan, "Memory per GPU and time per step for a model size, before anything is bought or loaded.", argv)
     try:
         config = model_config(s.plan)

@@ -201,6 +201,7 @@ def matmul_rate(device) -> float:
 
 
 def main(argv=None) -> None:
+    """One update of each chosen case, printed beside the plan and written to OUT/real.json."""
     s, on_gpu = parse(Settings, __doc__, argv), torch.cuda.is_available()
     os.makedirs(s.out, exist_ok=True)
     ranks, rows = parallel.start(s.seed), []

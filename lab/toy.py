@@ -315,6 +315,7 @@ def make_data(
 
 
 def main(argv=None) -> None:
+    """`data` renders the clips and CSVs; `base` pre-trains the tiny model and measures it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     world = commands.add_parser("data", help="render clips and write the CSVs")

@@ -12,7 +12,7 @@ REQUESTS = 256  # CoTs asked for at once. More keep the GPU no busier, and their
 
 
 class VLLMEngine:
-    """One vLLM engine per process, in this process. README, "vLLM".
+    """One vLLM engine per process, in this process. docs/engines.md says how it is used.
 
     banned: ids that may not be sampled. limit: prompt + CoT tokens at most. memory: its share of the GPU.
     tp: ranks that hold one engine together. dummy: start without weights, they come with the first sync.
