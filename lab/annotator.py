@@ -106,10 +106,11 @@ def ask(client, question: Question, s) -> dict:
             model=s.model, messages=make_message(question, s), response_format=form, temperature=0,
             max_completion_tokens=s.max_answer_tokens, extra_body=more,
         )
-        if reply.usage:
-            record["usage"] = {"prompt": reply.usage.prompt_tokens, "answer": reply.usage.completion_tokens}
-        if not reply.choices:
-            raise ValueError("no choice in the reply")
+        usage = getattr(reply, "usage", None)
+        if usage:
+            record["usage"] = {"prompt": usage.prompt_tokens or 0, "answer": usage.completion_tokens or 0}
+        if not getattr(reply, "choices", None):  # the client hands a page of HTML back as a str
+            raise ValueError("reply has no choices: is --base-url an OpenAI-compatible endpoint, with /v1?")
         record["verdicts"] = read_reply(reply.choices[0])
     except openai.APIStatusError as error:
         record["error"] = f"HTTP {error.status_code}: {first_line(error)}"

@@ -219,7 +219,10 @@ def plain(prompt: str) -> str:
 
 
 def share_of(text: str) -> float:
-    """A number in [0, 1) that only the text decides: the same prompt lands on the same side in every set and run."""
+    """A number in [0, 1) that the text alone decides: a prompt lands on the same side in every set and every run.
+
+    Splitting the larger part again needs another --seed: with the same one, its smallest numbers are gone already.
+    """
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big") / 2**56
 
 
@@ -270,8 +273,10 @@ def convert(args) -> None:
     for pair in shared:
         tally.drop("pairs whose prompt a file of --exclude has", repr(pair.prompt[:40]))
     print(tally.report())
-    held = [pair for pair in pairs if args.val and share_of(plain(pair.prompt)) < args.val_share]
-    kept = [pair for pair in pairs if not (args.val and share_of(plain(pair.prompt)) < args.val_share)]
+    held, kept = [], []
+    for pair in pairs:
+        hold = args.val and share_of(f"{args.seed} {plain(pair.prompt)}") < args.val_share
+        (held if hold else kept).append(pair)
     if not kept or (args.val and not held):
         raise InputError(f"{args.command}: no pair is left for {args.val if kept else args.out}; see the counts above.")
     for path, part in ((args.out, kept), (args.val, held)):
@@ -292,6 +297,7 @@ def main(argv=None) -> None:
         part.add_argument("--out", required=True, help="CSV to write; its video paths are relative to its folder")
         part.add_argument("--val", help="CSV for the prompts that are held out")
         part.add_argument("--val-share", type=float, default=0.02, help="share of the prompts for --val (default .02)")
+        part.add_argument("--seed", type=int, default=0, help="draws other prompts; what was split needs another one")
         part.add_argument("--exclude", nargs="+", default=[], metavar="CSV", help="benchmarks: drop their prompts")
         part.add_argument("--overwrite", action="store_true", help="replace --out and --val")
         if name != "join":

@@ -15,9 +15,9 @@ from plumbing import logs
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 TEXT = "\n".join(TEXTS.values())
-FOREIGN_FLAGS = {  # of torchrun, pip and hf
+FOREIGN_FLAGS = {  # of torchrun, pip, hf and vllm
     "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--shutdown_timeout", "--index-url",
-    "--local-dir", "--repo-type",
+    "--local-dir", "--repo-type", "--tensor-parallel-size", "--media-io-kwargs",
 }
 
 
