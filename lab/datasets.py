@@ -66,7 +66,7 @@ def videofeedback2_row(row: dict) -> tuple[str, str, int]:
         match = re.search(r"its text prompt:\s*(.*?)\s*Based on the video content", question, flags=re.DOTALL)
         prompt = match.group(1) if match else ""
     prompt = re.sub(r"(?<!\.)\.\.$", ".", prompt)  # their template puts a full stop behind the prompt's own
-    if not prompt:
+    if not re.search(r"\w", prompt):
         raise ValueError("no text prompt")
     scores = re.findall(r"alignment:\s*(-?\d+(?:\.\d+)?)", told)
     if not scores:
@@ -99,13 +99,13 @@ def videofeedback2(args, tally: Tally) -> list[Pair]:
     pairs, ties, close = [], 0, 0
     for prompt, scored in prompts.items():
         found = []
-        for one, two in itertools.combinations(sorted(scored, key=lambda item: share_of(item[0])), 2):
+        for one, two in itertools.combinations(sorted(scored, key=lambda item: share_of(os.path.basename(item[0]))), 2):
             ties += one[1] == two[1]
             close += 0 < abs(one[1] - two[1]) < args.min_gap
             if abs(one[1] - two[1]) >= args.min_gap or (args.ties and one[1] == two[1]):
                 label = "same" if one[1] == two[1] else "BA"[one[1] > two[1]]
                 found.append(Pair(one[0], two[0], prompt, label))
-        found.sort(key=lambda pair: share_of(pair.video_a + pair.video_b))
+        found.sort(key=lambda pair: share_of(os.path.basename(pair.video_a) + os.path.basename(pair.video_b)))
         pairs += found[: args.per_prompt or None]
     print(f"  {len(seen)} videos of {len(prompts)} prompts; {ties} pairs with equal scores"
           f"{'' if args.ties else ' (left out; --ties keeps them)'}, {close} closer than --min-gap {args.min_gap:g}")

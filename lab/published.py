@@ -94,10 +94,12 @@ class Videos:
         """-> (path, "") or (None, why not)."""
         parts = listed.split("?")[0].replace("\\", "/").split("/")
         found = self.by_name.get(parts[-1], [])
+        if not found:
+            return None, "video listed but not there"
         if len(found) > 1:
             found = [path for path in found if path.replace(os.sep, "/").split("/")[-2:] == parts[-2:]]
         if len(found) != 1:
-            return None, "video listed but not there" if not found else "two videos of that name"
+            return None, "several videos of that name"
         if os.path.getsize(found[0]) == 0:
             return None, "video file is empty"
         if self.check:
