@@ -26,6 +26,7 @@ from data import InputError
 from losses import bt_loss, btt_loss, draw_cot_mask
 from metrics import accuracy_without_ties
 from model import DeScore, lay_out, to_device
+from plumbing import checks
 from plumbing.checkpoint import save_model
 from plumbing.jobs import fitting_pairs, readable_pairs
 from plumbing.logs import Sums, draw_curves, reward_scale
@@ -218,8 +219,7 @@ def rows_of(items) -> list[dict]:
 def main(argv=None) -> None:
     """Reads and checks everything that can be checked, builds the model, trains it, saves it."""
     settings = parse(Settings, __doc__, argv)
-    if settings.data is None:
-        raise InputError("--data is missing; give a CSV of preference pairs.")
+    checks.require(settings, data="a CSV of preference pairs")
     ranks = parallel.start(settings.seed, settings.cpu_offload)
     claim_run(settings, ranks)
     pairs = prepare_pairs(settings.data, settings, ranks, need_cots=True)
