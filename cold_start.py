@@ -120,8 +120,8 @@ def score_pairs(model, items, settings, masks=None):
                 )
             prefixes.append(prefix)
             responses.append([ids])
-    batch = to_device(lay_out(model.backbone, prefixes, responses), model.query.device)
     # One row per video, [video and prompt | CoT | query]; r = head(hidden state of the query).
+    batch = to_device(lay_out(model.backbone, prefixes, responses), model.query.device)
     rewards = model(batch, want_log_probs=False).rewards.view(-1, 2)  # (B, 2): videos A and B of each pair
     return rewards[:, 0], rewards[:, 1]
 
