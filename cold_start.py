@@ -26,6 +26,7 @@ from data import InputError
 from losses import bt_loss, btt_loss, draw_cot_mask
 from metrics import accuracy_without_ties
 from model import DeScore, lay_out, to_device
+from plumbing import checks
 from plumbing.checkpoint import save_model
 from plumbing.jobs import fitting_pairs, readable_pairs
 from plumbing.logs import Sums, draw_curves, reward_scale
@@ -78,6 +79,7 @@ def prepare_pairs(path: str, settings: Settings, ranks, need_cots: bool) -> list
         )
     if not need_cots and not any(pair.cot_a or pair.cot_b for pair in pairs):
         ranks.print(f"{path}: has no CoT_A / CoT_B, so validation is without thinking")
+    # Eq. 3 needs a winner, and a human tie has none. --loss btt has a term of its own for "the same".
     if settings.loss == "bt":
         ties = sum(pair.label == 0 for pair in pairs)
         pairs = [pair for pair in pairs if pair.label != 0]
@@ -118,6 +120,7 @@ def score_pairs(model, items, settings, masks=None):
                 )
             prefixes.append(prefix)
             responses.append([ids])
+    # One row per video, [video and prompt | CoT | query]; r = head(hidden state of the query).
     batch = to_device(lay_out(model.backbone, prefixes, responses), model.query.device)
     rewards = model(batch, want_log_probs=False).rewards.view(-1, 2)  # (B, 2): videos A and B of each pair
     return rewards[:, 0], rewards[:, 1]
@@ -178,7 +181,7 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
     for step in run.steps():
         batch = [next(stream) for _ in range(run.local_pairs)]  # 1 draw pairs
         waited = run.seconds()  # a large share of the step means: more --workers, or --frame-cache
-        batch.sort(key=longest)
+        batch.sort(key=longest)  # only within the batch: the sum of its gradients does not depend on the order
         sums = Sums()
         for i in range(0, run.local_pairs, settings.micro_pairs):
             items, masks = zip(*batch[i : i + settings.micro_pairs])  # 2 mask CoTs
@@ -218,8 +221,7 @@ def rows_of(items) -> list[dict]:
 def main(argv=None) -> None:
     """Reads and checks everything that can be checked, builds the model, trains it, saves it."""
     settings = parse(Settings, __doc__, argv)
-    if settings.data is None:
-        raise InputError("--data is missing; give a CSV of preference pairs.")
+    checks.require(settings, data="a CSV of preference pairs")
     ranks = parallel.start(settings.seed, settings.cpu_offload)
     claim_run(settings, ranks)
     pairs = prepare_pairs(settings.data, settings, ranks, need_cots=True)
