@@ -1,6 +1,6 @@
 """Verdicts on the five dimensions, per video, from any OpenAI-compatible endpoint: stage 2's truth.
 
-    vllm serve Qwen/Qwen3-VL-32B-Instruct --media-io-kwargs '{"video": {"num_frames": -1}}'
+    vllm serve Qwen/Qwen3-VL-32B-Instruct --media-io-kwargs '{"video": {"fps": 2}}'
     python -m lab.annotate --data pairs.csv --out train_rl.csv --model Qwen/Qwen3-VL-32B-Instruct --limit 20
 
 Each reply is appended to OUT.jsonl at once, and a second run asks only for what is missing. A failure (an error, a
@@ -8,7 +8,8 @@ reply that was cut off, anything but five known verdicts) is kept as a failure, 
 becomes a verdict. OUT has the pairs whose two videos have verdicts. The paper asked Gemini-2.5-Pro. Needs
 requirements-road.txt; the key is read from OPENAI_API_KEY.
 
-vLLM takes 32 frames of a video unless it is served as above; so look at the prompt tokens that the first run prints.
+With --send video the server samples the frames: vLLM 0.32 takes 2 a second for Qwen3-VL, older ones 32 of any video.
+So the prompt tokens that a run prints must grow with a video's length. vLLM lets no request ask for another rate.
 """
 
 import collections
@@ -23,6 +24,7 @@ import data
 from lab.annotator import Question, ask, make_question, open_client
 from lab.datasets import LABELS, Pair, write_pairs
 from metrics import bootstrap_interval
+from plumbing.checks import require
 from plumbing.jobs import open_log
 from plumbing.settings import InputError, arg, cli, parse
 
@@ -37,8 +39,8 @@ class Settings:
     base_url: str = arg("http://localhost:8000/v1", "the endpoint")
     send: str = arg("video", "video: the file itself (vLLM); frames: pictures with their times (most endpoints)",
                     choices=["video", "frames"])
-    fps: float = arg(2.0, "frames per second", above=0)
-    max_pixels: int = arg(448 * 448, "pixels per frame at most, of --send frames", at_least=1024)
+    fps: float = arg(2.0, "frames per second of --send frames", above=0)
+    max_pixels: int = arg(448 * 448, "pixels per frame at most of --send frames", at_least=1024)
     dimension: str = arg("TA", "label column where the CSV has several: TA, VQ, MQ or Overall")
     limit: int = arg(0, "videos that this run asks for at most; 0: all", at_least=0)
     max_tokens_total: int = arg(
@@ -169,9 +171,7 @@ def agreement(path: str, verdicts: dict[tuple[str, str], dict], s: Settings) -> 
 
 def check(s: Settings) -> None:
     """InputError for settings that cannot go together; before anything is asked, and paid for."""
-    for name in ("data", "out", "model"):
-        if getattr(s, name) is None:
-            raise InputError(f"--{name} is needed.")
+    require(s, data="a CSV of preference pairs", out="a CSV to write", model="the name of the model at the endpoint")
     if os.path.exists(s.out) and not os.path.exists(s.out + ".jsonl"):
         raise InputError(f"--out {s.out}: exists, and is not ours ({s.out}.jsonl is missing); name another file.")
     if s.agreement and not os.path.isfile(s.agreement):

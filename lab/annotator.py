@@ -42,7 +42,7 @@ def make_question(video: str, prompt: str, s) -> Question:
     """Hashes the video's bytes, so that an edited clip is asked anew and a moved one is not. OSError: not readable."""
     with open(video, "rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
-    frames = [s.send, s.fps, s.max_pixels if s.send == "frames" else None]
+    frames = [s.fps, s.max_pixels] if s.send == "frames" else "the server's own"
     parts = json.dumps([content, text_of(prompt), SCHEMA, s.model, frames])
     return Question(video, prompt, hashlib.sha256(parts.encode()).hexdigest())
 
@@ -99,12 +99,11 @@ def ask(client, question: Question, s) -> dict:
 
     start = time.time()
     record = {"key": question.key, "video": question.video, "prompt": question.prompt, "model": s.model}
-    more = {"mm_processor_kwargs": {"fps": s.fps, "do_sample_frames": True}} if s.send == "video" else {}
     form = {"type": "json_schema", "json_schema": {"name": "verdicts", "schema": SCHEMA, "strict": True}}
     try:
         reply = client.chat.completions.create(
             model=s.model, messages=make_message(question, s), response_format=form, temperature=0,
-            max_completion_tokens=s.max_answer_tokens, extra_body=more,
+            max_completion_tokens=s.max_answer_tokens,
         )
         usage = getattr(reply, "usage", None)
         if usage:
@@ -112,8 +111,6 @@ def ask(client, question: Question, s) -> dict:
         if not getattr(reply, "choices", None):  # the client hands a page of HTML back as a str
             raise ValueError("reply has no choices: is --base-url an OpenAI-compatible endpoint, with /v1?")
         record["verdicts"] = read_reply(reply.choices[0])
-    except openai.APIStatusError as error:
-        record["error"] = f"HTTP {error.status_code}: {first_line(error)}"
     except (openai.OpenAIError, InputError, ValueError, OSError) as error:  # ValueError: also a reply that is no JSON
         record["error"] = first_line(error)
     return record | {"seconds": round(time.time() - start, 2)}

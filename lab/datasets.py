@@ -11,7 +11,6 @@ Each prints what it kept, the ties, and what it dropped and why. --exclude drops
 """
 
 import argparse
-import csv
 import hashlib
 import itertools
 import json
@@ -21,6 +20,7 @@ import typing
 
 import data
 from lab.published import Tally, Videos, read_json, read_parquet, text_of
+from plumbing.files import write_csv
 from plumbing.formats import open_table
 from plumbing.settings import InputError, cli
 
@@ -245,11 +245,7 @@ def write_pairs(pairs: list[Pair], path: str) -> None:
             both = {"problem": pair.prompt, "prompt": pair.prompt}
             rows.append({"videos": json.dumps(videos), **both, "GSB": pair.label})
     os.makedirs(folder, exist_ok=True)
-    with open(f"{path}.tmp", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(f"{path}.tmp", path)  # a kill leaves no half CSV under the name
+    write_csv(path, list(rows[0]), [list(row.values()) for row in rows])
     labels = [pair.label for pair in pairs]
     counts = ", ".join(f"{labels.count(label)} {label}" for label in ("A", "B", "same", *VOTES) if label in labels)
     print(f"  wrote {path}: {len(pairs)} pairs of {len({pair.prompt for pair in pairs})} prompts ({counts})")

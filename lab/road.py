@@ -9,7 +9,6 @@ this process that knows the truth) and sizes (SMALLER). Results mean nothing: th
 
 import argparse
 import base64
-import csv
 import hashlib
 import http.server
 import json
@@ -27,6 +26,7 @@ import zipfile
 import numpy as np
 
 from lab import toy
+from plumbing.files import write_csv
 from plumbing.settings import InputError, cli
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -134,10 +134,7 @@ def rewardbench(folder, clips: Clips, pairs: int = 6) -> None:
         labels = dict.fromkeys(("VQ", "MQ", "TA", "Overall"), better)
         rows.append({"path_A": f"videos/{k}_A.mp4", "path_B": f"videos/{k}_B.mp4", "prompt": prompt, **labels,
                      "fps_A": 4, "num_frames_A": 8, "fps_B": 4, "num_frames_B": 8, "A_model": "one", "B_model": "two"})
-    with open(folder / "videogen-rewardbench.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(folder / "videogen-rewardbench.csv", list(rows[0]), [list(row.values()) for row in rows])
     with zipfile.ZipFile(folder / "videos.zip", "w") as archive:
         for path in sorted((folder / "videos").iterdir()):
             archive.write(path, f"videos/{path.name}")
@@ -217,7 +214,7 @@ def completion(text: str, finish_reason: str = "stop") -> bytes:
 def serve(handler) -> http.server.ThreadingHTTPServer:
     """Starts a server on a free port, in a thread. .server_port, .shutdown()"""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     return server
 
 
