@@ -9,6 +9,7 @@ this process that knows the truth) and sizes (SMALLER). Results mean nothing: th
 
 import argparse
 import base64
+import contextlib
 import hashlib
 import http.server
 import json
@@ -184,11 +185,12 @@ class Annotator(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         status, headers, body = self.respond(request)
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
+        with contextlib.suppress(ConnectionError):  # the client gave up
+            self.send_response(status)
+            for name, value in {"Content-Type": "application/json", "Content-Length": len(body), **headers}.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            self.wfile.write(body)
 
     def respond(self, request: dict) -> tuple[int, dict, bytes]:
         return 200, {}, completion(json.dumps(self.verdicts(request)))

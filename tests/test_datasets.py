@@ -1,6 +1,7 @@
 """Published data to our CSVs: labels, polarity, counts, and files that are broken, absent or half there."""
 
 import json
+import sys
 
 import pytest
 
@@ -21,7 +22,8 @@ def files(folder, *names, content=b"not decoded here"):
 
 def feedback(video, prompt, score, thought="(2) text-to-video alignment: 1"):
     """A row of VideoFeedback2's training file. Its thought states another score: it must not be read."""
-    answer = f"<think>\n{thought}\n</think>\n\n(1) visual quality: 5\n(2) text-to-video alignment: {score}\n(3) physical: 5"
+    scores = f"(1) visual quality: 5\n(2) text-to-video alignment: {score}\n(3) physical: 5"
+    answer = f"<think>\n{thought}\n</think>\n\n{scores}"
     turns = [{"from": "human", "value": QUESTION.format(prompt)}, {"from": "gpt", "value": answer}]
     return {"conversations": turns, "videos": [f"videos/{video}.mp4"]}
 
@@ -58,7 +60,8 @@ def test_videofeedback2_pairs_inside_a_prompt_by_the_score_behind_the_thought(tm
     told = capsys.readouterr().out
     assert "1 pairs with equal scores" in told and "1 closer than" in told and "Apache-2.0" in told
     # What stage 1 reads: the videos are found from the CSV's folder.
-    assert {p.video_a for p in data.read_pairs(str(tmp_path / "out.csv"))} <= {str(p) for p in (tmp_path / "videos").iterdir()}
+    there = {str(path) for path in (tmp_path / "videos").iterdir()}
+    assert {pair.video_a for pair in data.read_pairs(str(tmp_path / "out.csv"))} <= there
     ties = convert(tmp_path, "videofeedback2", "--ties", "--overwrite", rows=rows)
     assert [pair["prompt"] for pair in ties if pair["GSB"] == "same"] == ["A cat."]
 
@@ -76,11 +79,13 @@ def test_rows_that_cannot_be_used_are_counted_and_named(tmp_path, capsys):
     files(tmp_path / "videos", "1_c.mp4", content=b"")
     rows = [feedback("1_a", "A dog.", 5), feedback("1_b", "A dog.", 1), feedback("1_c", "A dog.", 1),
             feedback("9_z", "A dog.", 1), feedback("1_a", "A dog.", 1), feedback("1_a", "A dog.", 7),
-            feedback("1_a", "", 1), {"conversations": None}, "text"]
+            feedback("1_a", "", 1), {"conversations": None}, "text", feedback("1_a", "A dog.", "none")]
     assert len(convert(tmp_path, "videofeedback2", rows=rows)) == 1
     told = capsys.readouterr().out
-    for line in ("read 9 rows", "1: video file is empty (videos/1_c.mp4)", "1: video listed but not there (videos/9_z.mp4)",
+    for line in ("read 10 rows", "1: video file is empty (videos/1_c.mp4)",
+                 "1: video listed but not there (videos/9_z.mp4)",
                  "1: video listed twice (videos/1_a.mp4)", "1: score outside 1-5 (row 6)", "1: no text prompt (row 7)",
+                 "1: no text-to-video alignment score (row 10)",  # that in the thought is none
                  "2: row without the published fields (row 8, row 9)"):
         assert line in told, (line, told)
 
@@ -89,7 +94,8 @@ def test_prompts_of_a_benchmark_are_dropped_and_a_split_keeps_prompts_together(t
     names = [f"{k}_{letter}" for k in range(40) for letter in "abc"]
     files(tmp_path / "videos", *(f"{name}.mp4" for name in names))
     (tmp_path / "bench.csv").write_text('prompt,other\n"number 7, A DOG",1\n')  # another case and punctuation
-    rows = [feedback(name, f"Number {name.split('_')[0]}: a dog.", {"a": 1, "b": 3, "c": 5}[name[-1]]) for name in names]
+    scores = {"a": 1, "b": 3, "c": 5}
+    rows = [feedback(name, f"Number {name.split('_')[0]}: a dog.", scores[name[-1]]) for name in names]
     flags = "--exclude", tmp_path / "bench.csv", "--val", tmp_path / "val.csv", "--val-share", 0.3
     kept = {pair["prompt"] for pair in convert(tmp_path, "videofeedback2", *flags, rows=rows)}
     held = {row["prompt"] for _, row in open_table(str(tmp_path / "val.csv"))[1]}
@@ -97,7 +103,8 @@ def test_prompts_of_a_benchmark_are_dropped_and_a_split_keeps_prompts_together(t
     assert not kept & held and len(kept | held) == 39 and "Number 7: a dog." not in kept | held
     assert 4 <= len(held) <= 20  # 12 expected
     # Splitting the rest again: the same seed finds nothing below its share, another one does.
-    again = ["join", "--data", tmp_path / "out.csv", "--out", tmp_path / "a.csv", "--val", tmp_path / "b.csv", "--val-share", 0.3]
+    again = ["join", "--data", tmp_path / "out.csv", "--out", tmp_path / "a.csv", "--val", tmp_path / "b.csv",
+             "--val-share", 0.3]
     refuses(capsys, datasets.main, *again, says="no pair is left for")
     datasets.main([*map(str, again), "--seed", "1"])
     three = convert(tmp_path, "videofeedback2", "--per-prompt", 1, "--overwrite", rows=rows)
@@ -115,7 +122,8 @@ def test_mj_bench_video_has_another_polarity_and_three_of_our_dimensions(tmp_pat
                 "category_preference": {"Alignment": better}, "overall_preference": "Video 2 better", **more}
 
     rows = [row(0, "Video 1 better", (1, 2, 0), (2, 2, 1)), row(1, "Same", (1, 1, 1), (1, 1, 1)),
-            row(2, "Same", (1, 1, 3), (1, 1, 1)), row(3, "Same", (1, 1, 1), (1, 1, 1), discard=True), row(4, "?", *[(1, 1, 1)] * 2)]
+            row(2, "Same", (1, 1, 3), (1, 1, 1)), row(3, "Same", (1, 1, 1), (1, 1, 1), discard=True),
+            row(4, "?", (1, 1, 1), (1, 1, 1))]
     convert(tmp_path, "mj-bench-video", rows=rows)
     first, second = data.read_pairs(str(tmp_path / "out.csv"))
     assert first.label == 1 and second.label == 0
@@ -123,7 +131,8 @@ def test_mj_bench_video_has_another_polarity_and_three_of_our_dimensions(tmp_pat
     assert first.annotation_b == {"subject": "0", "dynamics": "0", "environment": "2"}
     assert first.video_a.endswith("test/0_0.mp4")
     told = capsys.readouterr().out
-    for line in ("1: score outside 0-2 (row 3)", "1: the authors marked it `discard` (row 4)", "1: unknown preference '?' (row 5)"):
+    for line in ("1: score outside 0-2 (row 3)", "1: the authors marked it `discard` (row 4)",
+                 "1: unknown preference '?' (row 5)"):
         assert line in told
     convert(tmp_path, "mj-bench-video", "--overall", "--overwrite", rows=rows[:1])
     assert data.read_pairs(str(tmp_path / "out.csv"))[0].label == -1
@@ -137,7 +146,8 @@ def test_rapidata_s_votes(tmp_path, capsys):
         return {"prompt": "A dog.", "file_name1": one, "file_name2": two, "unused": b"x" * 9,
                 "weighted_results1_Alignment": first, "weighted_results2_Alignment": second}
 
-    rows = [row(0.9, 0.1), row(0.4, 0.6), row(0.55, 0.45), row(None, None), row(7.0, 1.0), row(0.5, 0.5), row(1.0, 0.0, "0.mp4")]
+    rows = [row(0.9, 0.1), row(0.4, 0.6), row(0.55, 0.45), row(None, None), row(7.0, 1.0), row(0.5, 0.5),
+            row(1.0, 0.0, "0.mp4")]
     table = parquet(tmp_path / "t.parquet", rows)
     pairs = convert(tmp_path, "rapidata", "--parquet", table)
     assert [pair["GSB"] for pair in pairs] == ["A", "B"]  # .6 - .4 is .2, whatever floats say
@@ -146,14 +156,15 @@ def test_rapidata_s_votes(tmp_path, capsys):
     for line in ("1: no votes on Alignment (t.parquet row 4)", "1: share of votes outside 0-1 (t.parquet row 5)",
                  "1: several videos of that name (t.parquet row 7)", "2 pairs closer"):
         assert line in told, told
-    refuses(capsys, datasets.main, "rapidata", "--parquet", table, "--videos", tmp_path / "videos", "--out", tmp_path / "x.csv",
-            "--dimension", "Coherence", says="has no column weighted_results1_Coherence")
+    refuses(capsys, datasets.main, "rapidata", "--parquet", table, "--videos", tmp_path / "videos",
+            "--out", tmp_path / "x.csv", "--dimension", "Coherence", says="has no column weighted_results1_Coherence")
 
 
 def test_genai_bench_becomes_the_benchmark_s_csv(tmp_path, capsys):
     files(tmp_path / "videos" / "dir", "l.mp4", "r.mp4")
     url = "https://huggingface.co/datasets/some/videos/blob/main/dir/"
-    row = {"prompt": "A dog.", "left_model": "one", "right_model": "two", "left_video": f"{url}l.mp4", "right_video": f"{url}r.mp4"}
+    row = {"prompt": "A dog.", "left_model": "one", "right_model": "two", "left_video": f"{url}l.mp4",
+           "right_video": f"{url}r.mp4"}
     votes = ("leftvote", "rightvote", "tievote", "bothbad_vote", "upvote")
     table = parquet(tmp_path / "t.parquet", [{**row, "vote_type": vote} for vote in votes])
     convert(tmp_path, "genai-bench", "--parquet", table)
@@ -180,8 +191,8 @@ def test_files_that_are_missing_or_half_there(tmp_path, capsys):
 
     def says(message, content=whole, videos=videos, *flags):
         (tmp_path / "x.json").write_text(content)
-        refuses(capsys, datasets.main, "videofeedback2", "--json", tmp_path / "x.json", "--videos", videos, "--out", out,
-                *flags, says=message)
+        refuses(capsys, datasets.main, "videofeedback2", "--json", tmp_path / "x.json", "--videos", videos,
+                "--out", out, *flags, says=message)
         assert flags or not out.exists()
 
     says("is not whole JSON", whole[:-30])
@@ -196,15 +207,15 @@ def test_files_that_are_missing_or_half_there(tmp_path, capsys):
     out.write_text("mine")
     says("exists already", whole, videos, "--seed", "1")
     assert out.read_text() == "mine"  # a second run loses nothing
-    refuses(capsys, datasets.main, "videofeedback2", "--json", tmp_path / "no.json", "--videos", videos, "--out", tmp_path / "y.csv",
-            says="no such file")
+    refuses(capsys, datasets.main, "videofeedback2", "--json", tmp_path / "no.json", "--videos", videos,
+            "--out", tmp_path / "y.csv", says="no such file")
 
 
 def test_parquet_that_is_half_there_or_without_a_reader(tmp_path, capsys, monkeypatch):
     videos = files(tmp_path / "videos", "l.mp4")
-    flags = "genai-bench", "--videos", videos, "--out", tmp_path / "videos" / "g.csv", "--parquet", tmp_path / "t.parquet"
+    flags = ["genai-bench", "--videos", videos, "--out", tmp_path / "g.csv", "--parquet", tmp_path / "t.parquet"]
     files(tmp_path, "t.parquet", content=b"PAR1 and then nothing")
     pytest.importorskip("pyarrow", reason="pyarrow is not installed; pip install -r requirements-road.txt")
     refuses(capsys, datasets.main, *flags, says="is not whole parquet")
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     refuses(capsys, datasets.main, *flags, says="parquet files need pyarrow: pip install -r requirements-road.txt")
