@@ -33,7 +33,8 @@ import data
 import grpo
 import parallel
 from lab import plan, toy
-from lab.bench import forward_flops, measure, table, with_peak
+from lab.bench import table
+from lab.bench_cases import forward_flops, measure, with_peak
 from losses import bt_loss, group_advantages
 from model import DeScore
 from plumbing.settings import InputError, arg, cli, parse
