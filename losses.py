@@ -1,6 +1,6 @@
 """The equations. Pure functions of tensors: no model, no ranks, no randomness that is not passed in.
 
-Shapes: N rows (a row is one CoT of one video), T CoT tokens (padded), G CoTs per video, B preference pairs.
+Shapes: N CoTs of all videos, T CoT tokens (padded), G CoTs per video, B preference pairs.
 Everything is computed in fp32, whatever comes in: in bf16 a reward of 5.4 has steps of 0.03.
 
 | function                  | paper                       | value at initialisation                                    |
