@@ -2,6 +2,22 @@
 
     [ prefix (video + prompt) | cot_1 q_1 | cot_2 q_2 | ... | padding ]          q = the query token <Reward>
 
+The G CoTs of a video share thousands of prefix tokens, so packing them encodes and back-propagates those once, not G
+times. That equals G separate rows because each CoT sees what it would see alone. For two CoTs of two tokens,
+
+            p p p  a a q  b b q          rows look, columns are looked at, x = allowed
+        p   x . .  . . .  . . .
+        p   x x .  . . .  . . .
+        p   x x x  . . .  . . .
+        a   x x x  x . .  . . .
+        a   x x x  x x .  . . .
+        q   x x x  x x x  . . .
+        b   x x x  . . .  x . .          b does not see a
+        b   x x x  . . .  x x .
+        q   x x x  . . .  x x x
+
+and the first token of b has the place (rotary position) that the first token of a has: the one after the prefix.
+
 Shapes: S rows (sequences), L positions (padded), P prompt tokens, N CoTs in all rows together, T CoT tokens (padded).
 """
 
@@ -16,26 +32,8 @@ from transformers.masking_utils import sdpa_mask
 def lay_out(backbone, prefixes: list[dict], responses: list[list[list[int]]]) -> dict:
     """Prompts and CoTs -> the tensors of one forward. Row s holds prefix s ONCE and all of its CoTs behind it.
 
-        [ prefix (video + prompt) | cot_1 q_1 | cot_2 q_2 | ... | padding ]
-
-    The G CoTs of a video share thousands of prefix tokens, so packing them encodes and back-propagates those once, not
-    G times. That equals G separate rows because each CoT sees what it would see alone:
-      * position i may look at j <= i in the prefix or in its own CoT (`shared_prefix_attention`). For two CoTs of two
-        tokens,
-
-                    p p p  a a q  b b q          rows look, columns are looked at, x = allowed
-                p   x . .  . . .  . . .
-                p   x x .  . . .  . . .
-                p   x x x  . . .  . . .
-                a   x x x  x . .  . . .
-                a   x x x  x x .  . . .
-                q   x x x  x x x  . . .
-                b   x x x  . . .  x . .          b does not see a
-                b   x x x  . . .  x x .
-                q   x x x  . . .  x x x
-
-      * positions restart right after the prefix for each CoT.
-    With one CoT per row (the plain path) this is ordinary causal attention.
+    Position i may look at j <= i in the prefix or in its own CoT, and positions restart right after the prefix for each
+    CoT (the drawing above). With one CoT per row, the plain path, this is ordinary causal attention.
 
     Args:
         backbone: the Qwen3-VL, for its rule of 3-D positions (time, height, width) only.
@@ -85,21 +83,16 @@ def lay_out(backbone, prefixes: list[dict], responses: list[list[list[int]]]) ->
         response_mask[i, :n] = 1
         query_mask[s, start + n] = True
     return {
-        "input_ids": input_ids,
-        "query_mask": query_mask,
-        "position_ids": position_ids,
-        "spans": spans,
+        "input_ids": input_ids, "query_mask": query_mask, "position_ids": position_ids, "spans": spans,
         "pixel_values_videos": torch.cat([prefix["pixel_values_videos"] for prefix in prefixes]),
         "video_grid_thw": torch.cat([prefix["video_grid_thw"] for prefix in prefixes]),
         "query_index": torch.tensor([s * length + start + n for s, _, start, n in places]),
-        "response_index": response_index,
-        "response_ids": response_ids,
-        "response_mask": response_mask,
+        "response_index": response_index, "response_ids": response_ids, "response_mask": response_mask,
     }
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, spans=None, **more):
-    """Who sees whom (the drawing in `lay_out`), by ordinary causal attention over parts of a row.
+    """Who sees whom (the drawing above), by ordinary causal attention over parts of a row.
 
         prefix and first CoT    one causal sequence: nothing stands between them
         every other CoT         its queries look at [prefix, itself], causal with the LOWER RIGHT corners aligned:
@@ -110,7 +103,7 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling=N
             q   x x x  x x x
 
     A mask over the whole row would allow the same, but no fast kernel takes one, and the others compute all L x L
-    scores to throw most away: at P = C, packing would gain nothing. Here the work is exactly what the drawing has x for.
+    scores to throw most away: at P = C, packing would gain nothing. Here the work is what the drawing has x for.
     Without spans (sampling with a cache, calls from elsewhere) it is transformers' own SDPA attention.
 
     query (S, H, L, d), key and value (S, H_kv, L, d), spans from `lay_out` -> (S, L, H, d), None. Padding gives 0.
@@ -136,7 +129,7 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling=N
 
 
 def attend_behind(prefix: int, starts: list[int], n: int, query, key, value, options: dict) -> torch.Tensor:
-    """One row (1, H, L, d): the c CoTs of n positions that begin at `starts` see prefix and themselves: (c, H, n, d)."""
+    """One row (1, H, L, d): its c CoTs of n positions from `starts` on see prefix and themselves: (c, H, n, d)."""
     query, own_keys, own_values = (torch.cat([x[:, :, s : s + n] for s in starts]) for x in (query, key, value))
     shared = (x[:, :, :prefix].expand(len(starts), -1, -1, -1) for x in (key, value))  # (c, H_kv, P, d)
     keys, values = (torch.cat(parts, dim=2) for parts in zip(shared, (own_keys, own_values)))  # (c, H_kv, P + n, d)

@@ -88,7 +88,7 @@ def group_advantages(rollout_rewards: torch.Tensor, epsilon: float = 1e-6) -> to
 
         A_i = (R_i − mean(R_1..R_G)) / (std(R_1..R_G) + ε)
 
-    R -> rollout_rewards (N, G): row n holds the G CoTs of ONE video. std has Bessel's correction (divides by G − 1).
+    R -> rollout_rewards (S, G): row s holds the G CoTs of ONE video. std has Bessel's correction (divides by G − 1).
     A group whose G rewards are equal says nothing: its advantages are exactly 0, as is that of a group of one.
     Worked: R = (0, 1): mean .5, std .7071, A = (-.7071, +.7071).
 

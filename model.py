@@ -6,7 +6,8 @@
 ONE forward gives both things that stage 2 trains: the reward, and the log-probability of every CoT token. That works
 because attention is causal: the query stands last, so it changes nothing before it.
 
-Shapes: S rows (a video and its CoTs each), L positions (padded), P prompt tokens, D hidden size, V vocabulary, N CoTs, T CoT tokens (padded).
+Shapes: S rows (a video and its CoTs each), L positions (padded), P prompt tokens, D hidden size, V vocabulary, N CoTs,
+T CoT tokens (padded).
 The model knows nothing of ranks or sharding; parallel.py applies those from outside. What must not be taken out of
 `forward`: everything that touches the embedding, `lm_head` or the head, since under FSDP they are whole only in there.
 """
@@ -158,7 +159,7 @@ class DeScore(nn.Module):
             nn.init.zeros_(b)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The trained parameters by part, for optimizer and gradient norms: "llm", "vision", "head" (query and head)."""
+        """The trained parameters by part, for optimizer and gradient norm: "llm", "vision", "head" (query and head)."""
         groups = {"llm": [], "vision": [], "head": []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
@@ -212,7 +213,7 @@ class DeScore(nn.Module):
         return cots if as_tokens else [decode_cot(self.processor.tokenizer, cot) for cot in cots]
 
     def score(self, videos, prompts, thoughts, source_fps=None) -> torch.Tensor:
-        """Rewards (S,) fp32 of S videos whose CoTs are given: token ids, texts, or None for no CoT. Nothing is masked."""
+        """Rewards (S,) fp32 of S videos with their CoTs: token ids, texts, or None for no CoT. Nothing is masked."""
         return self.score_several(videos, prompts, [[thought] for thought in thoughts], source_fps)[:, 0]
 
     @torch.no_grad()
@@ -284,7 +285,7 @@ class DeScore(nn.Module):
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter of DeScore belongs to: "head" (with the query), "vision" (tower and merger) or "llm"."""
+    """The part that a parameter of DeScore is of: "head" (with the query), "vision" (tower and merger) or "llm"."""
     if name in QUERY_AND_HEAD:
         return "head"
     return "vision" if name.startswith("backbone.model.visual.") else "llm"
