@@ -12,6 +12,7 @@ from lab import toy, toy_model
 import data
 from conftest import fails_in_one_sentence, run
 from data import InputError
+from plumbing import video
 from plumbing.frame_cache import FrameCache
 from plumbing.training import epoch_order
 
@@ -185,22 +186,22 @@ def test_frame_cache_decodes_once_and_is_bounded(tmp_path, tiny_clips, monkeypat
     first, again = (dataset.sample(tiny_clips[0]) for _ in range(2))
     assert len(calls) == 1 and np.array_equal(first.frames, again.frames) and first.metadata() == again.metadata()
     cache = dataset.cache
-    cache.sample(tiny_clips[0], 1.0, 4096)  # another fps is another entry
+    cache.sample(tiny_clips[0], 1.0, 4096, data.sample_frames)  # another fps is another entry
     assert len(calls) == 2
     for file in (tmp_path / "cache").iterdir():
         file.write_bytes(file.read_bytes()[:100])  # cut short: decoded again, not trusted
-    cache.sample(tiny_clips[0], 2.0, 4096)
+    cache.sample(tiny_clips[0], 2.0, 4096, data.sample_frames)
     assert len(calls) == 3
     for file in (tmp_path / "cache").iterdir():
         file.write_bytes(b"")  # a full disk leaves files of no bytes
-    cache.sample(tiny_clips[0], 2.0, 4096)
+    cache.sample(tiny_clips[0], 2.0, 4096, data.sample_frames)
     assert len(calls) == 4
-    small = FrameCache(str(tmp_path / "small"), 1e-4, cache.decode)  # 100 kB: about two clips
+    small = FrameCache(str(tmp_path / "small"), 1e-4)  # 100 kB: about two clips
     for clip in tiny_clips[:6]:
-        small.sample(clip, 2.0, 4096)
+        small.sample(clip, 2.0, 4096, data.sample_frames)
     assert 0 < sum(f.stat().st_size for f in (tmp_path / "small").iterdir()) <= 1e5
     with pytest.raises(InputError, match="no such video"):
-        cache.sample(str(tmp_path / "no.mp4"), 2.0, 4096)
+        cache.sample(str(tmp_path / "no.mp4"), 2.0, 4096, data.sample_frames)
 
 
 def test_a_clip_that_claims_to_be_huge_is_refused_before_it_is_decoded(tiny_clips, monkeypatch):
@@ -210,7 +211,7 @@ def test_a_clip_that_claims_to_be_huge_is_refused_before_it_is_decoded(tiny_clip
     with pytest.raises(InputError, match="over 512 frames"):
         data.sample_frames(tiny_clips[0])
     monkeypatch.undo()
-    monkeypatch.setattr(data, "MAX_SIDE", 32)
+    monkeypatch.setattr(video, "MAX_SIDE", 32)
     with pytest.raises(InputError, match="64 x 64 pixels"):
         data.sample_frames(tiny_clips[0])
 
