@@ -12,11 +12,12 @@ from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 import cold_start
 import evaluate
 import grpo
+import parallel
 import rollout
 from conftest import ROOT
 from lab import plan, real
 from model import DeScore
-from plumbing import settings, training
+from plumbing import checks, settings, training
 
 PAGE = (ROOT / "docs/machines.md").read_text(encoding="utf-8")
 
@@ -57,6 +58,13 @@ def test_head_only_holds_the_llm_in_bf16_and_nothing_else(base_dir):
     wanted = plan.Plan(plan=base_dir, stage=1, train="head", train_vision=False, gpus=1)
     weights, gradients, adam, copies = list(plan.plan_memory(plan.model_config(base_dir), wanted).values())[:4]
     assert weights == sum(p.nbytes for p in backbone) and gradients == adam == copies == 0
+
+
+def test_the_reference_of_lab_real_is_held_as_the_plan_counts_it(base_dir):
+    """With --bf16: in bf16, as grpo.py loads it on a GPU; what is trained in fp32."""
+    s = real.Settings(model=base_dir, bf16=True)
+    held = {train: real.load(base_dir, s, parallel.Ranks(), train, 2).backbone.dtype for train in ("head", "full")}
+    assert held == {"head": torch.bfloat16, "full": torch.float32}
 
 
 def test_a_gpu_too_small_for_vllm_is_told():
@@ -110,11 +118,13 @@ def test_every_line_of_the_page_is_taken_by_its_script():
         found = settings.parse(CLASSES[script], "", flags)
         world = types.SimpleNamespace(world=ranks)
         if script == "grpo.py":
-            grpo.check(found, world)
+            checks.grpo_flags(found, world)
         if script in ("grpo.py", "cold_start.py"):
             training.divide(10**6, found, world)
         if script == "rollout.py":
-            assert len(found.data) == len(found.out)
+            checks.rollout_flags(found)
+        if script == "evaluate.py":
+            checks.evaluation_flags(found)
         seen.add(script)
     assert seen == set(CLASSES)
 
