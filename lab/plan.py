@@ -42,7 +42,7 @@ class Plan:
 
 @dataclasses.dataclass
 class Size:
-    """What tells the Qwen3-VL-...-Instruct apart, as in their config.json; `parameters` as in their published weights."""
+    """What tells the Qwen3-VL-...-Instruct apart, as in config.json; `parameters` as in the published weights."""
 
     hidden: int
     layers: int
@@ -191,7 +191,7 @@ class Verdict:
 def judge(memory: dict[str, float], s: Plan, parameters: int) -> Verdict:
     """plan_memory -> does it fit? 5 % of the GPU is left to CUDA and to fragments, 3 % while sampling.
 
-    Only while it samples does vLLM hold memory. Its share must have room for its own weights, in bf16, and 1 GB of cache.
+    vLLM holds memory only while it samples. Its share must have room for its own weights, in bf16, and 1 GB of cache.
     """
     room, total = s.gpu_gb * 1e9, sum(memory.values())
     verdict = Verdict(total, total < 0.95 * room, None, True)
@@ -229,8 +229,10 @@ def cell(config, s: Plan, n: dict[str, int]) -> str:
 
 
 def table(s: Plan) -> str:
-    """A Markdown table: sizes and what is trained, against MACHINES. Last row of a size: vLLM's weights while it thinks,
-    for rollout.py and evaluate.py, with its share of 90 %."""
+    """A Markdown table: sizes and what is trained, against MACHINES.
+
+    Last row of a size: vLLM's weights while it thinks, for rollout.py and evaluate.py, with its share of 90 %.
+    """
     lines = [["size", "stage, what is trained", *MACHINES], ["---"] * (2 + len(MACHINES))]
     for size in SIZES:
         config = model_config(size)
@@ -250,12 +252,16 @@ def main(argv=None) -> None:
     """Prints memory by use, and seconds of one step; or the table of all sizes."""
     s = parse(Plan, "Memory per GPU and time per step for a model size, before anything is bought or loaded.", argv)
     if s.table:
-        print(f"GiB on one GPU, planned; in brackets: does not fit. {s.video_tokens} + {s.cot_tokens} tokens.\n\n{table(s)}")
+        print(f"GiB on one GPU, planned; in brackets: does not fit. {s.video_tokens} + {s.cot_tokens} tokens.\n")
+        print(table(s))
         return
     try:
         config = model_config(s.plan)
     except (OSError, ValueError) as error:
-        raise InputError(f"--plan {s.plan}: no config.json found ({str(error).splitlines()[0]}).") from error
+        raise InputError(
+            f"--plan {s.plan}: no config.json found ({str(error).splitlines()[0]}); give {', '.join(SIZES)}, or a "
+            "folder."
+        ) from error
     n = count_parameters(config, s.lora_r)
     memory, times = plan_memory(config, s, n), plan_time(config, s)
     verdict, parameters = judge(memory, s, n["llm"] + n["vision"]), (n["llm"] + n["vision"]) / 1e9
@@ -267,8 +273,8 @@ def main(argv=None) -> None:
     room = s.gpu_gb * 1e9
     print(f"  {verdict.updating / 2**30:8.1f} GiB  in all, of {room / 2**30:.1f}: {words[verdict.fits_updating]}")
     if s.stage == 2:
-        print(f"  {verdict.sampling / 2**30:8.1f} GiB  while sampling: states and {s.engine_memory * room / 2**30:.1f} of "
-              f"vLLM: {words[verdict.fits_sampling]}")
+        print(f"  {verdict.sampling / 2**30:8.1f} GiB  while sampling: states and "
+              f"{s.engine_memory * room / 2**30:.1f} of vLLM: {words[verdict.fits_sampling]}")
     for name, seconds in times.items():
         print(f"  {seconds:8.1f} s    {name} of one step, at {s.utilisation:.0%} of the peak rates")
 

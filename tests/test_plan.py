@@ -68,7 +68,7 @@ def test_the_reference_of_lab_real_is_held_as_the_plan_counts_it(base_dir):
 
 
 def test_a_gpu_too_small_for_vllm_is_told():
-    """8B: 17.5 GB of weights are more than 40 % of 24 GB, whatever the trainer holds; two GPUs to an engine hold half."""
+    """8B: 17.5 GB of weights are more than 40 % of 24 GB, whatever the trainer holds; of four GPUs each holds 4.4."""
     config = plan.model_config("8B")
     n = plan.count_parameters(config, 64)
     small = plan.Plan(train="lora", gpus=8, gpu_gb=24.0)
@@ -86,13 +86,13 @@ def test_the_page_shows_the_table():
 
 def test_the_table_says_what_plan_says(capsys):
     """Two places of it, by the command for one size."""
-    rows = {tuple(row.split(" | ")[:2]): row.strip("| ").split(" | ")[2:] for row in plan.table(plan.Plan()).split("\n")}
-    rows = {(size.strip("| "), run): cells for (size, run), cells in rows.items()}
+    rows = [row.strip("| ").split(" | ") for row in plan.table(plan.Plan()).split("\n")]
+    cells = {(size, run): places for size, run, *places in rows}
     for flags, place in (("--plan 8B --gpus 8", ("8B", "2, full", 3)),
                          ("--plan 2B --gpus 1 --gpu-gb 24 --stage 1 --train lora", ("2B", "1, LoRA and vision", 0))):
         plan.main(flags.split())
         text = capsys.readouterr().out
-        assert rows[place[:2]][place[2]] == max(re.findall(r"([\d.]+) GiB  (?:in all|while)", text), key=float)
+        assert cells[place[:2]][place[2]] == max(re.findall(r"([\d.]+) GiB  (?:in all|while)", text), key=float)
         assert "DOES NOT FIT" not in text
 
 
@@ -102,9 +102,11 @@ def lines():
     found = re.findall(r"^(?:python|torchrun) .*$", joined, flags=re.MULTILINE)
     for line in found + re.findall(r"`((?:python|torchrun) [^`]+)`", joined):
         words = shlex.split(line.split("  #")[0])
-        per_node, nodes = (int(words[words.index(f) + 1]) if f in words else 1 for f in ("--nproc_per_node", "--nnodes"))
+        ranks = 1
+        for flag in {"--nproc_per_node", "--nnodes"} & set(words):
+            ranks *= int(words[words.index(flag) + 1])
         at = next(i for i, word in enumerate(words) if word.endswith(".py") or word.startswith("lab."))
-        yield words[at], words[at + 1 :], per_node * nodes
+        yield words[at], words[at + 1 :], ranks
 
 
 CLASSES = {"cold_start.py": cold_start.Settings, "grpo.py": grpo.Settings, "rollout.py": rollout.Settings,

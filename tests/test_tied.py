@@ -1,4 +1,4 @@
-"""Tied embeddings, as Qwen3-VL-2B and 4B have them: one matrix is word embedding and lm_head. Every path, tiny weights."""
+"""Tied embeddings, as in Qwen3-VL-2B and 4B: one matrix is word embedding and lm_head. Every path, tiny weights."""
 
 import copy
 import json
@@ -95,7 +95,7 @@ def test_save_and_load(tied, prefixes, tmp_path, train):
 
 @pytest.mark.parametrize("empty", [False, True])
 def test_a_second_lm_head_must_be_the_same(base, tmp_path, empty):
-    """Some programs write the one matrix twice: fine. With another one config.json is wrong, and saving would lose it."""
+    """Some programs write the one matrix twice: fine. If they differ config.json is wrong: saving would lose one."""
     shutil.copytree(base, tmp_path, dirs_exist_ok=True)
     tensors = read_tensors(str(tmp_path / "model.safetensors"))
     tensors["lm_head.weight"] = tensors[EMBEDDING].clone()
@@ -116,7 +116,7 @@ def test_random_weights_are_tied_too(base):
 
 
 def test_an_empty_model_has_the_parameters_of_a_full_one(base):
-    """FSDP shards what is there while the model is empty: two matrices would be two shards, and an optimizer for each."""
+    """FSDP shards what is there while the model is empty: two matrices would be sharded and trained apart."""
     full, empty = DeScore.from_pretrained(base, new_head=True), DeScore.from_pretrained(base, new_head=True, empty=True)
     assert [name for name, _ in full.named_parameters()] == [name for name, _ in empty.named_parameters()]
 
@@ -199,8 +199,8 @@ def test_sync_hands_over_one_matrix_and_both_uses_follow(tied, base, prefixes, p
 
 STAGE_1 = ["--batch-pairs", 4, "--lr", "1e-3", "--workers", 0, "--mask-probability", 1, "--lora-r", 4,
            "--lora-dropout", 0, "--epochs", 9, "--save-every", 1]
-STAGE_2 = ["--batch-pairs", 2, "--mini-pairs", 2, "--rollouts", 2, "--max-new-tokens", 10, "--lr", "1e-3", "--workers", 0,
-           "--length-low", 1, "--length-high", 9, "--kl-coef", 0.01, "--epochs", 9, "--save-every", 1]
+STAGE_2 = ["--batch-pairs", 2, "--mini-pairs", 2, "--rollouts", 2, "--max-new-tokens", 10, "--lr", "1e-3",
+           "--workers", 0, "--length-low", 1, "--length-high", 9, "--kl-coef", 0.01, "--epochs", 9, "--save-every", 1]
 
 
 def weights(out):
@@ -230,8 +230,8 @@ def test_stage_1_goes_on_bit_for_bit(world, base, tmp_path, train):
 
 
 def test_two_ranks_equal_one(world, folder, tmp_path):
-    """Stage 2 with all of the LLM trained. FSDP2 shards the matrix once, for both uses; the engine beside the shards gets
-    it whole; and after the last step is lost, --resume on two ranks ends where the run that went through did."""
+    """Stage 2 with all of the LLM trained. FSDP2 shards the matrix once, for both uses; the engine beside the shards
+    gets it whole; after the last step is lost, --resume on two ranks ends where the run that went through did."""
     flags = ["--model", folder, "--data", world["train_rl"], *STAGE_2, "--max-steps", 2]
     grpo.main([*map(str, flags), "--out", str(tmp_path / "one")])
     flags += ["--out", tmp_path / "two"]
@@ -251,7 +251,7 @@ def test_two_ranks_equal_one(world, folder, tmp_path):
 @pytest.mark.vllm
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_vllm_follows_the_trainer(folder, tiny_clips, train):
-    """Several syncs into a real engine: its log-probs stay the trainer's, so its lm_head has followed the embedding."""
+    """Several syncs into a real engine: its log-probs stay the trainer's, so its lm_head follows the embedding."""
     from test_vllm import SCRIPT, run_script  # skips where there is no vllm
 
     report = run_script(SCRIPT.replace('make_trainable("lora"', f'make_trainable("{train}"'), folder, *tiny_clips[:2])
