@@ -17,6 +17,7 @@ import itertools
 import math
 import os
 
+import numpy as np
 import torch
 
 import data
@@ -25,6 +26,7 @@ from data import InputError
 from losses import bt_loss, btt_loss, draw_cot_mask
 from metrics import accuracy_without_ties
 from model import DeScore, lay_out, to_device
+from plumbing import checks
 from plumbing.checkpoint import save_model
 from plumbing.jobs import fitting_pairs, readable_pairs
 from plumbing.logs import Sums, draw_curves, reward_scale
@@ -82,6 +84,21 @@ def prepare_pairs(path: str, settings: Settings, ranks, need_cots: bool) -> list
         pairs = [pair for pair in pairs if pair.label != 0]
         ranks.print(f"{path}: {len(pairs)} pairs; {ties} ties left out (--loss btt uses them)")
     return readable_pairs(pairs, settings, ranks, data.sample_frames)
+
+
+def sequence_lengths(processor, pair: data.PreferencePair, fps: float, max_pixels: int) -> list[int]:
+    """Tokens of the pair's two sequences, prefix + CoT + query, without decoding the videos.
+
+    A patch of 32 x 32 stands for each frame; each two frames of H x W then have H W / 1024 - 1 video tokens more.
+    """
+    lengths = []
+    for path, cot in zip(pair.videos, pair.cot_ids(processor.tokenizer)):
+        video = data.sample_frames(path, fps, max_pixels, decode=False)
+        count, height, width = video.frames.shape[:3]
+        small = dataclasses.replace(video, frames=np.zeros((count, data.SIDE, data.SIDE, 3), np.uint8))
+        prefix = len(data.encode_prompt(processor, small, pair.prompt)["input_ids"])
+        lengths.append(prefix + count // 2 * (height * width // data.SIDE**2 - 1) + len(cot) + 1)
+    return lengths
 
 
 def score_pairs(model, items, settings, masks=None):
@@ -202,8 +219,7 @@ def rows_of(items) -> list[dict]:
 def main(argv=None) -> None:
     """Reads and checks everything that can be checked, builds the model, trains it, saves it."""
     settings = parse(Settings, __doc__, argv)
-    if settings.data is None:
-        raise InputError("--data is missing; give a CSV of preference pairs.")
+    checks.require(settings, data="a CSV of preference pairs")
     ranks = parallel.start(settings.seed, settings.cpu_offload)
     claim_run(settings, ranks)
     pairs = prepare_pairs(settings.data, settings, ranks, need_cots=True)
@@ -212,9 +228,9 @@ def main(argv=None) -> None:
     dtype = parallel.load_dtype(settings.train, ranks)
     # new_head: the base model has none, so query and head start from scratch; stage 2 will insist on them.
     model = DeScore.from_pretrained(settings.model, dtype=dtype, new_head=True, **how)
-    pairs = fitting_pairs(pairs, model.processor, settings, ranks, data.sequence_lengths)  # before hours of training
+    pairs = fitting_pairs(pairs, model.processor, settings, ranks, sequence_lengths)  # before hours of training
     if val_pairs:
-        val_pairs = fitting_pairs(val_pairs, model.processor, settings, ranks, data.sequence_lengths)
+        val_pairs = fitting_pairs(val_pairs, model.processor, settings, ranks, sequence_lengths)
     model.settings.update(base_model=settings.model, fps=settings.fps, max_pixels=settings.max_pixels)
     lora = settings.lora_r, settings.lora_alpha, settings.lora_dropout
     # lm_head maps hidden states to words. This stage's loss never asks for a word, so no gradient would reach it.

@@ -36,7 +36,7 @@ from metrics import (
     videoalign_compatible,
 )
 from model import DeScore
-from plumbing import page, report
+from plumbing import checks, page, report
 from plumbing.answers import stated_score
 from plumbing.formats import open_table, read_scores, refuse_outside
 from plumbing.jobs import Item, Phase, claim_out, write_skipped
@@ -294,37 +294,11 @@ def difference(one: report.Judged, first: report.Judged) -> dict:
 # ---------------------------------------------------------------------------------------------------------------
 # 5. The script
 # ---------------------------------------------------------------------------------------------------------------
-def check(s: Settings) -> None:
-    """Flags that do not fit together, before anything is opened."""
-    chosen = [flag for flag in ("video", "scores", "compare") if getattr(s, flag)]
-    problems = {
-        "give only one of --video, --scores, --compare": len(chosen) > 1,
-        "give --data FILE or --benchmark NAME": not (s.video or s.scores or s.data or s.benchmark),
-        "--data and --benchmark exclude each other": s.data and s.benchmark,
-        "--html names one file, so give one --benchmark and one --score-from":
-        max(len(s.benchmark or []), len(s.score_from)) > 1 and s.html,
-        "--benchmark needs --root, the folder it was downloaded to": s.benchmark and not s.root,
-        "--video needs --prompt, and --prompt needs --video": bool(s.video) != bool(s.prompt and s.prompt.strip()),
-        "--score-from text needs CoTs, so not --no-think": "text" in s.score_from and not s.think,
-        "--thoughts above 1 and --no-think exclude each other": s.thoughts > 1 and not s.think,
-        "--video thinks with transformers, so leave out --engine vllm": s.video and s.engine == "vllm",
-        "give --model DIR": not s.model and not (s.scores or s.compare),
-    }
-    for problem, is_so in problems.items():
-        if is_so:
-            raise InputError(f"{problem} (--help shows all flags).")
-
-
 def make_folders(out: str, s: Settings) -> None:
     """Fails on unwritable folders before hours of generation."""
-    folders = [out, os.path.join(out, "text")] if "text" in s.score_from else [out]
+    checks.writable([out, *([os.path.join(out, "text")] if "text" in s.score_from else [])])
     if s.html:
-        folders.append(os.path.dirname(s.html) or ".")
-    try:
-        for folder in folders:
-            os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot be written to ({error.strerror}).") from error
+        checks.writable([os.path.dirname(s.html) or "."])
 
 
 def resolve(s: Settings, ranks) -> Settings:
@@ -361,7 +335,7 @@ def one_video(s: Settings, ranks, judge: Judge) -> None:
 def main(argv=None) -> None:
     """All sets are thought about first, then scored: the engine's memory is free when scoring starts."""
     s = parse(Settings, __doc__, argv)
-    check(s)
+    checks.evaluation_flags(s)
     ranks = parallel.start(s.seed)
     ready_made = s.compare or ([s.scores] if s.scores else [])
     if not ready_made:

@@ -25,9 +25,9 @@ import torch
 
 import data
 import parallel
-from data import InputError
 from losses import bt_loss, group_advantages, grpo_loss, kl_to_reference
 from model import DeScore, lay_out, to_device
+from plumbing import checks
 from plumbing.answers import read_verdicts, well_formed
 from plumbing.checkpoint import save_model
 from plumbing.jobs import readable_pairs, task_seed
@@ -163,11 +163,8 @@ class Rollouts:
 def generate(items, engine, settings, step) -> list[Rollouts]:
     """2: G CoTs for each of the two videos of each pair."""
     prefixes = [prefix for _, both in items for prefix in both]
-    seeds = [
-        [task_seed(settings.seed, step, pair.line, video, i) for i in range(settings.rollouts)]
-        for pair, _ in items
-        for video in (0, 1)
-    ]
+    seeds = [[task_seed(settings.seed, step, pair.line, video, i) for i in range(settings.rollouts)]
+             for pair, _ in items for video in (0, 1)]  # each CoT's own: the sample does not depend on its batch-mates
     cots = engine.generate(prefixes, seeds, settings.max_new_tokens, settings.temperature)
     seen = getattr(engine, "log_probs", None)
     return [
@@ -343,49 +340,26 @@ def train(model, reference, engine, pairs, settings: Settings, ranks) -> None:
         run.finish_step(step, metrics, grpo_line(metrics))
 
 
-def check(settings: Settings, ranks) -> None:
-    """Flags that contradict each other, before anything is loaded."""
-    for name in ("data", "model"):
-        if getattr(settings, name) is None:
-            raise InputError(f"--{name} is missing; see --help.")
-    if settings.length_low >= settings.length_high:
-        raise InputError(f"--length-low {settings.length_low} must be below --length-high {settings.length_high}.")
-    if settings.batch_pairs % settings.mini_pairs or settings.mini_pairs % ranks.world:
-        raise InputError(
-            f"--mini-pairs {settings.mini_pairs} must divide --batch-pairs {settings.batch_pairs} and be a multiple "
-            f"of the {ranks.world} ranks."
-        )
-
-
 def main(argv=None) -> None:
     """Reads and checks the data, builds policy, reference and engine, trains, saves."""
     settings = parse(Settings, __doc__, argv)
     ranks = parallel.start(settings.seed, settings.cpu_offload)
-    check(settings, ranks)
+    checks.grpo_flags(settings, ranks)
     claim_run(settings, ranks)
     pairs = data.read_pairs(settings.data, video_root=settings.video_root)
     pairs = readable_pairs(pairs, settings, ranks, data.sample_frames)
-    for pair in pairs:
-        if not pair.annotation_a or not pair.annotation_b:
-            raise InputError(
-                f"{settings.data}, line {pair.line}: has no video_1_scores / video_2_scores in `answer`; stage 2 "
-                "rewards CoTs by them (README, 'Data formats')."
-            )
+    checks.annotated_pairs(pairs, settings.data)
     how = {"empty": ranks.world > 1, "random_init": settings.random_init}
     model = DeScore.from_pretrained(settings.model, dtype=parallel.load_dtype(settings.train, ranks), **how)
     model.settings.update(fps=settings.fps, max_pixels=settings.max_pixels)
-    model.make_trainable(
-        settings.train, vision=False, lora_r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=0.0
-    )
+    # The vision tower rests (paper), and no dropout: π_θ must equal π_old at the first update, or the ratio is not 1.
+    model.make_trainable(settings.train, False, settings.lora_r, settings.lora_alpha, lora_dropout=0.0)
     if settings.gradient_checkpointing:
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     reference = None
     if settings.kl_coef > 0 and settings.train == "full":  # with LoRA the reference is the model without its adapter
-        reference = (
-            DeScore.from_pretrained(settings.model, dtype=parallel.load_dtype("lora", ranks), **how)
-            .eval()
-            .requires_grad_(False)
-        )
+        reference = DeScore.from_pretrained(settings.model, dtype=parallel.load_dtype("lora", ranks), **how)
+        reference.eval().requires_grad_(False)
         parallel.shard(reference, ranks, settings.shard_ranks, settings.cpu_offload, frozen=True)
     own = model.backbone if ranks.world == 1 else None  # under FSDP the transformers engine needs an unsharded copy
     engine = make_engine(

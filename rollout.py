@@ -13,9 +13,7 @@ Every CoT is written to OUT.thoughts/ as soon as it exists; the same command goe
 """
 
 import concurrent.futures
-import csv
 import dataclasses
-import json
 import os
 
 import torch
@@ -24,7 +22,9 @@ from transformers import AutoConfig, AutoProcessor, GenerationConfig, LogitsProc
 import data
 import parallel
 from data import InputError
+from plumbing import checks
 from plumbing.checkpoint import load_backbone
+from plumbing.formats import write_cots
 from plumbing.jobs import Item, Phase, claim_out, readable_pairs, task_seed, write_skipped
 from plumbing.settings import arg, cli, parse
 from plumbing.vllm_engine import VLLMEngine, require_room
@@ -83,16 +83,8 @@ def sample_cots(
 
     ids, mask = left_pad("input_ids", tokenizer.pad_token_id), left_pad("attention_mask", 0)
     config = GenerationConfig(  # everything named, or the checkpoint's own generation_config would fill the gaps
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        max_new_tokens=max_new_tokens,
-        use_cache=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        do_sample=False, num_beams=1, repetition_penalty=1.0, temperature=1.0, top_p=1.0, top_k=50, use_cache=True,
+        max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
         suppress_tokens=banned_tokens(tokenizer, backbone.config.text_config.vocab_size),
     )
     sampling = LogitsProcessorList([SeededSampling(flat_seeds, temperature)] if temperature > 0 else [])
@@ -345,28 +337,10 @@ def collect(path: str, out: str, s: Settings, ranks, thinker: Thinker) -> None:
         print(f"skipped {len(pairs) - len(kept)} pairs with {len(skipped)} bad videos; see {folder}/skipped.jsonl")
 
 
-def write_cots(out: str, pairs: list[data.PreferencePair], thoughts: dict) -> None:
-    """Pairs and their CoTs in the cold-start columns. The tokens too: stage 1 then trains on what was sampled."""
-    label = {1: "A", -1: "B", 0: "same"}
-    with open(out + ".tmp", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["videos", "problem", "prompt", "CoT_A", "CoT_B", "CoT_A_tokens", "CoT_B_tokens", "GSB"])
-        for pair in pairs:
-            videos = json.dumps([os.path.relpath(path, os.path.dirname(os.path.abspath(out))) for path in pair.videos])
-            records = [thoughts[path, pair.prompt] for path in pair.videos]
-            texts = [record["thoughts"][0] for record in records]
-            ids = [json.dumps(record["token_ids"][0]) for record in records]
-            writer.writerow([videos, pair.prompt, pair.prompt, *texts, *ids, label[pair.label]])
-    os.replace(out + ".tmp", out)
-
-
 def main(argv=None) -> None:
     """One CoT per video of each CSV; the engine is opened once for all of them."""
     s = parse(Settings, __doc__, argv)
-    if s.data is None:
-        raise InputError("--data is missing; give a CSV of preference pairs.")
-    if len(s.data) != len(s.out) or len(set(s.out)) != len(s.out):
-        raise InputError(f"{len(s.data)} --data want as many --out, all different; got {len(s.out)}.")
+    checks.rollout_flags(s)
     for path in s.data:  # a wrong second file should not cost the thinking over the first
         data.read_pairs(path, s.dimension, s.video_root)
     ranks = parallel.start(s.seed)

@@ -1,12 +1,14 @@
 """CSV files: the published formats of preference pairs, recognised by their columns, and files of ready-made scores."""
 
 import csv
+import json
 import os
 import re
 
 import numpy as np
 
 from plumbing.answers import DIMENSIONS, extract_answer, parse_literal
+from plumbing.files import write_csv
 from plumbing.settings import InputError
 
 LABELS = {
@@ -217,3 +219,19 @@ def read_scores(path: str, data_path: str, pairs: list, root: str) -> np.ndarray
     for i, pair in enumerate(pairs):
         rewards[i] = [found.get((v, pair.prompt), found.get((v, ""), float("nan"))) for v in pair.videos]
     return rewards
+
+
+def write_cots(path: str, pairs: list, thoughts: dict) -> None:
+    """Pairs and their CoTs in DeScore's cold-start columns: what rollout.py collected, as stage 1 reads it.
+
+    thoughts: {(video, prompt): record of rollout.think_phase}. The tokens go along: stage 1 then trains on what was
+    sampled.
+    """
+    label, rows = {1: "A", -1: "B", 0: "same"}, []
+    for pair in pairs:
+        videos = [os.path.relpath(video, os.path.dirname(os.path.abspath(path))) for video in pair.videos]
+        records = [thoughts[video, pair.prompt] for video in pair.videos]
+        texts = [record["thoughts"][0] for record in records]
+        ids = [json.dumps(record["token_ids"][0]) for record in records]
+        rows.append([json.dumps(videos), pair.prompt, pair.prompt, *texts, *ids, label[pair.label]])
+    write_csv(path, ["videos", "problem", "prompt", "CoT_A", "CoT_B", "CoT_A_tokens", "CoT_B_tokens", "GSB"], rows)

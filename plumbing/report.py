@@ -5,7 +5,6 @@ model is untrusted: it is escaped for HTML, for Markdown, for the figure's formu
 Symbols: r_A, r_B rewards; margin = r_A - r_B; label +1 (A is better), -1 (B), 0 (the same); n pairs.
 """
 
-import csv
 import html
 import json
 import math
@@ -16,6 +15,7 @@ import typing
 import numpy as np
 
 from plumbing.answers import DIMENSIONS, read_verdicts, well_formed
+from plumbing.files import write_csv
 
 # The paper's Table 1: accuracy in-domain with ties; GenAI-Bench with, without; VideoGen-RewardBench with, without.
 PUBLISHED = {
@@ -265,11 +265,6 @@ def draw_accuracies(axis, judged, names) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 # 4. CSV files
 # ---------------------------------------------------------------------------------------------------------------
-def write_csv(path: str, head: list[str], rows: list[list]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([head, *rows])
-
-
 def write_scores(path: str, rows: list[tuple[str, str, float]], root: str) -> None:
     """path,prompt,reward: what --scores and --compare read back, so texts stay exact: beware of spreadsheets."""
     write_csv(path, ["path", "prompt", "reward"], [[os.path.relpath(v, root or "."), p, r] for v, p, r in rows])

@@ -19,6 +19,7 @@ import warnings
 import numpy as np
 import torch
 
+from plumbing.files import write_json
 from plumbing.settings import InputError
 
 # What a run writes into --out; --overwrite removes this and nothing else.
@@ -73,10 +74,7 @@ def _claim(settings, ranks):
     if settings.resume and saved:
         _compare(out, now, saved[-1], ranks)
     os.makedirs(out, exist_ok=True)
-    path = os.path.join(out, "settings.json")
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        json.dump(now, file, indent=1)
-    os.replace(path + ".tmp", path)
+    write_json(os.path.join(out, "settings.json"), now)
 
 
 def _compare(out, now, newest, ranks):

@@ -9,6 +9,7 @@ import pytest
 from lab import toy, toy_model
 import data
 from data import InputError
+from plumbing import video
 
 
 # -- frames -------------------------------------------------------------------------------------------------------
@@ -93,7 +94,7 @@ def test_a_clip_that_claims_to_be_huge_is_refused_before_it_is_decoded(tiny_clip
     with pytest.raises(InputError, match="over 512 frames"):
         data.sample_frames(tiny_clips[0])
     monkeypatch.undo()
-    monkeypatch.setattr(data, "MAX_SIDE", 32)
+    monkeypatch.setattr(video, "MAX_SIDE", 32)
     with pytest.raises(InputError, match="64 x 64 pixels"):
         data.sample_frames(tiny_clips[0])
 
