@@ -10,11 +10,9 @@ import pytest
 from plumbing import report
 import evaluate
 from data import DIMENSIONS, PreferencePair
+from test_answers import cot
 
 NASTY = '<script>alert(1)</script><img src=x onerror=alert(2)>" onload="x $\\frac{1 | `a` [b](http://c) & =1+1'
-GOOD = "<think>\nsubject: asked a cat; shown a cat; verdict 2\n</think>\n<answer>" + json.dumps(
-    {"dimensional_scores": dict(zip(DIMENSIONS, ["2", "1", "N/A", "0", 2])), "overall_score": 3.5}
-) + "</answer>"
 
 
 def judged(margins, labels, name="ours", prompts=None, extra=None):
@@ -52,11 +50,12 @@ def test_calibration_of_a_model_that_is_right_about_its_doubt():
 
 
 def test_thought_statistics():
-    truth = dict(zip(DIMENSIONS, ["2", "0", "N/A", "0", "1"]))
+    truth = {"subject": "2", "dynamics": "0", "camera": "N/A", "environment": "0", "style": "1"}
+    good = cot(subject="2", dynamics="1", camera="N/A", environment="0", style="2")
     pairs = [PreferencePair("a", "b", "p", 1, annotation_a=truth)]
     records = [
-        {"video": "a", "prompt": "p", "thoughts": [GOOD, "broken"], "tokens": [10, 20]},
-        {"video": "b", "prompt": "p", "thoughts": [GOOD], "tokens": [60]},  # no annotation: not in the verdict accuracy
+        {"video": "a", "prompt": "p", "thoughts": [good, "broken"], "tokens": [10, 20]},
+        {"video": "b", "prompt": "p", "thoughts": [good], "tokens": [60]},  # no annotation: not in the verdict accuracy
     ]
     done = report.thought_statistics(records, pairs)
     assert (done["cots"], done["malformed_share"]) == (3, pytest.approx(1 / 3))
