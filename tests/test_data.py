@@ -206,6 +206,7 @@ def test_conversation_layout():
         assert word in text
     # A formatter that wraps long lines would indent them, and so edit what the model reads.
     assert not [line for line in text.splitlines() if line != line.strip()]
+    assert "  " not in text.split("a cat")[1]  # nor may a line that goes on behind a backslash be indented
 
 
 @pytest.mark.parametrize("cached", [False, True])
