@@ -79,6 +79,7 @@ def prepare_pairs(path: str, settings: Settings, ranks, need_cots: bool) -> list
         )
     if not need_cots and not any(pair.cot_a or pair.cot_b for pair in pairs):
         ranks.print(f"{path}: has no CoT_A / CoT_B, so validation is without thinking")
+    # Eq. 3 needs a winner, and a human tie has none. --loss btt has a term of its own for "the same".
     if settings.loss == "bt":
         ties = sum(pair.label == 0 for pair in pairs)
         pairs = [pair for pair in pairs if pair.label != 0]
@@ -119,6 +120,7 @@ def score_pairs(model, items, settings, masks=None):
                 )
             prefixes.append(prefix)
             responses.append([ids])
+    # One row per video, [video and prompt | CoT | query]; r = head(hidden state of the query).
     batch = to_device(lay_out(model.backbone, prefixes, responses), model.query.device)
     rewards = model(batch, want_log_probs=False).rewards.view(-1, 2)  # (B, 2): videos A and B of each pair
     return rewards[:, 0], rewards[:, 1]
@@ -179,7 +181,7 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
     for step in run.steps():
         batch = [next(stream) for _ in range(run.local_pairs)]  # 1 draw pairs
         waited = run.seconds()  # a large share of the step means: more --workers, or --frame-cache
-        batch.sort(key=longest)
+        batch.sort(key=longest)  # only within the batch: the sum of its gradients does not depend on the order
         sums = Sums()
         for i in range(0, run.local_pairs, settings.micro_pairs):
             items, masks = zip(*batch[i : i + settings.micro_pairs])  # 2 mask CoTs

@@ -32,7 +32,7 @@ from plumbing.answers import read_verdicts, well_formed
 from plumbing.checkpoint import save_model
 from plumbing.jobs import readable_pairs, task_seed
 from plumbing.logs import Sums, draw_curves, reward_scale
-from plumbing.monitor import GRPO_PANELS, grpo_line, grpo_metrics, note_update, write_samples
+from plumbing.monitor import GRPO_PANELS, engine_gap, grpo_line, grpo_metrics, note_update, write_samples
 from plumbing.resume import claim_run, require_finite
 from plumbing.settings import arg, cli, parse
 from plumbing.training import CommonSettings, Run
@@ -214,17 +214,6 @@ def old_log_probs(output, rollouts: Rollouts) -> torch.Tensor:
     return output.log_probs.detach() if rollouts.old is None else rollouts.old
 
 
-def engine_gap(output, rollouts: Rollouts) -> torch.Tensor | None:
-    """(2G, T): trainer minus engine, each token's log-prob when sampled; None if the engine does not tell."""
-    if not rollouts.engine_log_probs:
-        return None
-    old = old_log_probs(output, rollouts)
-    gap = torch.zeros_like(old)
-    for n, values in enumerate(values for row in rollouts.engine_log_probs for values in row):
-        gap[n, : len(values)] = old[n, : len(values)] - torch.tensor(values, device=old.device)
-    return gap
-
-
 def losses_of(output, mask, rollouts: Rollouts, settings, counts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The three losses of one pair: GRPO (Eq. 7), KL (Eq. 7), BT (Eq. 10), each with the whole update's denominator.
 
@@ -235,7 +224,7 @@ def losses_of(output, mask, rollouts: Rollouts, settings, counts) -> tuple[torch
     advantages = rollouts.advantages.flatten().to(mask.device)  # (2G,) in the same order
     weight = None
     if settings.engine_cap and rollouts.engine_log_probs:
-        weight = engine_gap(output, rollouts).exp().clamp(max=settings.engine_cap)
+        weight = engine_gap(old, rollouts).exp().clamp(max=settings.engine_cap)
     clip = settings.clip_low, settings.clip_high, settings.clip_dual
     grpo = grpo_loss(log_probs, old, advantages, mask, *clip, token_weight=weight, denominator=counts["tokens"])
     kl = torch.zeros((), device=mask.device)
@@ -274,8 +263,7 @@ def update(model, optimizer, mini: list[Rollouts], settings, ranks) -> dict[str,
         require_finite(loss.item(), "loss", [rollouts.record()], settings, ranks)
         parallel.backward(loss, ranks)
         sums.add(grpo_loss=grpo.item(), kl=kl.item(), bt_loss=bt.item())
-        old, gap = old_log_probs(output, rollouts), engine_gap(output, rollouts)
-        note_update(sums, output, batch["response_mask"], old, gap, rollouts, settings, counts)
+        note_update(sums, output, batch["response_mask"], old_log_probs(output, rollouts), rollouts, settings, counts)
     norms = parallel.take_step(model, optimizer, [r.record() for r in mini], settings, ranks)
     ratio_max = max(ranks.gather_objects([sums.pop("ratio_max")]))
     return {**ranks.sum(sums), "ratio_max": ratio_max, **norms}

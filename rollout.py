@@ -288,27 +288,32 @@ def think_phase(items: list[Item], out: str, s, ranks, thinker: Thinker) -> tupl
 
 
 @dataclasses.dataclass
-class Settings:
-    """Collecting CoTs for stage 1."""
+class ThinkingSettings:
+    """Flags of the two scripts that think about many videos: this one and evaluate.py."""
+
+    dimension: str = arg("TA", "label column where a CSV has several: TA (the paper's), VQ, MQ or Overall")
+    engine: str = arg("transformers", "who writes the CoTs; vllm for real models", ["transformers", "vllm"])
+    engine_memory: float = arg(0.9, "share of a GPU's memory that vLLM may use while thinking", above=0, at_most=1)
+    engine_max_len: int = arg(
+        12288, "prompt + CoT tokens that vLLM takes at most; a video with more is refused", at_least=1)
+    engine_tp: int = arg(1, "tensor parallel vLLM: ranks that hold one engine together", at_least=1)
+    max_new_tokens: int = arg(4096, "CoT tokens at most (paper: 4096)", at_least=1)
+    skip_bad_videos: bool = arg(False, "leave out what cannot be read; skipped.jsonl in the output folder lists it")
+    seed: int = arg(0, "decides the sampled CoTs", at_least=0)
+
+
+@dataclasses.dataclass
+class Settings(ThinkingSettings):
+    """Collecting CoTs for stage 1; more in ThinkingSettings."""
 
     data: list[str] = arg(None, "preference pairs, a CSV in any known format; of several, each has its own --out")
     out: list[str] = arg(("pairs_with_cots.csv",), "CSV to write: DeScore's cold-start columns")
     model: str = arg("Qwen/Qwen3-VL-8B-Instruct", "the model that thinks: base model or DeScore folder")
-    engine: str = arg("transformers", "who samples", choices=["transformers", "vllm"])
-    engine_memory: float = arg(0.9, "share of a GPU's memory that vLLM may use", above=0, at_most=1)
-    engine_max_len: int = arg(
-        12288, "prompt + CoT tokens that vLLM takes at most; a video with more is refused", at_least=1)
-    engine_tp: int = arg(1, "tensor parallel vLLM: ranks that hold one engine together", at_least=1)
-    dimension: str = arg("TA", "label column where a CSV has several: TA, VQ, MQ or Overall")
     video_root: str | None = arg(None, "folder that relative video paths start from; default the CSV's")
-    skip_bad_videos: bool = arg(
-        False, "leave out pairs with a bad video or prompt; OUT.thoughts/skipped.jsonl lists them")
     fps: float = arg(2.0, "sampled frames per second (paper: 2)", above=0)
     max_pixels: int = arg(448 * 448, "pixels per frame at most (paper: 448 * 448)", at_least=1024)
-    max_new_tokens: int = arg(4096, "tokens per CoT at most (paper: 4096)", at_least=1)
     temperature: float = arg(1.0, "sampling temperature; 0 is greedy (not given in the paper for stage 1)", at_least=0)
     batch_size: int = arg(64, "CoTs that transformers samples at a time on one rank", at_least=1)
-    seed: int = arg(0, "decides the samples", at_least=0)
 
     thoughts, think, dtype = 1, True, "auto"  # what evaluate.py lets the user choose
 

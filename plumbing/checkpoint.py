@@ -56,6 +56,15 @@ def write_model(model, path: str, whole=lambda tensor: tensor, write=True) -> No
         model.backbone.generation_config.save_pretrained(path)
 
 
+def trained_settings(path: str) -> dict:
+    """descore.json of a checkpoint folder: sizes, how training sampled frames, the scale of the rewards."""
+    try:
+        with open(os.path.join(path, SETTINGS_FILE), encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: is no DeScore checkpoint ({error}); give a folder that training wrote") from error
+
+
 def open_model(cls, path: str, device, dtype: torch.dtype, new_head: bool, empty: bool, random_init: bool):
     """DeScore.from_pretrained; `cls` is DeScore."""
     settings_path = os.path.join(path, SETTINGS_FILE)

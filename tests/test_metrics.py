@@ -3,6 +3,7 @@
 label +1: A is better, -1: B, 0: the same. margin = r_A - r_B. A pair is called a tie where |margin| <= eps.
 """
 
+import math
 import random
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 
 from data import InputError
 from metrics import (
-    accuracy_with_ties, accuracy_with_ties_cross_fitted, accuracy_without_ties, bootstrap_interval, videoalign_compatible,
+    accuracy_with_ties, accuracy_with_ties_cross_fitted, accuracy_without_ties, bootstrap_interval, calibration,
+    videoalign_compatible,
 )
 
 
@@ -147,3 +149,24 @@ def test_bad_input_is_named(metric):
 def test_only_human_ties_have_no_accuracy_without_ties():
     with pytest.raises(InputError, match="tie"):
         accuracy_without_ties([0, 0], [1, 2])
+
+
+def test_calibration_by_hand():
+    # sigmoid(ln 3) = .75, twice A and twice B: said .75, won .5, off by .25. sigmoid(-ln 9) = .1, B: said .1, won 0.
+    # ECE = 4/5 * .25 + 1/5 * .1 = .22. The human tie is left out.
+    labels = np.array([1, 1, -1, -1, -1, 0])
+    margins = np.array([math.log(3)] * 4 + [-math.log(9.0001), 7])
+    done = calibration(labels, margins)
+    assert done["expected_calibration_error"] == pytest.approx(0.22, abs=1e-4)
+    assert [b["pairs"] for b in done["bins"]] == [1, 4]
+    assert done["bins"][1]["said"] == pytest.approx(0.75) and done["bins"][1]["won"] == 0.5
+
+
+def test_calibration_of_a_model_that_is_right_about_its_doubt():
+    rng = np.random.default_rng(0)
+    margins = rng.normal(size=40_000) * 2
+    labels = np.where(rng.random(40_000) < 1 / (1 + np.exp(-margins)), 1, -1)
+    assert calibration(labels, margins)["expected_calibration_error"] < 0.01
+    assert calibration(labels, 5 * margins)["expected_calibration_error"] > 0.1  # too large a scale
+    assert calibration(np.array([0]), np.array([1.0]))["expected_calibration_error"] is None
+    assert calibration(np.array([1, -1]), np.array([1e9, -1e9]))["expected_calibration_error"] < 1e-9

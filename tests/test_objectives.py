@@ -76,9 +76,9 @@ def test_stage_1_obeys_its_settings(world, base_dir, tmp_path, monkeypatch):
         gradients = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
         norms.append(torch.cat(gradients).norm().item())
 
-    def note_sampling(path, fps, max_pixels):
+    def note_sampling(path, fps, max_pixels, **more):
         sampled.add((fps, max_pixels))
-        return sample(path, fps, max_pixels)
+        return sample(path, fps, max_pixels, **more)
 
     monkeypatch.setattr(cold_start, "score_pairs", note_masks)
     monkeypatch.setattr(data, "sample_frames", note_sampling)

@@ -1,7 +1,6 @@
 """plumbing/report.py: numbers by hand, nothing untrusted gets through, files that open."""
 
 import json
-import math
 import re
 
 import numpy as np
@@ -28,27 +27,6 @@ def judged(margins, labels, name="ours", prompts=None, extra=None):
 # ---------------------------------------------------------------------------------------------------------------
 # Numbers
 # ---------------------------------------------------------------------------------------------------------------
-def test_calibration_by_hand():
-    # sigmoid(ln 3) = .75, twice A and twice B: said .75, won .5, off by .25. sigmoid(-ln 9) = .1, B: said .1, won 0.
-    # ECE = 4/5 * .25 + 1/5 * .1 = .22. The human tie is left out.
-    labels = np.array([1, 1, -1, -1, -1, 0])
-    margins = np.array([math.log(3)] * 4 + [-math.log(9.0001), 7])
-    done = report.calibration(labels, margins)
-    assert done["expected_calibration_error"] == pytest.approx(0.22, abs=1e-4)
-    assert [b["pairs"] for b in done["bins"]] == [1, 4]
-    assert done["bins"][1]["said"] == pytest.approx(0.75) and done["bins"][1]["won"] == 0.5
-
-
-def test_calibration_of_a_model_that_is_right_about_its_doubt():
-    rng = np.random.default_rng(0)
-    margins = rng.normal(size=40_000) * 2
-    labels = np.where(rng.random(40_000) < 1 / (1 + np.exp(-margins)), 1, -1)
-    assert report.calibration(labels, margins)["expected_calibration_error"] < 0.01
-    assert report.calibration(labels, 5 * margins)["expected_calibration_error"] > 0.1  # too large a scale
-    assert report.calibration(np.array([0]), np.array([1.0]))["expected_calibration_error"] is None
-    assert report.calibration(np.array([1, -1]), np.array([1e9, -1e9]))["expected_calibration_error"] < 1e-9
-
-
 def test_thought_statistics():
     truth = {"subject": "2", "dynamics": "0", "camera": "N/A", "environment": "0", "style": "1"}
     good = cot(subject="2", dynamics="1", camera="N/A", environment="0", style="2")
