@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread c
 
 import csv
 import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -123,6 +124,12 @@ def run(*command, env=None, ranks=1, check=True):
     if check:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
+
+
+def run_here(monkeypatch, script, *flags):
+    """What `python script flags` does, as __main__, but in this process: a new one takes four seconds to import."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+    runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
 def refuses(capsys, main, *flags, says):

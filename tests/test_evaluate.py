@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 import evaluate
-from conftest import refuses, run, write_csv
+from conftest import refuses, run_here, write_csv
 from data import InputError, PreferencePair
 from plumbing import jobs
 
@@ -84,15 +84,15 @@ def test_difference_is_paired():
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def test_scores_command_line(tmp_path, pairs_csv):
+def test_scores_command_line(tmp_path, pairs_csv, monkeypatch, capsys):
     scores = write_csv(tmp_path / "s.csv", ["reward_A", "reward_B"], [[2, 1], [1, 3], [0, 0], [1, 1.5], [3, 1]])
-    done = run("evaluate.py", "--data", pairs_csv, "--scores", scores, "--out", tmp_path / "out")
+    run_here(monkeypatch, "evaluate.py", "--data", pairs_csv, "--scores", scores, "--out", tmp_path / "out")
     numbers = json.loads((tmp_path / "out" / "report.json").read_text())
     # Margins 1 (A), -2 (B), -.5 (tie), 2 (A): all signs right; the tie is smallest: threshold .5 makes it right too.
     assert (numbers["pairs"], numbers["human_ties"]) == (4, 1)
     assert (numbers["accuracy_without_ties"], numbers["accuracy_with_ties"], numbers["threshold"]) == (1.0, 1.0, 0.5)
     assert (tmp_path / "out" / "report.png").stat().st_size > 10_000
-    assert "1.000" in done.stdout and "published" in (tmp_path / "out" / "report.md").read_text()
+    assert "1.000" in capsys.readouterr().out and "published" in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_bad_input_ends_with_one_sentence_and_exit_code_2(tmp_path, pairs_csv, capsys, monkeypatch):
