@@ -1,4 +1,4 @@
-"""Shared pieces: a small toy world on disk, the real processor, and random tiny Qwen3-VL weights. No downloads, no mocks."""
+"""Shared pieces: a small toy world on disk, the real processor, tiny random Qwen3-VLs. No downloads, no mocks."""
 
 import os
 
@@ -56,7 +56,8 @@ def real_processor():
 def base_dir(tmp_path_factory, processor):
     """A plain Hugging Face folder: a tiny Qwen3-VL with random weights."""
     folder = tmp_path_factory.mktemp("base")
-    toy_model.build_model(processor, hidden=64, layers=2, heads=2, vision_hidden=48, vision_layers=2).save_pretrained(folder)
+    sizes = {"hidden": 64, "layers": 2, "heads": 2, "vision_hidden": 48, "vision_layers": 2}
+    toy_model.build_model(processor, **sizes).save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
 
@@ -133,7 +134,7 @@ def run_here(monkeypatch, script, *flags):
 
 
 def refuses(capsys, main, *flags, says):
-    """Bad input, as a user meets it: exit code 2, one `error:` line that contains `says`, no traceback. Returns the line.
+    """Bad input, as a user meets it: exit code 2, no traceback, and one `error:` line with `says`, which is returned.
 
     In this process, through what each script ends with, cli(main): a new process takes four seconds.
     """

@@ -50,8 +50,8 @@ def test_verdicts_are_read_one_by_one():
 
 
 @pytest.mark.parametrize("value, score", [
-    ("3.5", 3.5), ('"4.5"', 4.5), ("4", 4.0), ("true", None), ("null", None), ('"x"', None), ("NaN", None), ("1e999", None),
-    ("[4]", None),
+    ("3.5", 3.5), ('"4.5"', 4.5), ("4", 4.0), ("true", None), ("null", None), ('"x"', None), ("NaN", None),
+    ("1e999", None), ("[4]", None),
 ])
 def test_stated_score(value, score):
     assert stated_score(f'x <answer>{{"overall_score": {value}}}</answer>') == score
@@ -59,9 +59,10 @@ def test_stated_score(value, score):
 
 
 @pytest.mark.parametrize("text, expected", [
-    ('x <answer>{"a": 1}</answer>', {"a": 1}), ("<answer>{'a': None}</answer>", {"a": None}), ("<answer>[1]</answer>", None),
-    ("no answer", None), ("<answer>{broken</answer>", None), ("<answer>1</answer><answer>{}</answer>", {}),
-    ("<answer>" + "[" * 100_000 + "</answer>", None), ('<answer>```json\n{"a": 1}\n```</answer>', {"a": 1}),
+    ('x <answer>{"a": 1}</answer>', {"a": 1}), ("<answer>{'a': None}</answer>", {"a": None}),
+    ("<answer>[1]</answer>", None), ("no answer", None), ("<answer>{broken</answer>", None),
+    ("<answer>1</answer><answer>{}</answer>", {}), ("<answer>" + "[" * 100_000 + "</answer>", None),
+    ('<answer>```json\n{"a": 1}\n```</answer>', {"a": 1}),
 ])
 def test_extract_answer(text, expected):
     assert data.extract_answer(text) == expected

@@ -53,7 +53,7 @@ def test_merged_folder_is_a_plain_qwen3_vl(model, prefixes, tmp_path, monkeypatc
 
 
 def test_what_was_trained_is_saved_in_fp32(base_dir, prefixes, tmp_path):
-    """LoRA on a bf16 base, as on a GPU: one type for all, and an update below half a step of bf16 is not rounded away."""
+    """LoRA on a bf16 base, as on a GPU: one type for all; an update below half a step of bf16 is not rounded away."""
     model = DeScore.from_pretrained(base_dir, dtype=torch.bfloat16, new_head=True)
     model.make_trainable("lora", vision=True, lora_r=2, lora_alpha=2)
     name = "backbone.model.language_model.layers.0.mlp.up_proj"

@@ -90,8 +90,8 @@ def test_too_long_a_cot_names_its_row(pairs, model, processor, settings):
 
 
 def arguments(world, base_dir, out, **more):
-    flags = {"model": base_dir, "data": world["train_cold_start"], "out": out, "batch_pairs": 2, "lr": 1e-3, "workers": 0,
-             "mask_probability": 0.5, "epochs": 2, "lora_r": 4, "lora_alpha": 8, "max_steps": 4, **more}
+    flags = {"model": base_dir, "data": world["train_cold_start"], "out": out, "batch_pairs": 2, "lr": 1e-3,
+             "workers": 0, "mask_probability": 0.5, "epochs": 2, "lora_r": 4, "lora_alpha": 8, "max_steps": 4, **more}
     return [str(x) for name, value in flags.items() for x in ("--" + name.replace("_", "-"), value)]
 
 

@@ -34,7 +34,7 @@ def test_target_size():
 
 @pytest.mark.parametrize("sides", [(32, 32), (32, 64), (10, 10), (56, 56), (40, 48), (96, 32), (24, 40), (64, 64)])
 def test_tiny_clips_are_enlarged_to_the_papers_minimum(sides):
-    """At least 3,136 pixels a frame, as many as Qwen's own function gives them (it counts over all frames: here two)."""
+    """At least 3,136 pixels a frame, as Qwen's own function gives them (it counts over all frames, here two)."""
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
     qwen = smart_resize(2, *sides, factor=32, min_pixels=2 * 3136, max_pixels=2 * 448 * 448)
@@ -43,7 +43,7 @@ def test_tiny_clips_are_enlarged_to_the_papers_minimum(sides):
 
 
 def test_frames_and_their_times_reach_the_model(tmp_path, processor):
-    """Frame k of the file has grey level 8k, so we can read which frames arrived; 10 fps, so 24 would shift the times."""
+    """Frame k of the file has grey level 8k: so we can read which frames arrived. 10 fps: 24 would shift the times."""
     frames = np.stack([np.full((64, 96, 3), 8 * k, dtype=np.uint8) for k in range(30)])
     toy.write_mp4(tmp_path / "x.mp4", frames, fps=10)
     video = data.sample_frames(str(tmp_path / "x.mp4"))
@@ -152,7 +152,8 @@ def test_positions_follow_from_the_layout(processor, tiny_clips):
     expected, here, ids = [], 0, ours["input_ids"].tolist()
     while len(expected) < len(ids):
         block = ids[len(expected)] == pad
-        expected += [(here, here + y, here + x) for y in range(height) for x in range(width)] if block else [(here,) * 3]
+        inside = [(here, here + y, here + x) for y in range(height) for x in range(width)]
+        expected += inside if block else [(here,) * 3]
         here += max(height, width) if block else 1
     backbone = toy_model.build_model(processor, **toy_model.MICRO).model
     ids, types = ours["input_ids"][None], ours["mm_token_type_ids"][None]

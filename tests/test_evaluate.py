@@ -54,9 +54,11 @@ def test_the_report_by_hand():
     judged = evaluate.measure("by hand", pairs, np.array([[2, 0], [0.5, 0], [0, 1], [0, 3.0]]))
     numbers = judged.numbers
     assert (numbers["pairs"], numbers["human_ties"], numbers["prompts"]) == (4, 1, 2)
-    assert (numbers["accuracy_without_ties"], numbers["accuracy_with_ties"], numbers["threshold"]) == (2 / 3, 3 / 4, 0.5)
+    assert numbers["accuracy_without_ties"] == 2 / 3
+    assert (numbers["accuracy_with_ties"], numbers["threshold"]) == (3 / 4, 0.5)
     assert judged.hits["with_ties"].tolist() == [True, True, True, False]
-    # Drawn by prompt: p and q, or one of them twice. Without ties p is 1 of 1 right, q 1 of 2; with ties 2 of 2, 1 of 2.
+    # Drawn by prompt: p and q, or one of them twice. Without ties p is 1 of 1 right, q 1 of 2; with ties 2 of 2 and
+    # 1 of 2.
     assert numbers["accuracy_without_ties_interval"] == numbers["accuracy_with_ties_interval"] == (0.5, 1.0)
     (first, second) = numbers["model_pairs"]
     assert (first["models"], first["with_ties"], first["without_ties"]) == (("x", "y"), 1.0, 1.0)
@@ -82,8 +84,6 @@ def test_difference_is_paired():
 # ---------------------------------------------------------------------------------------------------------------
 # The command line
 # ---------------------------------------------------------------------------------------------------------------
-
-
 def test_scores_command_line(tmp_path, pairs_csv, monkeypatch, capsys):
     scores = write_csv(tmp_path / "s.csv", ["reward_A", "reward_B"], [[2, 1], [1, 3], [0, 0], [1, 1.5], [3, 1]])
     run_here(monkeypatch, "evaluate.py", "--data", pairs_csv, "--scores", scores, "--out", tmp_path / "out")
@@ -247,7 +247,7 @@ def test_a_bad_clip_or_a_giant_prompt_stops_or_is_counted(tmp_path, tiny_model_d
 
 
 def test_the_score_that_a_cot_states(tmp_path, tiny_model_dir, clips_csv):
-    """--score-from text: the generative reward model of Fig. 1a; thoughts are shared with the head's run, reports are not."""
+    """--score-from text: the generative reward model of Fig. 1a. It shares the head's thoughts, not its reports."""
     assert evaluate.overall_score('x <answer>{"overall_score": 3.5}</answer>') == 3.5
     assert evaluate.overall_score("nothing") == evaluate.overall_score('<answer>{"overall_score": "x"}</answer>') == 3.0
     flags = ["--model", tiny_model_dir, "--data", clips_csv, "--out", str(tmp_path), "--max-new-tokens", "3"]
@@ -257,7 +257,8 @@ def test_the_score_that_a_cot_states(tmp_path, tiny_model_dir, clips_csv):
     assert (tmp_path / "thoughts.jsonl").read_text() == before
     heads, texts = (tmp_path / "scores.csv").read_text(), (tmp_path / "text" / "scores.csv").read_text()
     assert {row["reward"] for row in csv.DictReader(texts.splitlines())} == {"3.0"}
-    assert sorted(float(row["reward"]) for row in csv.DictReader(heads.splitlines())) == pytest.approx(sorted(rewards_in(tmp_path)))
+    written = sorted(float(row["reward"]) for row in csv.DictReader(heads.splitlines()))
+    assert written == pytest.approx(sorted(rewards_in(tmp_path)))
     assert (tmp_path / "report.json").exists() and (tmp_path / "text" / "report.json").exists()
     evaluate.main([*flags[:-3], str(tmp_path / "both"), *flags[-2:], "--score-from", "head", "text"])
     for name in ("scores.csv", "text/scores.csv"):

@@ -25,13 +25,14 @@ FORMATS = {
     "cold start": ({"videos": "['a.mp4', 'b.mp4']", "problem": "?", "durations": "[5, 5]", "prompt": "a cat",
                     "CoT_A": "<think>a</think>", "CoT_B": "<think>b</think>", "GSB": "B"}, -1),
     "rl": ({"videos": '["a.mp4", "b.mp4"]', "problem": "a cat", "answer": f"<answer>{ANSWER}</answer>"}, 1),
-    "videoalign": ({"path_A": "a.mp4", "path_B": "b.mp4", "prompt": "a cat", "VQ": "A", "MQ": "A", "TA": "same", "fps_A": "8",
-                    "num_frames_A": "49", "fps_B": "8", "num_frames_B": "49"}, 0),
-    "videogen": ({"path_A": "a.mp4", "path_B": "b.mp4", "A_model": "gen2", "B_model": "pika", "prompt": "a cat", "VQ": "A",
-                  "MQ": "A", "TA": "B", "Overall": "A"}, -1),
+    "videoalign": ({"path_A": "a.mp4", "path_B": "b.mp4", "prompt": "a cat", "VQ": "A", "MQ": "A", "TA": "same",
+                    "fps_A": "8", "num_frames_A": "49", "fps_B": "8", "num_frames_B": "49"}, 0),
+    "videogen": ({"path_A": "a.mp4", "path_B": "b.mp4", "A_model": "gen2", "B_model": "pika", "prompt": "a cat",
+                  "VQ": "A", "MQ": "A", "TA": "B", "Overall": "A"}, -1),
     "genai": ({"prompt": "a cat", "left_model": "x", "right_model": "y", "left_video": "a.mp4", "right_video": "b.mp4",
                "vote_type": "bothbad_vote"}, 0),
-    "genai paths": ({"prompt": "a cat", "left_video_path": "a.mp4", "right_video_path": "b.mp4", "vote_type": "leftvote"}, 1),
+    "genai paths": ({"prompt": "a cat", "left_video_path": "a.mp4", "right_video_path": "b.mp4",
+                     "vote_type": "leftvote"}, 1),
     "in-domain": ({"video_A": "a.mp4", "video_B": "b.mp4", "prompt": "a cat", "answer": "Video 2 is better"}, -1),
 }
 
@@ -86,8 +87,9 @@ def test_bad_csv_names_the_place(tmp_path):
     bad_csv(tmp_path, "line 2: the prompt is empty", prompt="  ")
     bad_csv(tmp_path, "fit none of the known formats", path_B=None)
     bad_csv(tmp_path, "can be one of: TA, VQ, MQ", dimension="Overall")
+    code = {**FORMATS["rl"][0], "videos": "__import__('os').system('x')"}
     with pytest.raises(InputError, match="line 2"):
-        data.read_pairs(write_rows(tmp_path / "x.csv", [{**FORMATS["rl"][0], "videos": "__import__('os').system('x')"}]))
+        data.read_pairs(write_rows(tmp_path / "x.csv", [code]))
     (tmp_path / "latin.csv").write_bytes("path_A,path_B,prompt,TA\na,b,caf\xe9,A\n".encode("latin-1"))
     with pytest.raises(InputError, match="UTF-8"):
         data.read_pairs(str(tmp_path / "latin.csv"))

@@ -1,4 +1,4 @@
-"""Shared-prefix attention: what the drawing in `lay_out` says, without a mask, and nothing else than before without spans."""
+"""Shared-prefix attention: what the drawing in `lay_out` says, without a mask; without spans, ordinary attention."""
 
 import pytest
 import torch

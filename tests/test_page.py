@@ -69,7 +69,8 @@ def test_page_in_a_real_browser(page_file, tmp_path):
         pytest.skip("no Chromium on this machine")
     for kind, hidden in (("", 0), ("wrong", 2), ("tie", 2), ("large", 2)):
         flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile", "--dump-dom"]
-        done = subprocess.run([browser, *flags, f"file://{page_file}#{kind}"], capture_output=True, text=True, timeout=60)
+        command = [browser, *flags, f"file://{page_file}#{kind}"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         articles = [a for tag, a in Tags(done.stdout).tags if tag == "article"]
         assert len(articles) == 3 and sum("hidden" in a for a in articles) == hidden
         assert f"{3 - hidden} pairs shown" in done.stdout  # our script ran under the page's policy

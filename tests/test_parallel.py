@@ -27,10 +27,10 @@ def same_metrics(one, two, names, tolerance):
 
 
 def test_two_ranks_equal_one_in_stage_1(world, base_dir, tmp_path):
-    """FSDP2 over two gloo ranks, micro-batches on one: the same losses, gradient norms and weights; resume on one rank."""
-    flags = ["--model", base_dir, "--data", world["train_cold_start"], "--val", world["val_cold_start"], "--batch-pairs", "4",
-             "--lr", "1e-3", "--workers", "0", "--mask-probability", "1", "--lora-r", "4", "--lora-dropout", "0",
-             "--epochs", "9"]
+    """FSDP2 over two gloo ranks, micro-batches on one: the same losses, norms and weights; resume on one rank."""
+    flags = ["--model", base_dir, "--data", world["train_cold_start"], "--val", world["val_cold_start"],
+             "--batch-pairs", "4", "--lr", "1e-3", "--workers", "0", "--mask-probability", "1", "--lora-r", "4",
+             "--lora-dropout", "0", "--epochs", "9"]
     out = {name: tmp_path / name for name in ("one", "two", "killed")}
     cold_start.main([*flags, "--out", str(out["one"]), "--max-steps", "4"])
     run("cold_start.py", *flags, "--out", out["two"], "--max-steps", "4", ranks=2)
@@ -69,30 +69,23 @@ def kill_after_step(step, out, *flags):
 
 
 def test_two_ranks_equal_one_in_stage_2(world, tiny_model_dir, tmp_path):
-    """Packed groups on two ranks, a row per CoT on one: the same. Unequal token counts per rank, an unsharded rollout
-    engine beside the shards, several updates per rollout batch; two copies of the model in one shard each, offloaded."""
-    flags = ["--model", tiny_model_dir, "--data", world["train_rl"], "--batch-pairs", "4", "--mini-pairs", "2", "--rollouts", "2",
-             "--max-new-tokens", "10", "--lr", "1e-3", "--workers", "0", "--length-low", "1", "--length-high", "9",
-             "--kl-coef", "0.01", "--epochs", "9", "--max-steps", "2"]
+    """Packed groups on two ranks, a row per CoT on one: the same.
+
+    Unequal token counts per rank, an unsharded rollout engine beside the shards, several updates per rollout batch; two
+    copies of the model in one shard each, offloaded.
+    """
+    flags = ["--model", tiny_model_dir, "--data", world["train_rl"], "--batch-pairs", "4", "--mini-pairs", "2",
+             "--rollouts", "2", "--max-new-tokens", "10", "--lr", "1e-3", "--workers", "0", "--length-low", "1",
+             "--length-high", "9", "--kl-coef", "0.01", "--epochs", "9", "--max-steps", "2"]
     grpo.main([*flags, "--out", str(tmp_path / "one"), "--no-packing"])
     two_ranks = [*flags, "--out", tmp_path / "two", "--shard-ranks", "1", "--cpu-offload", "--save-every", "1"]
     run("grpo.py", *two_ranks, ranks=2)
     one, two = (logs.read_metrics(str(tmp_path / name)) for name in ("one", "two"))
-    names = [
-        "rollout_reward",
-        "quality",
-        "cot_tokens",
-        "grpo_loss",
-        "bt_loss",
-        "kl",
-        "grad_norm_llm",
-        "grad_norm_head",
-        "mean_log_prob",
-    ]
+    names = ["rollout_reward", "quality", "cot_tokens", "grpo_loss", "bt_loss", "kl", "grad_norm_llm", "grad_norm_head",
+             "mean_log_prob"]
     same_metrics(one[:1], two[:1], names, 2e-4)
-    same_metrics(
-        one[1:], two[1:], ["rollout_reward", "cot_tokens", "bt_loss"], 2e-3
-    )  # sampled from the updated weights
+    # Step 2 is sampled from the updated weights.
+    same_metrics(one[1:], two[1:], ["rollout_reward", "cot_tokens", "bt_loss"], 2e-3)
     a, b = (DeScore.from_pretrained(str(tmp_path / name / "model")).state_dict() for name in ("one", "two"))
     assert all(torch.allclose(a[name], b[name], atol=2e-4) for name in a)
     # all that came after the first step is lost; --resume on two ranks: bit for bit the run that went through
@@ -105,8 +98,8 @@ def test_two_ranks_equal_one_in_stage_2(world, tiny_model_dir, tmp_path):
 
 def test_ctrl_c_saves_and_says_how_to_go_on(world, base_dir, tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "cold_start.py", "--model", base_dir, "--data", world["train_cold_start"], "--mask-probability", "1",
-         "--batch-pairs", "1", "--epochs", "500", "--workers", "0", "--out", str(tmp_path)],
+        [sys.executable, "cold_start.py", "--model", base_dir, "--data", world["train_cold_start"],
+         "--mask-probability", "1", "--batch-pairs", "1", "--epochs", "500", "--workers", "0", "--out", str(tmp_path)],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )
     deadline = time.time() + 120

@@ -32,7 +32,8 @@ def test_plan_counts_what_training_holds(base_dir):
 def test_plan_counts_what_a_block_keeps_for_backward():
     """The bytes that one real text block saves per token, as autograd's own hooks see them: within 5 %."""
     text = plan.model_config("8B").text_config
-    sizes = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 1536}
+    sizes = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64,
+             "intermediate_size": 1536}
     text.update({**sizes, "_attn_implementation": "sdpa"})
     block = Qwen3VLTextDecoderLayer(text, 0).bfloat16()
     weights, saved = {parameter.data_ptr() for parameter in block.parameters()}, {}
@@ -42,7 +43,8 @@ def test_plan_counts_what_a_block_keeps_for_backward():
             saved[tensor.untyped_storage().data_ptr()] = tensor, tensor.untyped_storage().nbytes()
         return tensor
 
-    states, rotary = torch.randn(1, 256, 512, dtype=torch.bfloat16, requires_grad=True), torch.randn(1, 256, 64).bfloat16()
+    states = torch.randn(1, 256, 512, dtype=torch.bfloat16, requires_grad=True)
+    rotary = torch.randn(1, 256, 64).bfloat16()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         block(states, position_embeddings=(rotary, rotary), attention_mask=None, position_ids=None)
     measured = sum(size for _, size in saved.values()) / 256

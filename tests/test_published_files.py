@@ -28,23 +28,28 @@ def clip(seconds, source_fps, height, width, max_pixels=448 * 448):
     (clip(5.25, 24.0, 752, 1360), 1487, 1140), (clip(5.25, 24.0, 752, 1360, 307_200), 2141, 1794),
     (clip(152 / 30, 30.0, 720, 1280), 1487, 1140), (clip(152 / 30, 30.0, 720, 1280, 307_200), 2141, 1794),
 ])
-def test_prompts_are_as_long_as_in_the_release_that_the_weights_came_out_for(real_processor, video, tokens, video_tokens):
+def test_prompts_are_as_long_as_in_the_release_that_the_weights_came_out_for(
+    real_processor, video, tokens, video_tokens
+):
     inputs = data.encode_prompt(real_processor, video, GIRL)
     assert len(inputs["input_ids"]) == tokens and int((inputs["mm_token_type_ids"] == 2).sum()) == video_tokens
     assert inputs["input_ids"].tolist() == published_layout(real_processor.tokenizer, video, GIRL)
 
 
-PROMPTS = ["a cat", "A cat.", "Is it a cat?", "a cat!!!", "a cat...\n", "\n\na cat", "  a cat  ", "(a cat)", "a \"cat\"", "12", "<|", "a<",
-           "一只猫在跑。", "猫、犬。\n", "un café à l'été", "кот — бежит…", "🐈‍⬛ runs 🏃!", "नमस्ते।", "مرحبا؟", "<b>cat</b>"]
+PROMPTS = ["a cat", "A cat.", "Is it a cat?", "a cat!!!", "a cat...\n", "\n\na cat", "  a cat  ", "(a cat)",
+           "a \"cat\"", "12", "<|", "a<", "一只猫在跑。", "猫、犬。\n", "un café à l'été", "кот — бежит…", "🐈‍⬛ runs 🏃!", "नमस्ते।",
+           "مرحبا؟", "<b>cat</b>"]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_harmless_prompts_are_read_as_the_stock_processor_reads_them(real_processor, prompt):
     video = clip(2, 24.0, 64, 96)
-    text = real_processor.apply_chat_template(data.build_conversation(prompt), add_generation_prompt=True, tokenize=False)
+    turns = data.build_conversation(prompt)
+    text = real_processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
     text = text.replace("<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>")
-    whole = real_processor(text=[text], videos=[torch.from_numpy(video.frames).permute(0, 3, 1, 2)], return_tensors="pt",
-                           video_metadata=[video.metadata()], do_sample_frames=False, do_resize=False)
+    whole = real_processor(text=[text], videos=[torch.from_numpy(video.frames).permute(0, 3, 1, 2)],
+                           return_tensors="pt", video_metadata=[video.metadata()], do_sample_frames=False,
+                           do_resize=False)
     ours = data.encode_prompt(real_processor, video, prompt)
     for name in ("input_ids", "mm_token_type_ids"):
         assert torch.equal(ours[name], whole[name][0])

@@ -55,7 +55,7 @@ def test_what_is_kept_of_a_thought(world, base_dir, tmp_path):
 
 
 def test_stage_1_trains_on_what_was_sampled(world, base_dir, model, tmp_path, capsys):
-    """Ids from sampling to stage 1's forward: with no EOS where the CoT was cut off, and not what the text encodes to."""
+    """Ids from sampling to stage 1's forward: no EOS where the CoT was cut off, and not what the text encodes to."""
     out, tokenizer = tmp_path / "cots.csv", model.processor.tokenizer
     rollout.main(["--model", base_dir, "--data", world["val_cold_start"], "--out", str(out), "--max-new-tokens", "9"])
     records = read_log(f"{out}.thoughts", "thoughts")
@@ -114,11 +114,8 @@ def test_engine_takes_over_trained_weights(model, base_dir, prefixes):
 
 
 def test_task_seed_is_stable():
-    assert (
-        rollout.task_seed(0, "a.mp4", "p", 1)
-        == rollout.task_seed(0, "a.mp4", "p", 1)
-        != rollout.task_seed(0, "a.mp4", "p", 2)
-    )
+    first, again, other = (rollout.task_seed(0, "a.mp4", "p", k) for k in (1, 1, 2))
+    assert first == again != other
 
 
 def test_sampling_depends_on_the_seed_alone(model, prefixes, processor):
@@ -152,7 +149,8 @@ def test_sampling_follows_softmax_and_stops(model, prefixes, processor):
 
 
 def test_only_text_eos_and_think_can_be_sampled(model, prefixes, processor):
-    rows, names = model.backbone.config.text_config.vocab_size, {i: t for t, i in processor.tokenizer.get_vocab().items()}
+    rows = model.backbone.config.text_config.vocab_size
+    names = {i: token for token, i in processor.tokenizer.get_vocab().items()}
     banned = rollout.banned_tokens(processor.tokenizer, rows)
     assert set(banned) >= set(range(len(names), rows)) and rows > len(names)  # rows without a token
     added = {i: token.content for i, token in processor.tokenizer.added_tokens_decoder.items()}

@@ -124,7 +124,8 @@ def test_two_processes_write_the_same_clips(tmp_path):
             "    write_mp4(f'{sys.argv[1]}/{k}.mp4', render_clip(random_values(rng), rng), 4)")
     fills = ("85", "170")
     started = [
-        subprocess.Popen([sys.executable, "-c", code, tmp_path / fill], cwd=ROOT, env={**os.environ, "MALLOC_PERTURB_": fill})
+        subprocess.Popen([sys.executable, "-c", code, tmp_path / fill], cwd=ROOT,
+                         env={**os.environ, "MALLOC_PERTURB_": fill})
         for fill in fills
     ]
     assert [process.wait(timeout=120) for process in started] == [0, 0]
