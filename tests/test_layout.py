@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import layout
 from layout import lay_out, shared_prefix_attention
 from rollout import sample_cots
 
@@ -35,7 +36,7 @@ def dense_attention(query, key, value, spans):
 
 
 def test_the_dense_twin_is_the_drawing_in_the_docstring():
-    drawing = [line.split()[1:10] for line in lay_out.__doc__.splitlines() if line.strip()[:1] in ("p", "a", "q", "b")]
+    drawing = [line.split()[1:10] for line in layout.__doc__.splitlines() if line.strip()[:1] in ("p", "a", "q", "b")]
     drawing = [row for row in drawing if set(row) <= {"x", "."} and len(row) == 9]
     expected = torch.tensor([[cell == "x" for cell in row] for row in drawing])
     assert expected.shape == (9, 9) and torch.equal(who_sees_whom(3, [(3, 3), (6, 3)], 9), expected)
