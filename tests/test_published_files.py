@@ -37,8 +37,8 @@ def test_prompts_are_as_long_as_in_the_release_that_the_weights_came_out_for(
 
 
 PROMPTS = ["a cat", "A cat.", "Is it a cat?", "a cat!!!", "a cat...\n", "\n\na cat", "  a cat  ", "(a cat)",
-           "a \"cat\"", "12", "<|", "a<", "一只猫在跑。", "猫、犬。\n", "un café à l'été", "кот — бежит…", "🐈‍⬛ runs 🏃!", "नमस्ते।",
-           "مرحبا؟", "<b>cat</b>"]
+           "a \"cat\"", "12", "<|", "a<", "一只猫在跑。", "猫、犬。\n", "un café à l'été", "кот — бежит…",
+           "🐈‍⬛ runs 🏃!", "नमस्ते।", "مرحبا؟", "<b>cat</b>"]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
