@@ -202,7 +202,7 @@ def to_video(video, fps: float, max_pixels: int, source_fps: float | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 3. The conversation, the same for both stages and inference: [user: video + prompt + instruction][assistant: CoT][query]
+# 3. The conversation, the same for both stages and inference: [user: video, prompt, instruction][assistant: CoT][query]
 # ---------------------------------------------------------------------------------------------------------------
 INSTRUCTION_BEFORE = "The video above was generated from this text prompt:\n"
 INSTRUCTION_AFTER = """
