@@ -1,4 +1,4 @@
-"""lab/plan.py: what it counts is what training holds, byte for byte where that can be had."""
+"""lab/plan.py: the bytes it counts are those that training holds, as far as a small model shows them."""
 
 import pytest
 import torch
