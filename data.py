@@ -171,8 +171,7 @@ def sample_indices(total_num_frames: int, source_fps: float, fps: float) -> list
 def sample_frames(path: str, fps: float = 2.0, max_pixels: int = 448 * 448, decode: bool = True) -> Video:
     """Decodes a clip with decord at `fps` frames a second, straight to the size the model gets.
 
-    Decoding at the target size avoids holding full-size frames. Paper: 2 fps, at most 448 x 448 pixels in stage 1.
-    decode False: a probe; all frames are black and take no memory, and only the first is decoded, for its size.
+    Paper: 2 fps, at most 448 x 448 pixels in stage 1. decode False: a probe; all frames are black and take no memory.
     Raises InputError for a file that is missing, empty, truncated or not a video.
     """
     frames, source_fps, total, indices = read_clip(
@@ -203,8 +202,7 @@ def to_video(video, fps: float, max_pixels: int, source_fps: float | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 3. The conversation: ONE layout for stage 1, stage 2 and inference (README, difference 2)
-#       user turn = video + prompt + instruction;  assistant turn = CoT;  then the query token
+# 3. The conversation, the same for both stages and inference: [user: video, prompt, instruction][assistant: CoT][query]
 # ---------------------------------------------------------------------------------------------------------------
 INSTRUCTION_BEFORE = "The video above was generated from this text prompt:\n"
 CRITERIA = """
@@ -341,7 +339,7 @@ def encode_cot(tokenizer, cot: str | None, tokens: list[int] | None = None) -> l
 # ---------------------------------------------------------------------------------------------------------------
 # 4. A stream of encoded pairs
 # ---------------------------------------------------------------------------------------------------------------
-FRAME_CACHE_GB = 50.0  # 10^9 bytes; the least recently used clips go first
+FRAME_CACHE_GB = 50.0  # 10^9 bytes
 
 
 class EncodedPairs(torch.utils.data.Dataset):

@@ -142,7 +142,7 @@ class Rollouts:
     cots: list[list[list[int]]]  # [2][G] token ids
     rule_rewards: list[list[RolloutReward]] = None  # [2][G]
     advantages: torch.Tensor = None  # (2, G)
-    engine_log_probs: list[list[list[float]]] = None  # [2][G][token] as the engine saw them, if it tells
+    engine_log_probs: list[list[list[float]] | None] = (None, None)  # [2][G][token], if the engine tells
     old: torch.Tensor = None  # (2G, T) log-probs when sampled, if they differ from the current ones
     reference: torch.Tensor = None  # (2G, T) log-probs under the reference
     video_features: object = None  # what the frozen tower saw, from the first pass of a step to its last
@@ -166,11 +166,12 @@ def generate(items, engine, settings, step) -> list[Rollouts]:
     seeds = [[task_seed(settings.seed, step, pair.line, video, i) for i in range(settings.rollouts)]
              for pair, _ in items for video in (0, 1)]  # each CoT's own: the sample does not depend on its batch-mates
     cots = engine.generate(prefixes, seeds, settings.max_new_tokens, settings.temperature)
-    seen = getattr(engine, "log_probs", None)
-    return [
-        Rollouts(pair, both, cots[2 * n : 2 * n + 2], engine_log_probs=seen and seen[2 * n : 2 * n + 2])
-        for n, (pair, both) in enumerate(items)
-    ]
+    log_probs = getattr(engine, "log_probs", None) or [None] * len(cots)  # as the engine saw them, if it tells
+    rollouts = []
+    for n, (pair, both) in enumerate(items):
+        a_and_b = slice(2 * n, 2 * n + 2)  # the pair's two videos among all
+        rollouts.append(Rollouts(pair, both, cots[a_and_b], engine_log_probs=log_probs[a_and_b]))
+    return rollouts
 
 
 def rule_rewards(rollouts: Rollouts, tokenizer, settings) -> list[list[RolloutReward]]:
@@ -223,7 +224,7 @@ def losses_of(output, mask, rollouts: Rollouts, settings, counts) -> tuple[torch
     log_probs, old = output.log_probs, old_log_probs(output, rollouts)  # (2G, T), rows A_1..A_G, B_1..B_G
     advantages = rollouts.advantages.flatten().to(mask.device)  # (2G,) in the same order
     weight = None
-    if settings.engine_cap and rollouts.engine_log_probs:
+    if settings.engine_cap and rollouts.engine_log_probs[0]:
         weight = engine_gap(old, rollouts).exp().clamp(max=settings.engine_cap)
     clip = settings.clip_low, settings.clip_high, settings.clip_dual
     grpo = grpo_loss(log_probs, old, advantages, mask, *clip, token_weight=weight, denominator=counts["tokens"])

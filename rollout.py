@@ -315,7 +315,10 @@ class Settings(ThinkingSettings):
     temperature: float = arg(1.0, "sampling temperature; 0 is greedy (not given in the paper for stage 1)", at_least=0)
     batch_size: int = arg(64, "CoTs that transformers samples at a time on one rank", at_least=1)
 
-    thoughts, think, dtype = 1, True, "auto"  # what evaluate.py lets the user choose
+    # Constants here, flags in evaluate.py: one CoT for each video, and always one.
+    thoughts = 1
+    think = True
+    dtype = "auto"
 
 
 def collect(path: str, out: str, s: Settings, ranks, thinker: Thinker) -> None:

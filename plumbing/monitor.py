@@ -65,7 +65,7 @@ def engine_gap(old, rollouts) -> torch.Tensor | None:
 
     Both are the same policy, computed by two programs in two precisions: the gap is their error, and should be small.
     """
-    if not rollouts.engine_log_probs:
+    if not rollouts.engine_log_probs[0]:
         return None
     gap = torch.zeros_like(old)
     for n, values in enumerate(values for row in rollouts.engine_log_probs for values in row):

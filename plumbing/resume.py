@@ -115,7 +115,8 @@ def _remove_run(settings):
     found = [path for name in WRITTEN for path in glob.glob(os.path.join(glob.escape(settings.out), name))]
     for path in found:  # before anything is removed: what this run reads may lie there
         for read in (settings.data, settings.model):
-            if os.path.exists(read) and os.path.commonpath(map(os.path.realpath, (path, read))) == os.path.realpath(path):
+            real, own = os.path.realpath(path), os.path.realpath(read)
+            if os.path.exists(read) and os.path.commonpath([real, own]) == real:
                 raise InputError(f"{read}: lies in what --overwrite would remove; give another --out.")
     for path in found:
         shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
@@ -263,7 +264,7 @@ def _checkpoints(out):
 
 
 class StopSignal:
-    """Ctrl-C (or SIGTERM) asks for a stop at the end of the step, so that a checkpoint is saved; twice stops at once."""
+    """Ctrl-C (or SIGTERM) asks for a stop at the end of the step, with a checkpoint; twice stops at once."""
 
     def __init__(self):
         self.requested, self.process = False, os.getpid()

@@ -56,7 +56,7 @@ def read_clip(path: str, fps: float, choose_frames, choose_size, decode: bool) -
 
 
 def resize(frames: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
-    """Frames in memory (F, H, W, 3), uint8 or float in [0, 1] -> uint8 of `size` (H, W), antialiased as a file's are."""
+    """Frames in memory (F, H, W, 3), uint8 or float in [0, 1] -> uint8 of `size` (H, W), antialiased as a file is."""
     if frames.is_floating_point():
         frames = (frames.clamp(0, 1) * 255).round()
     resized = torch.nn.functional.interpolate(

@@ -81,7 +81,8 @@ def commands():
     """(script, its flags) of every command line, in a block of its own or between backticks."""
     joined = TEXT.replace("\\\n", " ")
     lines = re.findall(r"^(?:python|torchrun) .*$", joined, flags=re.MULTILINE)
-    for line in lines + re.findall(r"`((?:python|torchrun) [^`]+)`", joined) + re.findall(r"FROM \w+: (python .*?) ;", joined):
+    lines += re.findall(r"`((?:python|torchrun) [^`]+)`", joined) + re.findall(r"FROM \w+: (python .*?) ;", joined)
+    for line in lines:
         words = [w for w in shlex.split(line.split("  #")[0], comments=True) if w != "-m"]
         words = [f"{word.replace('.', '/')}.py" if re.fullmatch(r"lab\.\w+", word) else word for word in words]
         script = next((word for word in words if word.endswith(".py")), None)
