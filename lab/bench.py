@@ -99,15 +99,15 @@ def run_cell(world, p: int, group: int, c: int, layouts) -> list[dict]:
 
 
 def stage2(world) -> list[dict]:
-    """One GRPO + BT update of one pair. "by tokens": what counting tokens allows (a backward is two forwards); "share of
-    tokens": how much of that is reached. "times the limit": seconds / (ideal FLOPs / plain forward's FLOP/s)."""
+    """One GRPO + BT update of one pair. "by tokens": what counting tokens allows (a backward is two forwards); "share
+    of tokens": how much of that is reached. "times the limit": seconds / (ideal FLOPs / plain forward's FLOP/s)."""
     c, quick = world.settings.cot_tokens, world.settings.quick
     cells = [(4, 8)] if quick else [(k, g) for k in world.settings.ratios for g in world.settings.groups]
     bar = world.ranks.progress(cells, desc="stage 2 cells")
     rows = [{"P : C": f"{k:g} : 1", **row} for k, g in bar for row in run_cell(world, round(k * c), g, c, LAYOUTS)]
     state = "installed" if importlib.util.find_spec("trl") else "not installed"
-    return rows + [{"layout": f"TRL's GRPOTrainer ({state}) cannot express this task: it takes text and images, not video "
-                              "(huggingface/trl, issue 5373), and has no second loss on the same forward."}]
+    return rows + [{"layout": f"TRL's GRPOTrainer ({state}) cannot express this task: it takes text and images, not "
+                              "video (huggingface/trl, issue 5373), and has no second loss on the same forward."}]
 
 
 def scaling(world) -> list[dict]:

@@ -144,7 +144,7 @@ def plan_memory(config, s: Plan, n: dict[str, int] | None = None) -> dict[str, f
 
 
 def plan_time(config, s: Plan) -> dict[str, float]:
-    """Seconds of one step: operations / (GPUs x rate x utilisation); sampling reads weights and KV cache from memory."""
+    """Seconds of one step: operations / (GPUs x rate x utilisation); sampling reads weights and KV cache."""
     n, text = count_parameters(config, s.lora_r), config.text_config
     pairs = s.batch_pairs or (128 if s.stage == 2 else 32)
     group = s.rollouts if s.stage == 2 else 1

@@ -31,7 +31,8 @@ def test_layouts_agree(rows, layout):
 
 def test_a_wrong_layout_is_noticed(world):
     """The comparison must be able to fail: other CoTs, other loss and gradient."""
-    cases = [bench_cases.case_of(world, "plain", bench_cases.make_rollouts(world.processor, P, G, C, seed)) for seed in (0, 1)]
+    rollouts = [bench_cases.make_rollouts(world.processor, P, G, C, seed) for seed in (0, 1)]
+    cases = [bench_cases.case_of(world, "plain", each) for each in rollouts]
     _, right = bench_cases.inspect(world.model, cases[0])
     found, _ = bench_cases.inspect(world.model, cases[1], right)
     assert found["gradient differs"] > 1e-2
