@@ -64,7 +64,7 @@ def videofeedback2_row(row: dict) -> tuple[str, str, int]:
         else:
             question, told, video = row["problem"], row["solution"], row["path"]
         match = re.search(r"its text prompt:\s*(.*?)\s*Based on the video content", question, flags=re.DOTALL)
-        prompt = match.group(1) if match else ""
+        prompt = text_of(match.group(1)) if match else ""
     prompt = re.sub(r"(?<!\.)\.\.$", ".", prompt)  # their template puts a full stop behind the prompt's own
     if not re.search(r"\w", prompt):
         raise ValueError("no text prompt")

@@ -111,4 +111,5 @@ class Videos:
 
 
 def text_of(value) -> str:
-    return value.strip() if isinstance(value, str) else ""
+    """A cell as text; "" if it is none. Half a character (a lone surrogate, which JSON can hold) becomes "?"."""
+    return value.strip().encode(errors="replace").decode() if isinstance(value, str) else ""
