@@ -70,7 +70,7 @@ def test_videofeedback2_s_other_two_shapes():
     learned = {"problem": QUESTION.format("A dog"), "path": "./vs2_videos/1_a.mp4", "solution":
                "<answer>visual quality: 3; text-to-video alignment: 2; physical/common-sense consistency: 5</answer>"}
     assert datasets.videofeedback2_row(learned) == ("./vs2_videos/1_a.mp4", "A dog.", 2)
-    test = {"video_name": "1_h", "prompt": "A dog\ud800", "visual_score": 1, "t2v_score": 4, "phy_score": 1, "thinking": ""}
+    test = {"video_name": "1_h", "prompt": "A dog\ud800", "visual_score": 1, "t2v_score": 4, "phy_score": 1}
     assert datasets.videofeedback2_row(test) == ("1_h.mp4", "A dog?", 4)
 
 
