@@ -252,7 +252,7 @@ def test_two_ranks_equal_one(world, folder, tmp_path):
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_vllm_follows_the_trainer(folder, tiny_clips, train):
     """Several syncs into a real engine: its log-probs stay the trainer's, so its lm_head follows the embedding."""
-    from test_vllm import SCRIPT, run_script  # skips where there is no vllm
+    from test_vllm_engine import SCRIPT, run_script  # skips where there is no vllm
 
     report = run_script(SCRIPT.replace('make_trainable("lora"', f'make_trainable("{train}"'), folder, *tiny_clips[:2])
     assert "vLLM did not take" in report["refused"]
