@@ -1,4 +1,4 @@
-# make demo   the whole pipeline on a laptop: data -> base -> stage 1 -> stage 2 -> evaluation (README, "Two commands")
+# make demo   the whole pipeline on a laptop: data -> base -> stage 1 -> stage 2 -> evaluation (README, "The commands")
 # make test   all CPU tests, offline
 # make lint   undefined, unused and shadowed names; nothing is reformatted
 # make road   every command of docs/road.md on made-up files, with a tiny model
