@@ -1,6 +1,6 @@
 """The equations of post-training a flow-matching generator with a reward: Flow-GRPO, LongCat-GRPO, Flow-DPO.
 
-Pure functions, as in losses.py: no model, no ranks, no randomness that is not passed in. Everything is computed in fp32.
+Pure functions, as in losses.py: no model, no ranks, no randomness that is not passed in. All is computed in fp32.
 
     x_t = (1 − t) x₀ + t ε       x₀ a clip (or its latents), ε noise; t runs DOWN from 1 (noise) to 0 (clip)
     v*  = ε − x₀                 what the generator v_θ(x_t, t, prompt) learns to predict
@@ -59,8 +59,8 @@ def sde_mean(x: torch.Tensor, velocity: torch.Tensor, t: float, t_next: float, s
         μ  = x − Δ [ v + σ²/(2t) (x + (1 − t) v) ]
         x' = μ + σ√Δ z,   z ~ N(0, 1)
 
-    x + (1 − t) v is the clip's noise ε as the generator sees it, so −ε/t is the score of x: what the noise z spreads, the
-    second term pulls back, and x' has the distribution that the ODE's x' would have. σ = 0 is Euler, to the last bit.
+    x + (1 − t) v is the clip's noise ε as the generator sees it, so −ε/t is the score of x: what the noise z spreads,
+    the second term pulls back, and x' has the distribution of the ODE's. σ = 0 is Euler, to the last bit.
     Worked: σ = .7: .49 (1 + .5 * 2) = .98, μ = 1 − .1 (2 + .98) = .702; Euler .8.
     Pitfall: with the sign of the second term turned, clips come out as noise, slowly enough that training goes on.
     """
@@ -103,7 +103,7 @@ def step_weight(t: float, t_next: float) -> float:
         w = √( t / (Δ (1 − t)) )          because      ∇ log p = −((1 + a²/2) / a) √(Δ (1 − t) / t) z ∇v
 
     Worked: t = .5, Δ = .1: 3.16; t = .9: 9.49; t = .1: 1.05. Without it the gradient of a step falls to 0 towards
-    t = 1: the early steps, which lay out what the clip shows, would hardly learn, and the last ones, which polish, most.
+    t = 1: the early steps, which lay out what the clip shows, would hardly learn; the last, which polish, most.
     """
     return math.sqrt(odds(t, t_next) / (t - t_next))
 
@@ -113,9 +113,9 @@ def shared_spread(rewards: torch.Tensor) -> torch.Tensor:
 
         A_si = (R_si − mean_s) / max over groups of std_s
 
-    `losses.group_advantages` divides each group by its own std: a group whose clips are all alike then shouts as loud as
-    one with clear winners, about differences that may be the reward's noise. Here it whispers. With one group, or equal
-    spreads, both are the same. Worked: (0, 1) and (0, .1): -.707, .707 and -.0707, .0707.
+    `losses.group_advantages` divides each group by its own std: a group whose clips are all alike then shouts as loud
+    as one with clear winners, about differences that may be the reward's noise. Here it whispers. With one group, or
+    equal spreads, both are the same. Worked: (0, 1) and (0, .1): -.707, .707 and -.0707, .0707.
     Several rewards: add weighted ADVANTAGES, Σ w_k A_k, never rewards; the one of the largest scale would rule.
     """
     rewards = rewards.float()
@@ -127,7 +127,7 @@ def shared_spread(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def flow_error(velocity: torch.Tensor, clip: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """‖v* − v‖² / D: the flow-matching loss of each clip. Not numbered. (N, ...) -> (N,); about 2 for an untrained v."""
+    """‖v* − v‖² / D: the flow-matching loss of each clip. Not numbered. (N, ...) -> (N,); 0 for the true velocity."""
     return (noise - clip - velocity).float().square().flatten(1).mean(dim=1)
 
 

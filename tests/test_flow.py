@@ -153,7 +153,7 @@ def test_flow_dpo_loss_starts_at_ln_2_and_by_hand():
 
 
 def test_flow_dpo_gradient_by_hand():
-    """At the start σ(0) = 1/2, so dL/dv_w = (β/2)(1/2) d(error_w)/dv_w = −(β/2)(v* − v)/D; the loser's has the other sign."""
+    """At the start σ(0) = 1/2: dL/dv_w = (β/2)(1/2) d(error_w)/dv_w = −(β/2)(v* − v)/D; the loser's sign is turned."""
     clip, noise, v = a_step(n=1)
     loser = clip + 1
     chosen, rejected = v.clone().requires_grad_(True), v.clone().requires_grad_(True)
