@@ -2,10 +2,8 @@
 
 import asyncio
 import base64
-import glob
 import io
 import json
-import os
 import re
 import socket
 import tempfile
@@ -75,8 +73,9 @@ def multipart(pairs):
     return form
 
 
-def test_200_requests_at_once_and_none_is_lost(scorer, clips):
+def test_200_requests_at_once_and_none_is_lost(scorer, clips, tmp_path, monkeypatch):
     """Every fifth is bad, in one of eight ways. All get their own answer; the good ones the reward they'd get alone."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     paths = list(clips)
     rewards = dict(zip(paths, scorer.reward(paths, [PROMPT] * len(paths), think=False).tolist()))
     truncated = next(iter(clips.values()))[:400]
@@ -119,7 +118,7 @@ def test_200_requests_at_once_and_none_is_lost(scorer, clips):
     assert 'descore_videos_total{outcome="failed"} 25' in metrics and "descore_waiting_videos 0" in metrics
     batches = int(re.search(r"descore_batches_total (\d+)", metrics).group(1))
     assert 165 / 16 <= batches < 80, batches  # 165 were opened: those that waited were scored together
-    assert not glob.glob(os.path.join(tempfile.gettempdir(), "descore-*"))
+    assert not list(tmp_path.iterdir())  # no upload is left on disk
 
 
 def test_a_batch_keeps_the_good_and_names_the_bad(scorer, clips):
