@@ -1,4 +1,4 @@
-"""The reward server over a real socket: many clients at once, bad uploads among them, nothing lost, no number made up."""
+"""The reward server over a real socket: many clients at once, bad uploads among them, nothing lost or made up."""
 
 import asyncio
 import base64
