@@ -1,0 +1,252 @@
+"""What lab/post_train.py measures, the rule of its verdict, the tables, the figure and the strip of clips.
+
+Shapes: N = prompts x group clips, clips (N, T, S, S, 3) in [-1, 1].
+"""
+
+import itertools
+import math
+import os
+
+import numpy as np
+import torch
+
+from lab.compare import mean_and_spread
+from lab.post_generator import C, Generator, P, sample
+from lab.post_world import ATTRIBUTES, Judge, draw_asked, noise_of, render, rng_of, to_unit, wish
+from lab.toy import prompt_text
+from plumbing.files import written_whole
+from plumbing.report import table
+from plumbing.settings import InputError
+
+BESIDE = ("subject_consistency", "background_consistency", "sharpness", "dynamic_degree", "diversity")
+LOSS = 0.10  # a measure that loses more than this share of its value has fallen
+RULE = f"""The rule of the verdict, fixed before any run. Before and after are measured on the same prompts and noise.
+  ROSE    the gold alignment rose in every training seed, its mean rise is over twice its standard error over the
+          seeds, and it ends above the random reward's. Fewer than three seeds: no verdict.
+  FELL    {", ".join(BESIDE)}: each that lost over {LOSS:.0%} of its value
+          before, in the mean over the seeds.
+  HACKED  the reward rose in every seed, and the gold alignment did not by the rule above."""
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Measures
+# ---------------------------------------------------------------------------------------------------------------
+def ranks(values) -> np.ndarray:
+    """1 for the smallest; equal values share the mean of their ranks."""
+    _, inverse, counts = np.unique(np.asarray(values, float), return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def agreement(rewards: torch.Tensor, gold: torch.Tensor) -> float | None:
+    """Spearman's rank correlation of reward and gold WITHIN a prompt, mean over prompts: what GRPO and DPO really use.
+
+    Both (prompts, group). Prompts with no spread in one of them say nothing and are left out; None if all are.
+    """
+    pairs = [(r, g) for r, g in zip(rewards.tolist(), gold.tolist()) if len(set(r)) > 1 and len(set(g)) > 1]
+    return float(np.mean([np.corrcoef(ranks(r), ranks(g))[0, 1] for r, g in pairs])) if pairs else None
+
+
+def consistency(features: torch.Tensor) -> float:
+    """VBench's: mean cosine of each frame with the first and with the one before. (N, T, D) -> 1 for a still clip.
+
+    It saturates, and a frozen clip has the best value of all: never read it without the dynamic degree.
+    """
+    f = torch.nn.functional.normalize(features, dim=-1)
+    first, before = (f[:, 1:] * f[:, :1]).sum(-1), (f[:, 1:] * f[:, :-1]).sum(-1)  # (N, T - 1)
+    return ((first + before) / 2).mean().item()
+
+
+def sharpness(clips: torch.Tensor) -> float:
+    """Mean absolute difference of neighbouring pixels. It rises with noise as well as with clean edges."""
+    across, down = clips.diff(dim=3).abs().mean(), clips.diff(dim=2).abs().mean()
+    return ((across + down) / 2).item()
+
+
+def dynamic_degree(clips: torch.Tensor) -> float:
+    """Mean absolute difference of neighbouring frames."""
+    return clips.diff(dim=1).abs().mean().item()
+
+
+def diversity(clips: torch.Tensor, group: int) -> float:
+    """Root mean square difference of two clips of one prompt, mean over all pairs. 0: all are the same clip."""
+    flat = clips.flatten(1).unflatten(0, (-1, group))
+    return torch.stack([torch.pdist(f).mean() for f in flat]).mean().item() / math.sqrt(flat.shape[-1])
+
+
+def rendered_clips(prompts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The prompts of the evaluation (prompts, A), and a rendered clip for each: the scale of two measures."""
+    asked = draw_asked(rng_of("evaluation"), prompts)
+    return asked, to_unit(render(asked, rng_of("evaluation clips")))
+
+
+def evaluate(generator: Generator, judge: Judge, score, rendered, group: int, steps: int) -> dict:
+    """All measures of one generator, on prompts and start noise that are the same for all generators and seeds."""
+    asked, truth = rendered
+    prompts = len(asked)
+    start, clips = noise_of((prompts, group, P, C), "evaluation noise"), []
+    for k, row in enumerate(asked):
+        clips.append(generator.latents.decode(sample(generator, row.expand(group, -1), start[k], steps)[0]))
+    asked, clips = asked.repeat_interleave(group, 0), torch.cat(clips)
+    rewards = torch.cat([score(a, c, k) for k, (a, c) in enumerate(zip(asked.split(64), clips.split(64)))])
+    right = judge.right(asked, clips).float()  # (N, A)
+    with torch.no_grad():
+        subject, background = (torch.cat(f) for f in zip(*(judge.features(part) for part in clips.split(64))))
+    gold = right.mean(1)
+    return {
+        "proxy": rewards.mean().item(), "gold": gold.mean().item(), **dict(zip(ATTRIBUTES, right.mean(0).tolist())),
+        "agreement": agreement(rewards.view(prompts, group), gold.view(prompts, group)),
+        "subject_consistency": consistency(subject), "background_consistency": consistency(background),
+        "sharpness": sharpness(clips) / sharpness(truth), "diversity": diversity(clips, group),
+        "dynamic_degree": dynamic_degree(clips) / dynamic_degree(truth),
+        "proxies": rewards.view(prompts, group).tolist(), "golds": gold.view(prompts, group).tolist(),
+    }
+
+
+def best_of(numbers: dict, by: str) -> dict:
+    """Proxy and gold alignment of the best clip of each group, by "proxies" or by "golds"; ties go to the first."""
+    picks = [int(np.argmax(row)) for row in numbers[by]]
+    return {name: float(np.mean([row[k] for row, k in zip(numbers[key], picks)]))
+            for name, key in (("proxy", "proxies"), ("gold", "golds"))}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The verdict
+# ---------------------------------------------------------------------------------------------------------------
+def verdict(before: list[dict], after: list[dict], random: list[dict]) -> str:
+    """RULE in words. One dict of numbers per training seed, in the same order; random may be empty: not run."""
+    rises = np.array([b["gold"] - a["gold"] for a, b in zip(before, after)])
+    mean = f"gold alignment {rises.mean():+.3f} ({', '.join(f'{rise:+.3f}' for rise in rises)})"
+    if len(rises) < 3 or len(random) < len(rises):
+        return f"no verdict, it needs three seeds with their random control; {mean}"
+    error = rises.std(ddof=1) / math.sqrt(len(rises))
+    above = np.mean([n["gold"] for n in after]) > np.mean([n["gold"] for n in random])
+    rose = bool((rises > 0).all() and rises.mean() > 2 * error and above)
+    proxy_rose = all(b["proxy"] > a["proxy"] for a, b in zip(before, after))
+    kept = {name: np.mean([n[name] for n in after]) / np.mean([n[name] for n in before]) for name in BESIDE}
+    fell = [name for name, share in kept.items() if share < 1 - LOSS]
+    words = ["ROSE" if rose else "did not rise", "FELL: " + ", ".join(fell) if fell else "nothing fell"]
+    words.append("HACKED" if proxy_rose and not rose else "not hacked")
+    return f"{'; '.join(words)}; {mean}, standard error {error:.3f}"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------------------
+def find_runs(out: str) -> dict[int, dict[str, str]]:
+    """{seed: {"base": its file, "grpo-descore": its file, ...}} of a folder that post_train wrote."""
+    seeds = sorted(int(n[4:]) for n in (os.listdir(out) if os.path.isdir(out) else ()) if n.startswith("seed"))
+    runs = {}
+    for seed in seeds:
+        folder = os.path.join(out, f"seed{seed}")
+        arms = sorted(n for n in os.listdir(folder) if os.path.exists(os.path.join(folder, n, "state.pt")))
+        if os.path.exists(os.path.join(folder, "base.pt")):
+            runs[seed] = {"base": os.path.join(folder, "base.pt")}
+            runs[seed] |= {arm: os.path.join(folder, arm, "state.pt") for arm in arms}
+    if not runs:
+        raise InputError(f"{out}: holds no seedK/base.pt; run `python -m lab.post_train base` first.")
+    return runs
+
+
+def tables(measured: dict[str, list[dict]]) -> str:
+    """{arm: the numbers of each seed} -> two tables: what was asked for, and what else there is."""
+    rows = {"no training": measured["base"]}
+    group = len(measured["base"][0]["golds"][0])
+    for by, word in (("proxies", "the reward"), ("golds", "gold")):
+        rows[f"no training, best of {group} by {word}"] = [best_of(n, by) for n in measured["base"]]
+    rows |= {arm: numbers for arm, numbers in measured.items() if arm != "base"}
+
+    def lines(names, chosen):
+        cells = [(row, n, [mean_and_spread([one.get(name) for one in n]) for name in names]) for row, n in chosen]
+        return [[row, str(len(n)), *numbers] for row, n, numbers in cells]
+
+    asked = ("proxy", "gold", *ATTRIBUTES, "agreement")
+    full = [(row, numbers) for row, numbers in rows.items() if "best of" not in row]
+    return (table(["", "seeds", *asked], lines(asked, rows.items())) + "\n"
+            + table(["", "seeds", *(name.replace("_", " ") for name in BESIDE)], lines(BESIDE, full)))
+
+
+def report(out: str, measured: dict[str, list[dict]], seeds: dict[str, list[int]], logs: dict) -> str:
+    """Writes OUT/results.md and OUT/post_training.png. seeds: of each arm; logs: {arm: [metrics of each seed]}."""
+    of = {arm: dict(zip(seeds[arm], numbers)) for arm, numbers in measured.items()}
+    text = RULE + "\n\n" + tables(measured) + "\n"
+    for arm in measured:
+        if arm == "base" or arm.endswith("-random"):
+            continue
+        control = of.get(arm.rpartition("-")[0] + "-random") or of.get("grpo-random", {})
+        before = [of["base"][seed] for seed in seeds[arm]]
+        text += f"{arm}: {verdict(before, measured[arm], [control[k] for k in seeds[arm] if k in control])}\n"
+    with written_whole(os.path.join(out, "results.md")) as file:
+        file.write(text)
+    draw_curves(os.path.join(out, "post_training.png"), measured, logs)
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------------------
+def smooth(values: list, span: int = 5) -> np.ndarray:
+    """Mean of the last `span` values; None counts as missing."""
+    numbers = np.array([np.nan if v is None else v for v in values], float)
+    parts = [numbers[max(0, k - span + 1) : k + 1] for k in range(len(numbers))]
+    return np.array([np.nan if np.isnan(part).all() else np.nanmean(part) for part in parts])
+
+
+def pyplot():
+    """matplotlib without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def draw_curves(path: str, measured: dict[str, list[dict]], logs: dict[str, list[list[dict]]]) -> None:
+    """Proxy, gold, and how far they agree, over updates: mean of the seeds, and a band from the lowest to the highest.
+
+    On the clips that were trained on, so all three are free. Where proxy goes on and gold does not, it is hacked.
+    """
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.9))
+    titles = {"reward": "proxy: DeScore's reward", "gold": "gold: share of the asked attributes",
+              "agreement": "rank correlation of both within a prompt"}
+    for axis, (name, title) in zip(axes, titles.items()):
+        for arm, runs in logs.items():
+            if not arm.endswith("-descore") and name != "gold":
+                continue  # a control's reward is no proxy, or has another scale
+            length = min(map(len, runs))
+            curves = np.array([smooth([line[name] for line in run[:length]]) for run in runs])
+            (line,) = axis.plot(range(1, length + 1), curves.mean(0), label=arm)
+            axis.fill_between(range(1, length + 1), curves.min(0), curves.max(0), color=line.get_color(), alpha=0.15)
+        axis.set(xlabel="update", title=title)
+        axis.spines[["top", "right"]].set_visible(False)
+    for by, style in (("proxies", "--"), ("golds", ":")):
+        level = np.mean([best_of(numbers, by)["gold"] for numbers in measured["base"]])
+        axes[1].axhline(level, color="grey", linestyle=style, linewidth=1,
+                        label=f"best of a group by {'the reward' if by == 'proxies' else 'gold'}")
+    axes[1].legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_strip(path: str, generators: dict[str, Generator], steps: int, prompts: int = 5) -> None:
+    """Clips of the same start noise before and after, a prompt a row; every second frame. First: as it should look."""
+    plt = pyplot()
+    asked, truth = rendered_clips(prompts)
+    start = noise_of((prompts, P, C), "strip noise")
+    columns = {"rendered": truth}
+    for arm, generator in generators.items():
+        columns[arm] = generator.latents.decode(sample(generator, asked, start, steps)[0])
+    figure, axes = plt.subplots(prompts, len(columns), figsize=(3.2 * len(columns), 1.15 * prompts), squeeze=False)
+    for (row, line), (column, (arm, clips)) in itertools.product(enumerate(axes), enumerate(columns.items())):
+        frames = (clips[row, ::2] + 1) / 2  # (T / 2, S, S, 3)
+        line[column].imshow(torch.cat(list(frames), 1).clamp(0, 1).numpy(), interpolation="nearest")
+        line[column].set_axis_off()
+        if row == 0:
+            line[column].set_title(arm, fontsize=9)
+        if column == 0:
+            line[column].text(0, -2, prompt_text(wish(asked[row])), fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
