@@ -134,7 +134,7 @@ def test_every_metric_is_in_the_glossary_and_every_name_there_is_a_metric(world,
 
 def test_make_targets_and_the_makefile_s_flags():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"(?:`|^)make (\w+)", TEXT, flags=re.MULTILINE):
+    for target in re.findall(r"(?:`|^)make ([\w-]+)", TEXT, flags=re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
     for line in makefile.replace("\\\n", " ").splitlines():
         script = re.search(r"\$\(PY\) ([\w]+\.py)", line)
