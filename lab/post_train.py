@@ -61,7 +61,7 @@ class Settings:
     base_steps: int = arg(800, "base: optimizer steps", at_least=1)
     wrong: float = arg(0.3, "base: share of asked attributes replaced by random ones", at_least=0, at_most=1)
     pool: int = arg(4096, "base, gold judge: rendered clips to learn from", at_least=32)
-    judge_steps: int = arg(400, "gold judge: optimizer steps", at_least=1)
+    judge_steps: int = arg(220, "gold judge: optimizer steps", at_least=1)
     eval_prompts: int = arg(32, "measure: prompts, --group clips each", at_least=2)
     save_every: int = arg(5, "updates between two savings", at_least=1)
 
