@@ -244,7 +244,7 @@ def draw_strip(path: str, generators: dict[str, Generator], steps: int, prompts:
         line[column].imshow(torch.cat(list(frames), 1).clamp(0, 1).numpy(), interpolation="nearest")
         line[column].set_axis_off()
         if row == 0:
-            line[column].set_title(arm, fontsize=9)
+            line[column].set_title(arm, fontsize=9, pad=14)
         if column == 0:
             line[column].text(0, -2, prompt_text(wish(asked[row])), fontsize=6)
     figure.tight_layout()

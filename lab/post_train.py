@@ -44,15 +44,15 @@ class Settings:
     out: str | None = arg(None, "folder of all seeds and runs; holds the gold judge")
     seed: int = arg(0, "training seed: base, prompts, noise")
     reward: str | None = arg(None, "a DeScore folder, or a control: gold, random")
-    updates: int = arg(40, "updates, each on the clips of --prompts x --group", at_least=1)
-    prompts: int = arg(8, "prompts per update", at_least=1)
+    updates: int = arg(60, "updates, each on the clips of --prompts x --group", at_least=1)
+    prompts: int = arg(16, "prompts per update", at_least=1)
     group: int = arg(8, "clips per prompt", at_least=2)
-    minis: int = arg(4, "optimizer steps per update", at_least=1)
-    lr: float = arg(1e-4, "learning rate of AdamW; 2e-4 failed", above=0)
-    warm_up: int = arg(10, "updates until the full learning rate", at_least=1)
+    minis: int = arg(4, "optimizer steps per update; longcat: 1, it has one SDE step", at_least=1)
+    lr: float = arg(1e-4, "learning rate of AdamW", above=0)
+    warm_up: int = arg(5, "updates until the full learning rate", at_least=1)
     steps: int = arg(10, "sampling steps", at_least=2)
-    noise: str = arg("flow-grpo", "flow-grpo: SDE steps, all but the last; longcat: one early one, shared start noise",
-                     choices=["flow-grpo", "longcat"])
+    noise: str = arg("longcat", "longcat: one early SDE step, shared start noise; flow-grpo: all but the last are SDE",
+                     choices=["longcat", "flow-grpo"])
     clip: float = arg(1e-3, "range of the ratio, which is the D-th root of the true one", above=0)
     kl: float = arg(0.0, "weight of the KL to the base", at_least=0)
     beta: float = arg(500.0, "dpo: weight of the implicit reward", above=0)
@@ -206,9 +206,9 @@ def take_step(policy: Generator, optimizer, s: Settings, update: int) -> float:
 # One run
 # ---------------------------------------------------------------------------------------------------------------
 def arm_name(method: str, s: Settings) -> str:
-    """The folder of a run: grpo-descore, dpo-gold, grpo-longcat-random, ..."""
+    """The folder of a run: grpo-descore, dpo-gold, grpo-flow-grpo-random, ..."""
     kind = s.reward if s.reward in ("gold", "random") else "descore"
-    return "-".join([method, *["longcat"] * (s.noise == "longcat" and method == "grpo"), kind])
+    return "-".join([method, *["flow-grpo"] * (s.noise == "flow-grpo" and method == "grpo"), kind])
 
 
 def seed_folder(s: Settings) -> str:

@@ -95,7 +95,7 @@ def test_longcat_has_one_early_step_and_one_start_per_prompt(base, judge):
     asked, latents, trail, *_ = post_train.make_clips(base, Brightness("gold", judge, 0), s, 0, {1})
     assert len(trail) == 1 and torch.equal(trail[0].x[0], trail[0].x[3]) and not torch.equal(latents[0], latents[3])
     assert not torch.equal(trail[0].x[0], trail[0].x[4])  # another prompt, another start
-    plain = post_train.Settings(**SMALL)
+    plain = post_train.Settings(**SMALL, noise="flow-grpo")
     assert post_train.noisy_steps(plain, 0) == {0, 1, 2}  # never the last
 
 
