@@ -2,7 +2,7 @@
 
     CSV with true verdicts + OUT of stage 1   ->   OUT/model, a DeScore folder; metrics.jsonl, samples.jsonl, curves.png
 
-    laptop   python grpo.py --data runs/data/train_rl.csv --model runs/stage1/model ...   (STAGE2 in the Makefile)
+    laptop   python grpo.py --model runs/stage1/model --data runs/data/train_rl.csv --out runs/stage2 --lr 1e-4 ...
     8 GPUs   torchrun --nproc_per_node 8 grpo.py --model runs/stage1/model --data train_rl.csv --engine vllm
 
 The defaults are the paper's. The loop in `train` is the paper's algorithm, step by step:
@@ -28,8 +28,8 @@ import parallel
 from losses import bt_loss, group_advantages, grpo_loss, kl_to_reference
 from model import DeScore, lay_out, to_device
 from plumbing import checks
-from plumbing.answers import read_verdicts, well_formed
-from plumbing.checkpoint import save_model
+from plumbing.answers import overall_score, read_verdicts, well_formed
+from plumbing.checkpoint import SETTINGS_FILE, save_model
 from plumbing.jobs import readable_pairs, task_seed
 from plumbing.logs import Sums, draw_curves, reward_scale
 from plumbing.monitor import GRPO_PANELS, engine_gap, grpo_line, grpo_metrics, note_update, write_samples
@@ -47,7 +47,7 @@ class Settings(CommonSettings):
     data: str = arg(None, "training pairs with true verdicts: a CSV in DeScore's RL format")
     max_pixels: int = arg(307_200, "pixels per frame at most (paper, stage 2: 307,200)", at_least=1024)
     # model
-    model: str = arg(None, "a DeScore folder: OUT/model of stage 1")
+    model: str = arg(None, "a DeScore folder: OUT/model of stage 1; with --objective preference also a base model")
     train: str = arg("full", "what of the LLM is trained (paper: full)", choices=["lora", "full"])
     # rollouts
     rollouts: int = arg(8, "G, CoTs sampled per video (paper: 8)", at_least=1)
@@ -60,6 +60,9 @@ class Settings(CommonSettings):
     engine_max_len: int = arg(12288, "prompt + CoT tokens that vLLM takes at most; more is an error", at_least=1)
     rows_per_batch: int = arg(64, "CoTs the transformers engine samples at a time", at_least=1)
     # rollout reward
+    objective: str = arg(
+        "rules", "R_qual: rules (the paper's verdicts), or preference: the stated score ranks the pair as people did; "
+        "a coupled generative model, with --bt-coef 0, from the base model", ["rules", "preference"])
     weight_quality: float = arg(0.7, "weight of R_qual (paper: .7)", at_least=0)
     weight_format: float = arg(0.1, "weight of R_fmt (paper: .1)", at_least=0)
     weight_length: float = arg(0.2, "weight of R_len (paper: .2)", at_least=0)
@@ -131,7 +134,7 @@ def rollout_reward(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# One pair's rollouts, kept together so that nothing can land on the wrong rollout (docs/differences.md, row 5)
+# One pair's rollouts, kept together so that nothing can land on the wrong rollout (README, difference 5)
 # ---------------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Rollouts:
@@ -185,6 +188,38 @@ def rule_rewards(rollouts: Rollouts, tokenizer, settings) -> list[list[RolloutRe
     ]
 
 
+def win_shares(own: list[float], other: list[float]) -> list[float]:
+    """For each of `own` the share of `other` that it exceeds; equal counts 1/2. [4, 2], [3, 2] -> [1, .25]."""
+    return [sum((s > o) + 0.5 * (s == o) for o in other) / len(other) for s in own]
+
+
+def preference_rewards(rollouts: Rollouts, tokenizer, settings) -> list[list[RolloutReward]]:
+    """3, --objective preference: the COUPLED generative model of Fig. 1a, whose score is text and knows no gradient
+    but the policy's. Only R_qual differs from the rules; no verdict is needed, only who won:
+
+        R_qual = S_i R_fmt,  S_i = 1/G Σ_j [1(s_i^w > s_j^l) + ½ 1(s_i^w = s_j^l)]
+
+    for the winner's rollout i, mirrored for the loser's; s is the `overall_score` that a CoT states (none: 3, and
+    R_fmt is 0). A human tie has no winner: S is ½ for all, and teaches nothing. Not in the paper, which does not say
+    how its generative baseline was rewarded.
+    """
+    texts = [[decode_cot(tokenizer, cot) for cot in row] for row in rollouts.cots]
+    # Times the label: a winner wants the higher score, a loser the lower one, so that its -s exceeds the winner's.
+    a, b = ([rollouts.pair.label * overall_score(text) for text in row] for row in texts)
+    shares = win_shares(a, b), win_shares([-s for s in b], [-s for s in a])
+    rewards = []
+    for row, cots, wins in zip(texts, rollouts.cots, shares):
+        rewards.append([])
+        for text, cot, share in zip(row, cots, wins):
+            fmt, length = format_reward(text), length_reward(len(cot), settings.length_low, settings.length_high)
+            total = settings.weight_quality * share * fmt + settings.weight_format * fmt
+            rewards[-1].append(RolloutReward(total + settings.weight_length * length, share * fmt, fmt, length))
+    return rewards
+
+
+REWARDS = {"rules": rule_rewards, "preference": preference_rewards}  # --objective
+
+
 def lay_out_pair(model, rollouts: Rollouts, settings) -> dict:
     """The tensors of a pair's ONE forward, CoTs ordered A_1..A_G, B_1..B_G.
 
@@ -231,9 +266,8 @@ def losses_of(output, mask, rollouts: Rollouts, settings, counts) -> tuple[torch
     kl = torch.zeros((), device=mask.device)
     if rollouts.reference is not None:
         kl = (kl_to_reference(log_probs, rollouts.reference) * mask).sum() / counts["tokens"]
-    # Eq. 10: rollout i of the winner against rollout i of the loser. Rows are A_1..A_G, B_1..B_G, so i is i in both.
-    reward_a, reward_b = output.rewards.view(2, -1)  # (G,) each
-    if rollouts.pair.label > 0:
+    reward_a, reward_b = output.rewards.view(2, -1)  # (G,) each: the head's rewards of videos A and B
+    if rollouts.pair.label > 0:  # Eq. 10: rollout i of the winner against rollout i of the loser
         bt = bt_loss(reward_a, reward_b, denominator=counts["bt"])
     elif rollouts.pair.label < 0:
         bt = bt_loss(reward_b, reward_a, denominator=counts["bt"])
@@ -310,7 +344,8 @@ def train(model, reference, engine, pairs, settings: Settings, ranks) -> None:
         drawn = run.seconds()
         batch = generate(items, engine, settings, step)  # 2 generate
         for rollouts in batch:
-            rollouts.rule_rewards = rule_rewards(rollouts, tokenizer, settings)  # 3 rollout rewards, by rules only
+            reward = REWARDS[settings.objective]  # 3 rollout rewards, by rules only
+            rollouts.rule_rewards = reward(rollouts, tokenizer, settings)
             rollouts.advantages = group_advantages(rollouts.totals())  # 4 group advantages: (2, G)
         generated = run.seconds()
         for rollouts in batch:
@@ -338,10 +373,14 @@ def main(argv=None) -> None:
     claim_run(settings, ranks)
     pairs = data.read_pairs(settings.data, video_root=settings.video_root)
     pairs = readable_pairs(pairs, settings, ranks, data.sample_frames)
-    checks.annotated_pairs(pairs, settings.data)
-    how = {"empty": ranks.world > 1, "random_init": settings.random_init}
+    if settings.objective == "rules":
+        checks.annotated_pairs(pairs, settings.data)
+    from_base = settings.objective == "preference" and not os.path.isfile(os.path.join(settings.model, SETTINGS_FILE))
+    how = {"empty": ranks.world > 1, "random_init": settings.random_init, "new_head": from_base}
     model = DeScore.from_pretrained(settings.model, dtype=parallel.load_dtype(settings.train, ranks), **how)
     model.settings.update(fps=settings.fps, max_pixels=settings.max_pixels)
+    if from_base and settings.bt_coef == 0:  # its score is in the text, and nothing trains the head
+        model.settings["score"] = "text"
     # The vision tower rests (paper), and no dropout: π_θ must equal π_old at the first update, or the ratio is not 1.
     model.make_trainable(settings.train, False, settings.lora_r, settings.lora_alpha, lora_dropout=0.0)
     if settings.gradient_checkpointing:
