@@ -1,14 +1,15 @@
-# make demo   the whole pipeline on a laptop: data -> base -> stage 1 -> stage 2 -> evaluation (README, "The commands")
+# make demo   the whole pipeline on a laptop: data -> base -> stage 1 -> stage 2 -> evaluation (README, "Two commands")
 # make test   all CPU tests, offline
 # make lint   undefined, unused and shadowed names; nothing is reformatted
 # make road   every command of docs/road.md on made-up files, with a tiny model
 # make seeds  the demo with three seeds, and mean and spread over them
+# make study  the paper's claims, each with a verdict; SEEDS=0 for one seed (docs/study.md)
 PYTHON ?= python3
 VENV ?= .venv
 RUNS ?= runs
 PY = HF_HUB_OFFLINE=1 $(VENV)/bin/python
 
-.PHONY: demo seeds road test lint setup clean
+.PHONY: demo seeds study road test lint setup clean
 setup: $(VENV)/.ready
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,7 +25,8 @@ lint: setup
 # The demo in steps, each a line you can run by itself. SEED and RUNS can be set: make demo SEED=1 RUNS=runs/seed1
 SEED ?= 0
 D = $(RUNS)/data
-THINK = --max-new-tokens 112
+# A CoT that has not ended after 80 tokens runs on for ever, and its whole batch waits for it.
+THINK = --max-new-tokens 80
 COTS = --temperature 0 --batch-size 120 $(THINK)
 # A tiny model wants larger steps than an 8B, and its CoTs are about 55 tokens long: so the length reward has its own range.
 # LoRA dropout draws a mask for each of its layers: at this width a quarter of the step.
@@ -35,7 +37,7 @@ STAGE1 = --overwrite --model $(RUNS)/base --data $(D)/train_cots.csv --val $(D)/
 STAGE2 = --overwrite --model $(RUNS)/stage1/model --data $(D)/train_rl.csv --seed $(SEED) --batch-pairs 6 --mini-pairs 6 --epochs 9 --max-steps 40 \
 	--lr 2e-4 --bt-coef 0.05 --length-low 10 --length-high 40 --no-gradient-checkpointing --rows-per-batch 96 --save-every 0 \
 	--max-new-tokens 72
-EVAL = $(PY) evaluate.py --root $(D) --benchmark in-domain genai-bench videogen-rewardbench --batch-size 110 $(THINK)
+EVAL = $(PY) evaluate.py --root $(D) --benchmark in-domain genai-bench videogen-rewardbench --batch-size 220 $(THINK)
 
 demo: setup
 	$(PY) -m lab.toy data --out $(D) --seed $(SEED)
@@ -51,13 +53,24 @@ demo: setup
 	$(EVAL) --model $(RUNS)/stage2/model --out $(RUNS)/eval/stage2 --score-from head text
 	$(PY) -m lab.compare --out $(RUNS) --training $(RUNS) $(call TABLE,$(RUNS))
 
-TABLE = --runs "discriminative=$(1)/eval/discriminative/*/report.json" "generative=$(1)/eval/stage2/*/text/report.json" \
+TABLE = --runs "discriminative=$(1)/eval/discriminative/*/report.json" "stage 2, its own text=$(1)/eval/stage2/*/text/report.json" \
 	"DeScore stage 1=$(1)/eval/stage1/*/report.json" "DeScore stage 2=$(1)/eval/stage2/*/report.json"
 
 # The demo with three seeds, and mean and spread over them.
 seeds: setup
 	for k in 0 1 2; do $(MAKE) demo SEED=$$k RUNS=$(RUNS)/seed$$k || exit 1; done
 	$(PY) -m lab.compare --out $(RUNS) --training $(RUNS)/seed0 $(RUNS)/seed1 $(RUNS)/seed2 $(call TABLE,$(RUNS)/seed*)
+
+# The study: demos of the seeds that have none, two at a time on one core each, then what its claims need.
+SEEDS ?= 0 1 2
+study: setup
+	OMP_NUM_THREADS=1 $(MAKE) -j2 $(SEEDS:%=$(RUNS)/seed%/results.md)
+	$(PY) -m lab.study --runs $(RUNS) --seeds $(SEEDS)
+
+$(RUNS)/seed%/results.md:
+	rm -rf $(@D) && mkdir -p $(@D)
+	@echo "seed $*: a demo; what it prints is in $(@D).log"
+	$(MAKE) demo SEED=$* RUNS=$(RUNS)/seed$* > $(@D).log 2>&1
 
 # Needs two packages more, which the tests of lab/datasets.py and lab/annotate.py then use, too.
 road: setup
