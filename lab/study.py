@@ -92,7 +92,7 @@ CLAIMS = (
         8, "The reward depends on prompt and video", "no number: a check, not a claim of the paper",
         "evaluate.py --sanity: accuracy lost by an unrelated prompt, and by a black clip, thought anew: both above 0",
         ("lost by: unrelated prompt, thought anew", "lost by: black clip, thought anew"),
-        ("sanity_stage2", "sanity_stage1"), study_values.reads_both,
+        ("sanity",), study_values.reads_both,
     ),
 )
 
@@ -186,11 +186,10 @@ def tasks(run: str, first: bool, wanted: set[str], steps: int | None) -> list[li
     ]
     if first:
         second.append(judged(run, "anchor_paper", f"{run}/study/anchor_paper/model"))
-    for model in ("stage2", "stage1"):
-        out = f"{run}/study/sanity/{model}"
-        command = ["evaluate.py", "--sanity", "--root", f"{run}/data", "--benchmark", SETS[0], "--batch-size", "220",
-                   "--max-new-tokens", "80", "--model", f"{run}/{model}/model", "--out", out]
-        second.append(Task(f"sanity_{model}", run, command, f"{out}/sanity.json"))
+    out = f"{run}/study/sanity"
+    check = ["evaluate.py", "--sanity", "--root", f"{run}/data", "--benchmark", SETS[0], "--batch-size", "220",
+             "--max-new-tokens", "80", "--model", f"{run}/stage2/model", "--out", out]
+    second.append(Task("sanity", run, check, f"{out}/sanity.json"))
     second = [task for task in second if task.name in wanted]
     return [train + [Task("cots", run, collect, cots[-1])] * ("heads" in wanted), second]
 
@@ -299,7 +298,7 @@ def main(argv=None) -> None:
         result["claims"][claim.number - 1] = judge(claim, runs) | about
     rungs = study_values.ladder(runs)
     result |= {"margin": MARGIN, "ladder": {rung: study_pages.accuracies(values) for rung, values in rungs.items()}}
-    result["minutes"] = study_values.minutes(runs)
+    result |= {"ladder_run": {"commit": now, "seeds": args.seeds}, "minutes": study_values.minutes(runs)}
     write_json(path, study_pages.rounded(result))
     study_pages.write(args.runs, study_pages.read(path))
 

@@ -143,6 +143,8 @@ def errors(result: dict) -> str:
 def runs(result: dict) -> str:
     """Where each verdict comes from: seeds and commit."""
     rows = [[str(claim["number"]), run_of(claim)] for claim in result["claims"]]
+    if result["ladder"]:
+        rows.append(["ladder", run_of(result["ladder_run"] | {"parts": True, "trial": None})])
     return table(["claim", "seeds and commit"], rows)
 
 

@@ -218,19 +218,14 @@ def fine_grained(runs):
 
 def reads_both(runs):
     """8: accuracy lost on the in-domain set by changed inputs (evaluate.py --sanity), of DeScore."""
-    parts, more = {}, {}
-    for kind, words in (("anew", "thought anew"), ("kept", "CoT kept")):
-        for change in sanity.CHANGES[1:]:
-            loss = {model: {seed: {"in-domain": lost(run, model, change, kind)} for seed, run in runs.items()}
-                    for model in ("stage1", "stage2")}
-            parts[f"lost by: {change}, {words}"] = loss["stage2"]
-            more[f"stage 1, {change}, {words}"] = per_seed(loss["stage1"])
-    return parts, more
+    parts = {f"lost by: {change}, {words}": {seed: {"in-domain": lost(run, change, kind)} for seed, run in runs.items()}
+             for kind, words in (("anew", "thought anew"), ("kept", "CoT kept")) for change in sanity.CHANGES[1:]}
+    return parts, {}
 
 
-def lost(run: str, model: str, change: str, kind: str) -> np.ndarray:
+def lost(run: str, change: str, kind: str) -> np.ndarray:
     """(n,) hits as it is minus hits after the change, of the decided pairs of the in-domain set."""
-    folder = f"{run}/study/sanity/{model}/sanity"
+    folder = f"{run}/study/sanity/sanity"
     pairs = sanity.apart(data.read_pairs(f"{run}/data/{CSVS['in-domain']}.csv"))
     labels = np.array([pair.label for pair in pairs])
 
