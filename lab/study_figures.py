@@ -55,7 +55,7 @@ def gradient_noise(axis, claim) -> None:
         axis.plot([place] * len(row["cosine"]), row["cosine"], "o", color="black", markersize=3)
         noise = [n for n in row["noise_to_signal"] if n is not None]
         text = f"noise / signal\n{np.mean(noise):.2f}" if noise else "no signal\nfound"
-        axis.text(place, np.mean(row["cosine"]) + 0.05, text, ha="center", fontsize=7)
+        axis.text(place, max(row["cosine"]) + 0.04, text, ha="center", fontsize=7)
     axis.set_xticks(range(len(found)), [name.replace(", ", "\n") for name in found], fontsize=8)
     axis.set(ylim=(0, 1.1), ylabel="cosine of two draws' gradients")
 
