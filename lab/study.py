@@ -292,7 +292,9 @@ def main(argv=None) -> None:
     now = commit()
     announce(claims, args.seeds, now)
     run_all(runs, claims, args.jobs, args.steps)
-    result = study_pages.read(path) or {"claims": [entry(claim) for claim in CLAIMS]}
+    result = study_pages.read(path) or {"claims": []}
+    known = {found["number"]: found for found in result["claims"] if found["parts"]}
+    result["claims"] = [known.get(claim.number, entry(claim)) for claim in CLAIMS]
     for claim in claims:
         about = {"commit": now, "seeds": args.seeds, "trial": args.steps}
         result["claims"][claim.number - 1] = judge(claim, runs) | about
