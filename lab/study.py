@@ -253,11 +253,11 @@ def entry(claim: Claim) -> dict:
 
 
 def commit() -> str:
-    """The commit of the code that runs, and whether files differ from it; "unknown" outside git."""
+    """The commit of the code that runs, and whether code differs from it; "unknown" outside git."""
     def git(*words):
         return subprocess.run(["git", *words], cwd=study_pages.ROOT, capture_output=True, text=True).stdout.strip()
 
-    changed = " with changes" if git("status", "--porcelain") else ""
+    changed = " with changes" if git("status", "--porcelain", "--", "*.py", "Makefile") else ""
     return (git("rev-parse", "--short", "HEAD") or "unknown") + changed
 
 
