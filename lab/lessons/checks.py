@@ -13,8 +13,9 @@ class Ended(Wrong):
 
 def near(got, expected, tolerance=1e-5):
     """Numbers, lists or tensors that must agree. Wrong with both values otherwise."""
+    got, expected = plain(got), plain(expected)
     try:
-        a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (got, expected))
+        a, b = (torch.tensor(x, dtype=torch.float64) for x in (got, expected))
         same = a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=tolerance)
     except (TypeError, ValueError, RuntimeError):
         same = False
@@ -27,7 +28,15 @@ def expect(condition, got):
         raise Wrong(f"got {shown(got)}")
 
 
+def plain(value):
+    """Tensors and arrays as lists, at any depth."""
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def shown(value) -> str:
-    if isinstance(value, torch.Tensor):
-        value = value.tolist()
+    value = plain(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(shown, value))}]"[:160]
     return f"{value:.6g}" if isinstance(value, float) else str(value)[:160]

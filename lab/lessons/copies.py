@@ -27,15 +27,19 @@ LARGEST = 2**20  # bytes of a file handed in
 # ---------------------------------------------------------------------------------------------------------------
 # The student's copy
 # ---------------------------------------------------------------------------------------------------------------
-def without_bodies(file: str, text: str, variant: int = 0) -> str:
-    """The source of `file` with its exercises' bodies replaced; signature, docstring and leading asserts stay."""
+def without_bodies(file: str, text: str, variant: int = 0, blank: bool = True) -> str:
+    """The source of `file` with its exercises' bodies replaced; signature, docstring and leading asserts stay.
+
+    blank False: the bodies stay as well, and only a variant's constants are written into the signatures.
+    """
     lines, names = text.splitlines(), {}
     for exercise in EXERCISES:
         names |= {place.split("::")[1]: exercise for place in exercise.places if place.startswith(file + "::")}
     for node in reversed(ast.parse(text).body):
         if isinstance(node, ast.FunctionDef) and node.name in names:
-            kept, rest = split_body(node)
-            lines[kept[-1].end_lineno if kept else rest[0].lineno - 1 : node.end_lineno] = stub(names[node.name], variant)
+            kept = split_body(node)[0]
+            if blank:
+                lines[kept[-1].end_lineno : node.end_lineno] = stub(names[node.name], variant)
             if variant:
                 set_defaults(lines, node, constants(variant))
     return "\n".join(lines) + "\n"

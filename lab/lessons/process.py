@@ -101,7 +101,10 @@ class Submission:
             child(theirs, str(folder), places, quiet)
         theirs.close()
         self._buffer, self._seconds, self._end = b"", seconds, time.monotonic() + seconds
-        self.loaded = self._receive()["loaded"]  # {place: the file it came from}
+
+    def open(self) -> dict:
+        """Waits until the functions are loaded: {place: the file it came from}."""
+        return self._receive()["loaded"]
 
     def __getattr__(self, name):
         if name.startswith("__"):

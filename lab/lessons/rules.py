@@ -1,6 +1,7 @@
 """Lessons 7 to 10: the rollout reward's rules, accuracy with ties, what a query may see, and tests that catch mistakes."""
 
 import random
+import warnings
 
 import numpy as np
 import torch
@@ -157,11 +158,11 @@ def lower_right_corner(f):
 
 def in_the_order_of_positions(f):
     """With CoTs of unequal length the outputs come in another order than their positions; padding gives 0."""
-    q, k, v = inputs(14, rows=2)
-    got = attend(f, q, k, v, [(3, [(3, 4), (7, 2), (9, 4)]), (2, [(2, 1)])])
-    for start, n in ((3, 4), (7, 2), (9, 4)):
+    q, k, v = inputs(12, rows=2)
+    got = attend(f, q, k, v, [(3, [(3, 2), (5, 4), (9, 2)]), (2, [(2, 1)])])
+    for start, n in ((3, 2), (5, 4), (9, 2)):
         near(got[0, start : start + n], alone(q, k, v, [0, 1, 2, *range(start, start + n)])[0, 3:])
-    expect(not got[0, 13:].any() and not got[1, 3:].any(), got[1, 3])
+    expect(not got[0, 11:].any() and not got[1, 3:].any(), got[1, 3])
 
 
 def heads_in_groups(f):
@@ -220,8 +221,10 @@ def verdicts(f) -> dict:
     jobs = jobs * 3
     random.SystemRandom().shuffle(jobs)
     rounds = {}
-    for test, name, function in jobs:
-        rounds.setdefault((test, name), set()).add(f.judges(test, function))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of mistakes
+        for test, name, function in jobs:
+            rounds.setdefault((test, name), set()).add(f.judges(test, function))
     f.found = {key: seen.pop() if len(seen) == 1 else None for key, seen in rounds.items()}
     return f.found
 
