@@ -83,7 +83,7 @@ def as_told_in_the_docs() -> str:
     """The table of mistakes for docs/course.md: exercise, mistake, lesson, message."""
     rows = ["| | mistake | lesson | what the student reads |", "|---|---|---|---|"]
     for exercise in EXERCISES:
-        told = {lesson.__name__: " ".join(lesson.__doc__.split()) for lesson in exercise.lessons}
+        told = {lesson.__name__: course.taught(lesson) for lesson in exercise.lessons}
         rows += [f"| {exercise.number} | {m.what} | `{m.lesson}` | {told[m.lesson].replace('|', chr(92) + '|')} |"
                  for m in mistakes.MISTAKES if m.place in exercise.places]
     return "\n".join(rows)
