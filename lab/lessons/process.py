@@ -10,6 +10,7 @@ What a process of the same user can still do (read and write this user's files, 
 docs/course.md; run as root, the grader makes the child another user.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -100,6 +101,7 @@ class Submission:
         if self._pid == 0:
             child(theirs, str(folder), places, quiet)
         theirs.close()
+        self._alive = True
         self._buffer, self._seconds, self._end = b"", seconds, time.monotonic() + seconds
 
     def open(self) -> dict:
@@ -139,14 +141,12 @@ class Submission:
     def close(self):
         """Ends the process and what it has started in its group."""
         self._channel.close()
-        try:
+        with contextlib.suppress(ProcessLookupError):  # none is left
             os.killpg(self._pid, signal.SIGKILL)
-        except ProcessLookupError:
-            os.kill(self._pid, signal.SIGKILL)  # it has not made its group yet
-        try:
+        if self._alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)  # it may not have made its group yet
             os.waitpid(self._pid, 0)
-        except ChildProcessError:
-            pass  # fetched when its end was noticed
 
     def _ask(self, request, within=None):
         self._send(request)
@@ -199,6 +199,7 @@ class Submission:
 
     def _gone(self):
         _, status = os.waitpid(self._pid, 0)
+        self._alive = False
         code = os.waitstatus_to_exitcode(status)
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         raise Ended(f"the process {how} instead of returning a value")
