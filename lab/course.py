@@ -82,7 +82,7 @@ def handed_in(folder: pathlib.Path, exercise: Exercise) -> dict[str, bytes]:
     return found
 
 
-def grade_one(exercise: Exercise, submitted: dict[str, bytes], base: dict[str, str], variant=0, seconds=SECONDS, quiet=True):
+def grade_one(exercise, submitted: dict[str, bytes], base: dict[str, str], variant=0, seconds=SECONDS, quiet=True):
     """Only the submitted files over `base`, in a folder and a process of their own; then the lessons, in order."""
     passed, lesson, submission = 0, None, None
     with tempfile.TemporaryDirectory(prefix="course-") as folder:
@@ -116,7 +116,6 @@ def grade(folder: str, variant=0, exercises=EXERCISES, seconds=SECONDS) -> list[
     """A folder that was handed in, over a blank copy."""
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder; --grade takes the folder that was handed in.")
-    load_what_is_slow(exercises)
     base, results = copies.student_files(variant, copies.RUN), []
     for exercise in exercises:
         try:
@@ -124,21 +123,29 @@ def grade(folder: str, variant=0, exercises=EXERCISES, seconds=SECONDS) -> list[
         except Wrong as error:
             results.append(Result(exercise, 0, "not handed in", str(error)))
             continue
+        load_what_is_slow([exercise])
         results.append(grade_one(exercise, submitted, base, variant, seconds))
     return results
 
 
+def chosen(number: str) -> list[Exercise]:
+    """"3" -> that exercise; "all"."""
+    found = [e for e in EXERCISES if number in ("all", str(e.number))]
+    if not found:
+        raise InputError(f"exercise {number}: there are exercises 1 to {len(EXERCISES)}.")
+    return found
+
+
 def check(number: str) -> list[Result]:
     """The exercises of this copy as they stand, prints included."""
-    chosen = [e for e in EXERCISES if number in ("all", str(e.number))]
-    if not chosen:
-        raise InputError(f"--check {number}: there are exercises 1 to {len(EXERCISES)}.")
     path = ROOT / copies.VARIANT
     variant = int(path.read_text()) if path.exists() else 0
-    load_what_is_slow(chosen)
-    base = {p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8") for g in copies.RUN for p in ROOT.glob(g)}
+    exercises = chosen(number)
+    load_what_is_slow(exercises)
+    paths = [path for pattern in copies.RUN for path in ROOT.glob(pattern)]
+    base = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
     base.setdefault("my_tests.py", copies.MY_TESTS)
-    return [grade_one(e, {}, base, variant, quiet=False) for e in chosen]
+    return [grade_one(e, {}, base, variant, quiet=False) for e in exercises]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -153,8 +160,9 @@ def as_json(results: list[Result], seconds: float) -> dict:
          "tags": [r.failed] if r.failed else [], "visibility": "visible"}
         for r in results
     ]
-    return {"output": f"{points:g} of {most} points by the grader; the report is read by a person.", "output_format": "text",
-            "stdout_visibility": "hidden", "execution_time": round(seconds), "tests": tests}
+    output = f"{points:g} of {most} points by the grader; the report is read by a person."
+    return {"output": output, "output_format": "text", "stdout_visibility": "hidden",
+            "execution_time": round(seconds), "tests": tests}
 
 
 SETUP = """#!/usr/bin/env bash
@@ -178,7 +186,7 @@ OMP_NUM_THREADS=1 "${{PYTHON:-/opt/course/bin/python}}" -m lab.course --grade "$
 def write_autograder(out: str, variant: int) -> None:
     """The zip that is uploaded: setup.sh and run_autograder at its root, and the code that grades."""
     files = {"setup.sh": SETUP, "run_autograder": RUN_AUTOGRADER.format(variant=variant)}
-    for pattern in ("*.py", "plumbing/*.py", "lab/__init__.py", "lab/course.py", "lab/lessons/*.py", "requirements.txt"):
+    for pattern in (*copies.RUN, "lab/__init__.py", "lab/course.py", "lab/lessons/*.py", "requirements.txt"):
         files |= {p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8") for p in sorted(ROOT.glob(pattern))}
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, text in files.items():
@@ -200,9 +208,10 @@ def main(argv=None) -> None:
     parser.add_argument("--variant", type=int, default=0, help="constants of this variant; 0: the paper's (default 0)")
     parser.add_argument("--check", nargs="?", const="all", metavar="N", help="check exercise N of this copy, or all")
     parser.add_argument("--grade", metavar="SUBMISSION", help="grade a folder that was handed in")
-    parser.add_argument("--json", metavar="FILE", help="with --grade: write the results there, as Gradescope reads them")
+    parser.add_argument("--json", metavar="FILE", help="with --grade: the results, as Gradescope reads them")
     parser.add_argument("--gradescope", metavar="ZIP", help="write an autograder for Gradescope")
-    parser.add_argument("--prove", action="store_true", help="grade blank, reference, mistakes and rewrites")
+    parser.add_argument("--prove", nargs="?", const="all", metavar="N",
+                        help="grade blank, reference, mistakes and rewrites of exercise N, or all")
     args = parser.parse_args(argv)
     if sum(map(bool, (args.out, args.check, args.grade, args.gradescope, args.prove))) != 1:
         raise InputError("say one of OUT, --check, --grade, --gradescope and --prove; see --help.")
@@ -221,7 +230,7 @@ def main(argv=None) -> None:
     else:
         from lab.lessons.prove import prove  # not in a student's copy
 
-        sys.exit(prove())
+        sys.exit(prove(args.prove))
 
 
 if __name__ == "__main__":

@@ -17,13 +17,18 @@ import grpo
 import layout
 import losses
 import metrics
-from conftest import ROOT, refuses, run
+from conftest import ROOT, refuses
 from lab import course
 from lab.lessons import copies, mistakes
 from lab.lessons.exercises import EXERCISES, VARIANTS
 from plumbing import answers
 
-MODULES = {"losses.py": losses, "grpo.py": grpo, "layout.py": layout, "metrics.py": metrics, "plumbing/answers.py": answers}
+MODULES = {"losses.py": losses, "grpo.py": grpo, "layout.py": layout, "metrics.py": metrics,
+           "plumbing/answers.py": answers}
+
+
+def dense(line):
+    return re.sub(r"\s", "", line.split("  #")[0])
 
 
 # -- the copy ---------------------------------------------------------------------------------------------------------
@@ -31,20 +36,21 @@ def test_a_copy_shows_no_body(tmp_path):
     """Searched for in every file: each body as `inspect` gives it, line by line, whatever its indentation."""
     course.main([str(tmp_path / "copy"), "--variant", "7"])
     texts = {path: path.read_text() for path in (tmp_path / "copy").rglob("*") if path.is_file()}
-    shown = {re.sub(r"\s", "", line.split("  #")[0]): path for path, text in texts.items() for line in text.splitlines()}
+    shown = {dense(line): path for path, text in texts.items() for line in text.splitlines()}
     for exercise in EXERCISES[:9]:
         for file, name in (place.split("::") for place in exercise.places):
             function = getattr(MODULES[file], name)
             body = inspect.getsource(function).split('"""')[-1].splitlines()
-            body = [re.sub(r"\s", "", line.split("  #")[0]) for line in body]
-            body = [line for line in body if len(line) >= 20 and not line.startswith("assert") and line not in copies.SHARED]
+            body = {dense(line) for line in body} - copies.SHARED
+            body = [line for line in body if len(line) >= 20 and not line.startswith("assert")]
             assert body, name
             for line in body:
                 assert line not in shown, f"{name}: {line} stands in {shown[line]}"
 
 
 def test_a_leak_is_found_and_refused(tmp_path, monkeypatch):
-    files = copies.student_files(0) | {"docs/new.md": "+    losses = -F.logsigmoid(reward_chosen.float() - reward_rejected.float())  # x"}
+    line = "+    losses = -F.logsigmoid(reward_chosen.float() - reward_rejected.float())  # a diff that shows it"
+    files = copies.student_files(0) | {"docs/new.md": line}
     assert len(copies.leaks(files)) == 1 and copies.leaks(files)[0].startswith("docs/new.md")
     monkeypatch.setattr(copies, "student_files", lambda variant: files)
     with pytest.raises(course.InputError, match="docs/new.md"):
@@ -85,9 +91,28 @@ def test_points_and_lessons():
 
 
 # -- grading ----------------------------------------------------------------------------------------------------------
-def test_the_proof():
-    done = run("lab.course", "--prove")
-    assert re.search(r"\n9\d submissions, 0 not as they must be\n", done.stdout), done.stdout[-2000:]
+def test_the_proof_and_that_it_finds_a_weak_lesson():
+    """`--prove` of one exercise (all of them: .ci/run); then the same with a lesson taken out: its mistake survives."""
+    script = """
+        import dataclasses
+        from lab.lessons import prove, exercises
+        assert prove.prove("4") == 0
+        row = exercises.EXERCISES[3]
+        without = tuple(lesson for lesson in row.lessons if lesson.__name__ != "a_group_of_one")
+        prove.course.chosen = lambda number: [dataclasses.replace(row, lessons=without)]
+        assert prove.prove("4") == 1
+    """
+    done = python(script)
+    assert "10 submissions, 0 not as they must be" in done.stdout, done.stdout
+    assert "WRONG  4 nan at G = 1: passes\n      must be: a_group_of_one" in done.stdout, done.stdout
+
+
+def python(script, *arguments):
+    """Runs a script in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)], cwd=ROOT,
+                          capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return done
 
 
 def with_bodies(file, **bodies):
@@ -153,13 +178,13 @@ def graded(tmp_path_factory):
     script = """
         import json, sys
         from lab import course
-        print(json.dumps({n: course.as_json(course.grade(f"{sys.argv[1]}/{n}", seconds=3 if n == "hostile" else 30), 0)["tests"]
-                          for n in ("half", "hostile", "good")}))
+        results = {}
+        for name, seconds in (("half", 30), ("hostile", 3), ("good", 30)):
+            results[name] = course.as_json(course.grade(f"{sys.argv[1]}/{name}", seconds=seconds), 0)["tests"]
+        print(json.dumps(results))
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), str(folder)], cwd=ROOT, capture_output=True,
-                          text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {name: {int(t["number"]): t for t in tests} for name, tests in json.loads(done.stdout).items()}
+    results = json.loads(python(script, folder).stdout)
+    return {name: {int(t["number"]): t for t in tests} for name, tests in results.items()}
 
 
 def test_a_good_submission_gets_all(graded):
@@ -168,15 +193,15 @@ def test_a_good_submission_gets_all(graded):
 
 def test_a_half_submission(graded):
     """Five exercises right, the clipped loss with min for max, one file missing of exercise 7, the rest not there."""
-    assert {n: t["score"] for n, t in graded["half"].items()} == {1: 4, 2: 5, 3: 3, 4: 6, 5: 5, 6: 1, 7: 0, 8: 0, 9: 0, 10: 0}
+    assert [graded["half"][n]["score"] for n in range(1, 11)] == [4, 5, 3, 6, 5, 1, 0, 0, 0, 0]
     assert graded["half"][6]["output"] == (
-        "lesson 2 of 9, the_larger_loss: Of the two losses take the LARGER: the clip may only take a gain away, never a "
-        "loss. You took the smaller. (got 0.367879, expected 0.8)")
+        "lesson 2 of 9, the_larger_loss: Of the two losses take the LARGER: the clip may only take a gain away, "
+        "never a loss. You took the smaller. (got 0.367879, expected 0.8)")
     assert graded["half"][7]["output"] == "grpo.py was not handed in"
 
 
 @pytest.mark.parametrize("number, says", [
-    (1, "the process exited with code 0 instead of returning a value|got"), (2, "took more than 3 s: an endless loop"),
+    (1, "winner_first|the process exited with code 0"), (2, "took more than 3 s: an endless loop"),
     (3, "SystemExit: 0"), (4, "memory|alloc"), (5, "never_negative"), (6, "good_tokens_become_likelier"),
     (7, "SystemExit: 0"), (8, "must be a file of its own"), (9, "layout.py, line 148: invalid syntax"),
     (10, "right_code_is_accepted")])
@@ -188,14 +213,13 @@ def test_a_hostile_submission_costs_each_exercise_by_itself(graded, number, says
 def test_check_in_a_copy(tmp_path):
     """A student writes one function; its check passes, the others say what they wait for."""
     copies.write(copies.student_files(7), tmp_path)
-    text = (tmp_path / "losses.py").read_text().split("raise NotImplementedError")
-    text = "raise NotImplementedError".join(text[:3]) + "return torch.rand(num_pairs, generator=generator) < probability\n" + \
-        text[3].partition("    )\n")[2] + "raise NotImplementedError" + "raise NotImplementedError".join(text[4:])
-    (tmp_path / "losses.py").write_text(text)
+    before, function, after = mistakes.cut_out((tmp_path / "losses.py").read_text(), "draw_cot_mask")
+    function = function.partition("    raise")[0] + "    return torch.rand(num_pairs, generator=generator) < probability\n"
+    (tmp_path / "losses.py").write_text(before + function + after)
     out = {}
     for number in ("3", "5"):
-        done = subprocess.run([sys.executable, "-m", "lab.course", "--check", number], cwd=tmp_path, capture_output=True,
-                              text=True, timeout=100)
+        command = [sys.executable, "-m", "lab.course", "--check", number]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
         out[number] = done.stdout + done.stderr
     assert "3 of  3  random CoT masking\n      all 4 lessons" in out["3"], out["3"]
     assert "not written yet: which of the two is a constant" in out["5"], out["5"]
@@ -209,8 +233,9 @@ def test_the_autograder_zip(tmp_path):
         archive.extractall(tmp_path / "source")
     (tmp_path / "run_autograder").write_text((tmp_path / "source" / "run_autograder").read_text())
     copies.write({"losses.py": (ROOT / "losses.py").read_text()}, tmp_path / "submission")
-    done = subprocess.run(["bash", str(tmp_path / "run_autograder")], env={"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"},
-                          cwd="/", capture_output=True, text=True, timeout=200)
+    environment = {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(["bash", str(tmp_path / "run_autograder")], env=environment, cwd="/", capture_output=True,
+                          text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "results" / "results.json").read_text())
     assert set(results) == {"output", "output_format", "stdout_visibility", "execution_time", "tests"}

@@ -17,8 +17,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 COPIED = ("*.py", "plumbing/*.py", "lab/*.py", "lab/lessons/*.py", "tests/conftest.py", "tests/test_*.py", "docs/*.md",
           "figures/*.svg", "Makefile", "pyproject.toml", "requirements*.txt", "README.md", "LICENSE", "CITATION.cff")
 # What shows bodies, or is the lecturer's. Tests that name an exercise's function go as well: some hold its naive twin.
-LEFT_OUT = ("lab/lessons/mistakes.py", "lab/lessons/prove.py", "docs/course.md", "docs/change.md", "tests/test_course.py", "tests/test_docs.py",
-            "tests/test_change_one_thing.py")
+LEFT_OUT = ("lab/lessons/mistakes.py", "lab/lessons/prove.py", "docs/course.md", "docs/change.md",
+            "tests/test_course.py", "tests/test_docs.py", "tests/test_change_one_thing.py")
 RUN = ("*.py", "plumbing/*.py")  # what a submission's process needs
 # Lines of bodies that functions beside them hold, too: calls of helpers that are given, and "take the best".
 SHARED = {"ratio=policy_ratio(log_probs,old_log_probs,mask)", "labels,margins=checked(labels,margins)",
@@ -40,7 +40,7 @@ def without_bodies(file: str, text: str, variant: int = 0, blank: bool = True) -
     for node in reversed(ast.parse(text).body):
         if isinstance(node, ast.FunctionDef) and node.name in names:
             kept = split_body(node)[0]
-            changed = variant and set_defaults(lines, node, constants(variant))  # above the body: its lines stay where they are
+            changed = variant and set_defaults(lines, node, constants(variant))
             if blank:
                 lines[kept[-1].end_lineno : node.end_lineno] = stub(names[node.name], variant if changed else 0)
     return "\n".join(lines) + "\n"
@@ -60,7 +60,8 @@ def stub(exercise: Exercise, variant: int) -> list[str]:
     if variant:
         text += f" Variant {variant}: the defaults above count, worked numbers in docstrings are the paper's."
     parts = textwrap.wrap(text, 90, drop_whitespace=False)
-    return ["    raise NotImplementedError(", *(f"        {json.dumps(part, ensure_ascii=False)}" for part in parts), "    )"]
+    parts = [f"        {json.dumps(part, ensure_ascii=False)}" for part in parts]
+    return ["    raise NotImplementedError(", *parts, "    )"]
 
 
 def set_defaults(lines: list[str], node: ast.FunctionDef, values: dict) -> bool:
@@ -70,18 +71,20 @@ def set_defaults(lines: list[str], node: ast.FunctionDef, values: dict) -> bool:
     found = [(a, d) for a, d in zip(arguments, node.args.defaults, strict=True) if a.arg in values]
     for argument, default in reversed(found):  # from the right: what stands left of it keeps its columns
         line = lines[default.lineno - 1]
-        lines[default.lineno - 1] = line[: default.col_offset] + repr(values[argument.arg]) + line[default.end_col_offset :]
+        new = repr(values[argument.arg])
+        lines[default.lineno - 1] = line[: default.col_offset] + new + line[default.end_col_offset :]
     return bool(found)
 
 
-def blanked_names() -> set[str]:
-    return {place.split("::")[1] for exercise in EXERCISES for place in exercise.places}
+def named_places() -> list[tuple[str, str]]:
+    """(function, file) of all that loses its body."""
+    return [tuple(reversed(place.split("::"))) for exercise in EXERCISES for place in exercise.places]
 
 
 @functools.lru_cache
 def student_files(variant: int = 0, patterns: tuple[str, ...] = COPIED) -> dict[str, str]:
     """{path: text} of a student's copy."""
-    files, names = {"my_tests.py": without_bodies("my_tests.py", MY_TESTS)}, blanked_names()
+    files, names = {"my_tests.py": without_bodies("my_tests.py", MY_TESTS)}, [name for name, _ in named_places()]
     for path in sorted({path for pattern in patterns for path in ROOT.glob(pattern)}):
         name = path.relative_to(ROOT).as_posix()
         text = path.read_text(encoding="utf-8")
@@ -93,9 +96,9 @@ def student_files(variant: int = 0, patterns: tuple[str, ...] = COPIED) -> dict[
 
 
 def body_lines(file: str) -> set[str]:
-    """The lines of the exercises' bodies in a file of the reference, without spaces and comments; short ones are no leak."""
+    """The lines of the exercises' bodies in a file, without spaces and comments; short ones are no leak."""
     text, found = (ROOT / file).read_text(encoding="utf-8"), set()
-    names = [place.split("::")[1] for exercise in EXERCISES for place in exercise.places if place.startswith(file)]
+    names = [name for name, place in named_places() if place == file]
     for node in ast.parse(text).body:
         if isinstance(node, ast.FunctionDef) and node.name in names:
             rest = split_body(node)[1]
@@ -109,9 +112,9 @@ def bare(line: str) -> str:
 
 def leaks(files: dict[str, str]) -> list[str]:
     """"path: line" wherever a line of a body stands in a copy."""
-    known = {line for exercise in EXERCISES for file in exercise.files if (ROOT / file).exists() for line in body_lines(file)}
-    known -= SHARED
-    return [f"{path}: {line.strip()}" for path, text in files.items() for line in text.splitlines() if bare(line) in known]
+    known = {line for _, file in named_places() if (ROOT / file).exists() for line in body_lines(file)} - SHARED
+    lines = [(path, line.strip()) for path, text in files.items() for line in text.splitlines()]
+    return [f"{path}: {line}" for path, line in lines if bare(line) in known]
 
 
 def write(files: dict[str, str], folder: pathlib.Path) -> None:
@@ -130,19 +133,21 @@ def make_copy(out: str, variant: int) -> None:
     if found := leaks(files):
         raise InputError(f"the copy would show a body: {found[0]}; add its file to LEFT_OUT in lab/course.py.")
     write({**files, "COURSE.md": sheet(variant)}, folder)
-    print(f"wrote {out}: {len(blanked_names())} functions to write; {out}/COURSE.md tells how to begin")
+    print(f"wrote {out}: {len(named_places())} functions to write; {out}/COURSE.md tells how to begin")
 
 
 def sheet(variant: int) -> str:
     """COURSE.md of the copy: the exercises as a table."""
-    rows = [f"| {e.number} | {e.title} | {e.points} | {e.minutes} | {', '.join(f'`{p}`' for p in e.places)} |" for e in EXERCISES]
+    rows = []
+    for e in EXERCISES:
+        rows.append(f"| {e.number} | {e.title} | {e.points} | {e.minutes} | {', '.join(f'`{p}`' for p in e.places)} |")
     return SHEET.format(rows="\n".join(rows), variant=variant, points=sum(e.points for e in EXERCISES))
 
 
 SHEET = """# Write the method: {points} points by the grader
 
-Variant {variant}. Each function below has its signature, its docstring and its asserts; its body is yours. Read the docstring and the paper
-(arXiv 2605.05922), work one case out by hand, write it, and ask:
+Variant {variant}. Each function below has its signature, its docstring and its asserts; its body is yours.
+Read the docstring and the paper (arXiv 2605.05922), work one case out by hand, write it, and ask:
 
     python -m lab.course --check 3        exercise 3, a few seconds; without a number: all
 

@@ -15,7 +15,7 @@ from lab.lessons.checks import expect, near
 
 # -- 1 Bradley-Terry --------------------------------------------------------------------------------------------------
 def winner_first(f):
-    """Eq. 3 has σ(r_w − r_l), the winner first: a pair in the right order must cost less than one in the wrong order."""
+    """Eq. 3 has σ(r_w − r_l), the winner first: a pair in the right order costs less than one in the wrong order."""
     right, wrong = (f.bt_loss(tensor([a]), tensor([2 - a])) for a in (2.0, 0.0))
     expect(right < wrong, (right, wrong))
 
@@ -71,7 +71,7 @@ def probabilities_sum_to_one(f):
 
 
 def ties_far_apart(f):
-    """1 − P(A > B) − P(B > A) is 0 in floating point when the rewards differ by 50, and its log −inf. Add logs instead."""
+    """1 − P(A > B) − P(B > A) is 0 in floating point when rewards differ by 50, and its log −inf. Add logs instead."""
     near(f.btt_loss(tensor([50.0]), tensor([0.0]), tensor([0]), k=5.0), 50 + math.log(5) - math.log(24))
 
 
@@ -88,8 +88,8 @@ def default_k(f):
 
 # -- 3 random CoT masking ---------------------------------------------------------------------------------------------
 def one_coin_for_each_pair(f):
-    """One draw per pair, shared by its two videos: (num_pairs,) bool. A draw per video would compare a video with its CoT
-    to one without, and teach the head about masking."""
+    """One draw per pair, shared by its two videos: (num_pairs,) bool. A draw per video would compare a video with its
+    CoT to one without, and teach the head about masking."""
     mask = f.draw_cot_mask(10, 0.5, torch.Generator().manual_seed(0))
     expect(mask.shape == (10,) and mask.dtype == torch.bool, (tuple(mask.shape), str(mask.dtype)))
 
@@ -132,8 +132,8 @@ def a_group_of_one(f):
 
 
 def equal_rewards_say_nothing(f):
-    """Eight times .86 has the fp32 mean .8600001, so R − mean is not 0, and ε makes it −.06: a push against every token.
-    Find equal rewards by comparing them, not by subtracting the mean."""
+    """Eight times .86 has the fp32 mean .8600001, so R − mean is not 0, and ε makes it −.06: a push against every
+    token. Find equal rewards by comparing them, not by subtracting the mean."""
     got = f.group_advantages(tensor([[0.86] * 8, [0.1 * n for n in range(8)]]), epsilon=1e-6)
     expect(not got[0].any() and got[1].any(), got[0])
 
@@ -170,7 +170,7 @@ def reference_is_a_constant(f):
 
 
 def kl_stays_finite(f):
-    """e^1000 is inf in fp32, and one such token makes the whole batch nan. Bound the exponent, as `policy_ratio` does."""
+    """e^1000 is inf in fp32, and one such token makes a whole batch nan. Bound the exponent, as `policy_ratio` does."""
     got = f.kl_to_reference(tensor([[-1000.0]]), tensor([[0.0]]))
     expect(got.isfinite().all(), got)
 
@@ -181,11 +181,12 @@ CLIPS = {"clip_low": 0.2, "clip_high": 0.3, "clip_dual": 3.0}
 
 def one_token(f, advantage, log_ratio, **more):
     """The loss of a batch of one token: its ρ is e^log_ratio."""
-    return f.grpo_loss(tensor([[log_ratio]]), tensor([[0.0]]), tensor([advantage]), torch.ones(1, 1), **{**CLIPS, **more})
+    case = tensor([[log_ratio]]), tensor([[0.0]]), tensor([advantage]), torch.ones(1, 1)
+    return f.grpo_loss(*case, **CLIPS, **more)
 
 
 def good_tokens_become_likelier(f):
-    """Descent must raise the log-probs of a CoT with A > 0 and lower those with A < 0: on-policy the gradient is −A/tokens."""
+    """Descent must raise the log-probs of a CoT with A > 0 and lower those with A < 0: the gradient is −A/tokens."""
     case = torch.full((2, 3), -1.0), torch.full((2, 3), -1.0), tensor([1.0, -1.0]), torch.ones(2, 3)
     near(f.gradients("grpo_loss", *case, **CLIPS)[0], [[-1 / 6] * 3, [1 / 6] * 3])
 
@@ -220,7 +221,7 @@ def mean_over_all_tokens(f):
 
 
 def grpo_denominator(f):
-    """You averaged within the micro-batch; Eq. 7 averages over the tokens of the whole batch: `denominator`, where given."""
+    """You averaged within the micro-batch; Eq. 7 averages over the tokens of the whole batch: `denominator`."""
     near(one_token(f, -1.0, 0.0, denominator=8), 1 / 8)
 
 
@@ -232,4 +233,5 @@ def token_weight_multiplies(f):
 def default_clips(f):
     """The defaults of the clips are not those of your copy. A variant has its own constants, in the signature."""
     case = tensor([[2.0], [0.9], [-2.0]]), torch.zeros(3, 1), tensor([-1.0, 1.0, -2.0]), torch.ones(3, 1)
-    near(f.grpo_loss(*case), f.grpo_loss(*case, clip_low=f.c.clip_low, clip_high=f.c.clip_high, clip_dual=f.c.clip_dual))
+    told = {name: getattr(f.c, name) for name in CLIPS}
+    near(f.grpo_loss(*case), f.grpo_loss(*case, **told))

@@ -81,7 +81,7 @@ EXERCISES = (
 )
 
 # The file that exercise 10 asks for. The reference has none: each student's tests are their own.
-MY_TESTS = '''"""Exercise 10: two tests. Each must pass on right code, however it is written, and fail on six known mistakes.
+MY_TESTS = '''"""Exercise 10: two tests that pass on right code, however it is written, and fail on six known mistakes.
 
 The function under test is given to you. Work the expected numbers out by hand; `assert` what must hold.
 It may be right code, or code with one mistake. What you see of it are its values.

@@ -1,6 +1,7 @@
-"""The usual mistakes, each a change of the reference, with the lesson that must name it; and right code written otherwise.
+"""The usual mistakes, each with the lesson that must name it; and right code written otherwise.
 
-`prove` grades them all as submissions. Not part of a student's copy: a mistake is the answer but for one word.
+A mistake is a change of the reference. `prove` grades them all as submissions. Not part of a student's copy: a
+mistake is the answer but for one word.
 """
 
 import ast
@@ -46,14 +47,16 @@ HITS, CURVE, TIES = "metrics.py::_hits_by_ties", "metrics.py::accuracy_curve", "
 ATTENTION, BEHIND = "layout.py::shared_prefix_attention", "layout.py::attend_behind"
 
 MISTAKES = (
-    _m(BT, "the sign", "winner_first", ("reward_chosen.float() - reward_rejected", "reward_rejected.float() - reward_chosen")),
+    _m(BT, "the sign", "winner_first",
+       ("reward_chosen.float() - reward_rejected", "reward_rejected.float() - reward_chosen")),
     _m(BT, "no log", "minus_log_probability", ("-F.logsigmoid(reward_chosen", "-torch.sigmoid(reward_chosen")),
     _m(BT, "mean over pairs, sum over rollouts", "mean_over_all_elements", ("losses.numel()", "len(losses)")),
     _m(BT, "micro-batch mean", "denominator_of_the_whole_batch", ("(denominator or losses.numel())", "losses.numel()")),
     _m(BT, "log of sigmoid", "log_sigma_in_one",
        ("-F.logsigmoid(reward_chosen.float() - reward_rejected.float())",
         "-torch.sigmoid(reward_chosen.float() - reward_rejected.float()).log()")),
-    _m(BT, "in bf16", "in_fp32", ("reward_chosen.float() - reward_rejected.float()", "reward_chosen - reward_rejected")),
+    _m(BT, "in bf16", "in_fp32",
+       ("reward_chosen.float() - reward_rejected.float()", "reward_chosen - reward_rejected")),
     _m(BTT, "ln k added", "a_win_needs_a_margin", ("margin - math.log(k)", "margin + math.log(k)")),
     _m(BTT, "a tie is B's win", "a_tie_is_an_outcome", ("torch.where(label < 0, log_p_b, log_p_tie)", "log_p_b")),
     _m(BTT, "k² − 1 left out", "probabilities_sum_to_one", ("math.log(k * k - 1) + ", "")),
@@ -78,49 +81,67 @@ MISTAKES = (
     _m(ADVANTAGES, "ε left out", "epsilon_in_the_denominator", ("keepdim=True) + epsilon)", "keepdim=True))")),
     _m(KL, "k1", "never_negative", ("return log_ratio.exp() - 1 - log_ratio", "return -log_ratio")),
     _m(KL, "ratio upside down", "reference_over_policy",
-       ("(ref_log_probs.detach().float() - log_probs.float())", "(log_probs.float() - ref_log_probs.detach().float())")),
+       ("(ref_log_probs.detach().float() - log_probs.float())",
+        "(log_probs.float() - ref_log_probs.detach().float())")),
     _m(KL, "reference not detached", "reference_is_a_constant", ("ref_log_probs.detach()", "ref_log_probs")),
-    _m(KL, "no bound", "kl_stays_finite", ("log_probs.float()).clamp(-20, 20)\n    return", "log_probs.float())\n    return")),
-    _m(GRPO, "the sign", "good_tokens_become_likelier", ("advantage = advantages.float()", "advantage = -advantages.float()")),
+    _m(KL, "no bound", "kl_stays_finite",
+       ("log_probs.float()).clamp(-20, 20)\n    return", "log_probs.float())\n    return")),
+    _m(GRPO, "the sign", "good_tokens_become_likelier",
+       ("advantage = advantages.float()", "advantage = -advantages.float()")),
     _m(GRPO, "min for max", "the_larger_loss", ("torch.maximum(-advantage", "torch.minimum(-advantage")),
     _m(GRPO, "one clip for both sides", "two_clips", ("1 + clip_high))", "1 + clip_low))")),
-    _m(GRPO, "no dual clip", "dual_clip", ("losses = torch.where(advantage < 0, torch.minimum", "_ = torch.where(advantage < 0, torch.minimum")),
+    _m(GRPO, "no dual clip", "dual_clip",
+       ("losses = torch.where(advantage < 0, torch.minimum", "_ = torch.where(advantage < 0, torch.minimum")),
     _m(GRPO, "mask ignored", "padding_counts_for_nothing", ("(losses * mask).sum()", "losses.sum()")),
     _m(GRPO, "mean per CoT", "mean_over_all_tokens",
        ("    return (losses * mask).sum() / (denominator or mask.sum().clamp(min=1))",
         "    if denominator is None:\n        return ((losses * mask).sum(1) / mask.sum(1)).mean()\n"
         "    return (losses * mask).sum() / denominator")),
-    _m(GRPO, "micro-batch mean", "grpo_denominator", ("(denominator or mask.sum().clamp(min=1))", "mask.sum().clamp(min=1)")),
+    _m(GRPO, "micro-batch mean", "grpo_denominator",
+       ("(denominator or mask.sum().clamp(min=1))", "mask.sum().clamp(min=1)")),
     _m(GRPO, "weights in the number of tokens", "token_weight_multiplies",
        ("losses = losses * token_weight", "losses, mask = losses * token_weight, mask * token_weight")),
     _m(ANSWERS, "search for fullmatch", "nothing_around_the_blocks", ("LAYOUT.fullmatch(text)", "LAYOUT.search(text)")),
-    _m(ANSWERS, "any verdict will do", "verdicts_on_all_dimensions", ("len(read_verdicts(text)) == len(DIMENSIONS)", "bool(read_verdicts(text))")),
-    _m(QUALITY, "divided by all five", "annotated_dimensions_only", ("annotation.items()) / len(annotation)", "annotation.items()) / 5")),
+    _m(ANSWERS, "any verdict will do", "verdicts_on_all_dimensions",
+       ("len(read_verdicts(text)) == len(DIMENSIONS)", "bool(read_verdicts(text))")),
+    _m(QUALITY, "divided by all five", "annotated_dimensions_only",
+       ("annotation.items()) / len(annotation)", "annotation.items()) / 5")),
     _m(QUALITY, "only what is said counts", "left_out_is_wrong",
        ("annotation.items()) / len(annotation)", "annotation.items()) / max(1, len(verdicts.keys() & annotation))")),
-    _m(LENGTH, "a step", "linear_in_between", ("min(1.0, max(0.0, (num_tokens - low) / (high - low)))", "float(num_tokens >= high)")),
-    _m(LENGTH, "no bounds", "bounded_in_length", ("min(1.0, max(0.0, (num_tokens - low) / (high - low)))", "(num_tokens - low) / (high - low)")),
-    _m(ROLLOUT, "characters for tokens", "tokens_not_characters", ("length_reward(num_tokens, *length_range)", "length_reward(len(text), *length_range)")),
+    _m(LENGTH, "a step", "linear_in_between",
+       ("min(1.0, max(0.0, (num_tokens - low) / (high - low)))", "float(num_tokens >= high)")),
+    _m(LENGTH, "no bounds", "bounded_in_length",
+       ("min(1.0, max(0.0, (num_tokens - low) / (high - low)))", "(num_tokens - low) / (high - low)")),
+    _m(ROLLOUT, "characters for tokens", "tokens_not_characters",
+       ("length_reward(num_tokens, *length_range)", "length_reward(len(text), *length_range)")),
     _m(ROLLOUT, "parts in another order", "parts_in_their_places",
-       ("quality_reward(text, annotation), format_reward(text),", "format_reward(text), quality_reward(text, annotation),")),
-    _m(HITS, "equal scores are a tie", "untied_ties_are_wrong", ("right(labels, margins)[order]", "(np.sign(margins) == labels)[order]")),
+       ("quality_reward(text, annotation), format_reward(text),",
+        "format_reward(text), quality_reward(text, annotation),")),
+    _m(HITS, "equal scores are a tie", "untied_ties_are_wrong",
+       ("right(labels, margins)[order]", "(np.sign(margins) == labels)[order]")),
     _m(CURVE, "\"nothing is tied\" missing", "nothing_is_tied",
        ("np.append(NOTHING_TIED, sizes[ends]), np.append(hits[0], hits[ends + 1]) / len(labels)",
         "sizes[ends], hits[ends + 1] / len(labels)"), test="nothing_tied_missing"),
-    _m(CURVE, "cuts inside equal runs", "no_cut_inside_a_run", ("np.flatnonzero(np.append(np.diff(sizes) > 0, True))", "np.arange(len(sizes))"),
+    _m(CURVE, "cuts inside equal runs", "no_cut_inside_a_run",
+       ("np.flatnonzero(np.append(np.diff(sizes) > 0, True))", "np.arange(len(sizes))"),
        test="cut_inside_a_run"),
-    _m(TIES, "the largest of equals", "smallest_of_equals", ("int(np.argmax(accuracies))", "len(accuracies) - 1 - int(np.argmax(accuracies[::-1]))")),
+    _m(TIES, "the largest of equals", "smallest_of_equals",
+       ("int(np.argmax(accuracies))", "len(accuracies) - 1 - int(np.argmax(accuracies[::-1]))")),
     _m(ATTENTION, "bidirectional prefix", "prefix_is_causal", ("is_causal=True", "is_causal=False")),
     _m(ATTENTION, "a CoT sees the one before it", "cots_do_not_see_each_other",
        ("    for b, (prefix, cots) in enumerate(spans):", "    for b, (prefix, cots) in enumerate(spans):\n"
         "        cots = [(prefix, sum(n for _, n in cots))] if cots else []")),
-    _m(BEHIND, "upper left corner", "lower_right_corner", ("attn_mask=causal_lower_right(n, prefix + n)", "is_causal=True")),
-    _m(ATTENTION, "in order of length", "in_the_order_of_positions", ("for start in sorted(seen)", "for start in seen")),
+    _m(BEHIND, "upper left corner", "lower_right_corner",
+       ("attn_mask=causal_lower_right(n, prefix + n)", "is_causal=True")),
+    _m(ATTENTION, "in order of length", "in_the_order_of_positions",
+       ("for start in sorted(seen)", "for start in seen")),
     _m(ATTENTION, "heads in turn", "heads_in_groups",
-       ("    rows = []\n    for b, (prefix, cots)", "    key, value = (x.repeat(1, query.shape[1] // x.shape[1], 1, 1) for x in (key, value))\n"
+       ("    rows = []\n    for b, (prefix, cots)",
+        "    key, value = (x.repeat(1, query.shape[1] // x.shape[1], 1, 1) for x in (key, value))\n"
         "    rows = []\n    for b, (prefix, cots)")),
     _m(ATTENTION, "no scaling", "scaling_is_used", ('{"scale": scaling, ', "{")),
-    _m(BEHIND, "prefix detached", "gradient_reaches_the_prefix", ("x[:, :, :prefix].expand", "x[:, :, :prefix].detach().expand")),
+    _m(BEHIND, "prefix detached", "gradient_reaches_the_prefix",
+       ("x[:, :, :prefix].expand", "x[:, :, :prefix].detach().expand")),
 )
 
 # Right code, written otherwise: a grader that refuses these tests style, not the method.
@@ -201,7 +222,8 @@ REWRITES = {
     """,
     ATTENTION: """
         if spans is None:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **more)
+            kwargs = {"scaling": scaling, "dropout": dropout, **more}
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         query, key = query.to(value.dtype), key.to(value.dtype)
         groups, length = query.shape[1] // key.shape[1], query.shape[2]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

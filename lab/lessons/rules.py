@@ -1,4 +1,4 @@
-"""Lessons 7 to 10: the rollout reward's rules, accuracy with ties, what a query may see, and tests that catch mistakes."""
+"""Lessons 7 to 10: the rollout reward's rules, accuracy with ties, what a query may see, tests that catch mistakes."""
 
 import random
 import warnings
@@ -70,7 +70,8 @@ def default_rules(f):
     low, high = f.c.length_range
     near([f.length_reward(n) for n in (low, (low + high) / 2, high)], [0, 0.5, 1])
     case = written(style="2"), low + 3 * (high - low) // 4, TRUTH
-    near(f.rollout_reward(*case).total, f.rollout_reward(*case, weights=f.c.weights, length_range=f.c.length_range).total)
+    told = f.rollout_reward(*case, weights=f.c.weights, length_range=f.c.length_range)
+    near(f.rollout_reward(*case).total, told.total)
 
 
 # -- 8 accuracy with ties ---------------------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ def alone(q, k, v, seen, **more):
 
 
 def prefix_is_causal(f):
-    """Prefix and first CoT are one causal sequence: a position sees itself and those before it, in the prefix as well."""
+    """Prefix and first CoT are one causal sequence: a position sees itself and what stands before it."""
     q, k, v = inputs(6)
     near(attend(f, q, k, v, [(4, [(4, 2)])]), alone(q, k, v, range(6)))
 
@@ -150,8 +151,8 @@ def cots_do_not_see_each_other(f):
 
 
 def lower_right_corner(f):
-    """The last CoT position sees all keys, the first all but n − 1: align the LOWER RIGHT corners. With queries fewer than
-    keys, is_causal aligns the upper left ones: the query would see a few prefix tokens and not its own CoT."""
+    """The last CoT position sees all keys, the first all but n − 1: align the LOWER RIGHT corners. With fewer queries
+    than keys is_causal aligns the upper left ones: the query would see a few prefix tokens and not its own CoT."""
     q, k, v = inputs(7)
     near(attend(f, q, k, v, [(3, [(3, 2), (5, 2)])])[0, 5:], alone(q, k, v, [0, 1, 2, 5, 6])[0, 3:])
 
@@ -180,7 +181,7 @@ def scaling_is_used(f):
 
 
 def gradient_reaches_the_prefix(f):
-    """Each CoT's gradient must reach the shared prefix, as G separate rows would add theirs up. Yours stops somewhere."""
+    """Each CoT's gradient must reach the shared prefix, as those of G separate rows would. Yours stops somewhere."""
     q, k, v = inputs(7, dtype=torch.float64)
     spans, step = [(3, [(3, 2), (5, 2)])], 1e-4
     behind = torch.zeros(1, 7, 1, 4, dtype=torch.float64)
@@ -207,8 +208,8 @@ TESTED = {"test_group_advantages": "losses.py::group_advantages",
 def verdicts(f) -> dict:
     """{implementation: is it accepted}, for right code, the same written otherwise, and mistakes.
 
-    The order is drawn anew, three times: a test that counts its calls would have to guess it. In a student's copy, which
-    has no mistakes, only the student's own function is tried.
+    The order is drawn anew, three times: a test that counts its calls would have to guess it. In a student's copy,
+    which has no mistakes, only the student's own function is tried.
     """
     if "found" in vars(f):
         return f.found
@@ -217,8 +218,7 @@ def verdicts(f) -> dict:
     except ImportError:
         f.found = {(test, "right"): f.judges(test, own=place) for test, place in TESTED.items()}
         return f.found
-    jobs = [(test, name, function) for test, place in TESTED.items() for name, function in implementations(place).items()]
-    jobs = jobs * 3
+    jobs = [(test, *pair) for test, place in TESTED.items() for pair in implementations(place).items()] * 3
     random.SystemRandom().shuffle(jobs)
     rounds = {}
     with warnings.catch_warnings():
@@ -236,7 +236,7 @@ def right_code_is_accepted(f):
 
 
 def another_way_to_write_it(f):
-    """Your test fails on right code that is written otherwise: compare floats with a tolerance, and test no internals."""
+    """Your test fails on right code that is written otherwise: compare floats with a tolerance, test no internals."""
     for test in TESTED:
         expect(verdicts(f).get((test, "rewritten"), True) is True, f"a failure of {test}")
 
