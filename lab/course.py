@@ -1,6 +1,6 @@
 """The course: a student's copy with functions to write, a grader that says what is wrong, and a proof of the grader.
 
-    python -m lab.course OUT --variant 7         a student's copy in the new folder OUT; OUT/COURSE.md is the sheet
+    python -m lab.course OUT --variant 7         a student's copy in the new folder OUT; OUT/sheet.md is the sheet
     python -m lab.course --check 3               in the copy: is exercise 3 right? Without a number: all of them
     python -m lab.course --grade SUBMISSION --json results.json --variant 7
     python -m lab.course --gradescope autograder.zip --variant 7

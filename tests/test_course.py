@@ -19,7 +19,7 @@ import losses
 import metrics
 from conftest import ROOT, refuses
 from lab import course
-from lab.lessons import copies, mistakes
+from lab.lessons import copies, mistakes, prove
 from lab.lessons.exercises import EXERCISES, VARIANTS
 from plumbing import answers
 
@@ -214,7 +214,8 @@ def test_check_in_a_copy(tmp_path):
     """A student writes one function; its check passes, the others say what they wait for."""
     copies.write(copies.student_files(7), tmp_path)
     before, function, after = mistakes.cut_out((tmp_path / "losses.py").read_text(), "draw_cot_mask")
-    function = function.partition("    raise")[0] + "    return torch.rand(num_pairs, generator=generator) < probability\n"
+    function = function.partition("    raise")[0]
+    function += "    return torch.rand(num_pairs, generator=generator) < probability\n"
     (tmp_path / "losses.py").write_text(before + function + after)
     out = {}
     for number in ("3", "5"):
@@ -242,6 +243,13 @@ def test_the_autograder_zip(tmp_path):
     assert [t["score"] for t in results["tests"]] == [4, 5, 3, 6, 5, 10, 0, 0, 0, 0]
     known = {"name", "number", "score", "max_score", "status", "output", "output_format", "tags", "visibility"}
     assert all(set(test) == known for test in results["tests"])
+
+
+def test_the_page_holds_the_mistakes_and_the_points():
+    page = (ROOT / "docs" / "course.md").read_text()
+    assert prove.as_told_in_the_docs() in page, "put the output of lab.lessons.prove.as_told_in_the_docs() into the page"
+    for e in EXERCISES:
+        assert f"| {e.number} | {e.title} | {e.points} | {e.minutes} |" in page, e.title
 
 
 def test_bad_input(tmp_path, capsys):

@@ -132,12 +132,12 @@ def make_copy(out: str, variant: int) -> None:
     files = student_files(variant)
     if found := leaks(files):
         raise InputError(f"the copy would show a body: {found[0]}; add its file to LEFT_OUT in lab/course.py.")
-    write({**files, "COURSE.md": sheet(variant)}, folder)
-    print(f"wrote {out}: {len(named_places())} functions to write; {out}/COURSE.md tells how to begin")
+    write({**files, "sheet.md": sheet(variant)}, folder)
+    print(f"wrote {out}: {len(named_places())} functions to write; {out}/sheet.md tells how to begin")
 
 
 def sheet(variant: int) -> str:
-    """COURSE.md of the copy: the exercises as a table."""
+    """sheet.md of the copy: the exercises as a table."""
     rows = []
     for e in EXERCISES:
         rows.append(f"| {e.number} | {e.title} | {e.points} | {e.minutes} | {', '.join(f'`{p}`' for p in e.places)} |")

@@ -89,7 +89,7 @@ def nothing_is_tied(f):
 
 
 def no_cut_inside_a_run(f):
-    """Pairs with equal |margin| are tied together: no threshold can cut between them. A cut there claims 1.0 here."""
+    """Pairs with equally large margins are tied together: no threshold can cut between them. A cut claims 1.0 here."""
     near(f.accuracy_curve([0, 1, 1], [1, 1, 1]), [[-1, 1], [2 / 3, 1 / 3]])
     near(f.accuracy_with_ties([0, 1, 1], [1, 1, 1]), (2 / 3, -1.0))
 
