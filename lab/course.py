@@ -22,7 +22,7 @@ import zipfile
 import torch
 
 from lab.lessons import copies
-from lab.lessons.checks import Ended, Wrong
+from lab.lessons.checks import Ended, Raised, Wrong
 from lab.lessons.exercises import EXERCISES, Exercise, constants
 from lab.lessons.process import Submission
 from plumbing.settings import InputError, cli
@@ -105,7 +105,8 @@ def grade_one(exercise, submitted: dict[str, bytes], base: dict[str, str], varia
             name, count = lesson.__name__, len(exercise.lessons)
             if str(error).startswith("Exercise "):
                 return Result(exercise, passed, name, f"not written yet: {exercise.hint}")
-            return Result(exercise, passed, name, f"lesson {passed + 1} of {count}, {name}: {taught(lesson)} ({error})")
+            text = str(error) if isinstance(error, Raised) else f"{taught(lesson)} ({error})"
+            return Result(exercise, passed, name, f"lesson {passed + 1} of {count}, {name}: {text}")
         finally:
             if submission:
                 submission.close()

@@ -7,6 +7,10 @@ class Wrong(Exception):
     """What a lesson found: the message is for the student."""
 
 
+class Raised(Wrong):
+    """The submission's function raised instead of returning a value, or changed what it was given."""
+
+
 class Ended(Wrong):
     """The submission's process is gone: too slow, too large, exited, or never started."""
 

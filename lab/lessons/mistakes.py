@@ -127,6 +127,9 @@ MISTAKES = (
        test="cut_inside_a_run"),
     _m(TIES, "the largest of equals", "smallest_of_equals",
        ("int(np.argmax(accuracies))", "len(accuracies) - 1 - int(np.argmax(accuracies[::-1]))")),
+    _m(HITS, "each threshold on all pairs", "one_sort_one_sum",
+       ("decided.sum() + np.cumsum(np.append(0, human_tie.astype(int) - decided))",
+        "np.array([human_tie[:k].sum() + decided[k:].sum() for k in range(len(decided) + 1)])")),
     _m(ATTENTION, "bidirectional prefix", "prefix_is_causal", ("is_causal=True", "is_causal=False")),
     _m(ATTENTION, "a CoT sees the one before it", "cots_do_not_see_each_other",
        ("    for b, (prefix, cots) in enumerate(spans):", "    for b, (prefix, cots) in enumerate(spans):\n"

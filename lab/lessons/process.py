@@ -28,7 +28,7 @@ import types
 import numpy as np
 import torch
 
-from lab.lessons.checks import Ended, Wrong
+from lab.lessons.checks import Ended, Raised, Wrong
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MEMORY = 2 * 2**30  # bytes that a submission may take on top of what PyTorch holds
@@ -185,7 +185,7 @@ class Submission:
             answer = json.loads(line)
             kind = next(iter(answer))
             if kind == "wrong":
-                raise Wrong(str(answer["wrong"]))
+                raise Raised(str(answer["wrong"]))
             if kind == "ended":
                 raise Ended(str(answer["ended"]))
             if kind == "value":
@@ -195,7 +195,9 @@ class Submission:
             raise Ended("the process sent something that is no answer") from error
 
     def _too_slow(self, within=None):
-        raise Ended(f"took more than {within or self._seconds:g} s: an endless loop, or far too much work")
+        if within:
+            raise Wrong(f"it took more than {within:g} s")  # the lesson has more to say
+        raise Ended(f"took more than {self._seconds:g} s: an endless loop, or far too much work")
 
     def _gone(self):
         _, status = os.waitpid(self._pid, 0)
