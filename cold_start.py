@@ -3,7 +3,7 @@
     CSV with collected CoTs (rollout.py) + a Qwen3-VL   ->   OUT/model, a DeScore folder; OUT/metrics.jsonl,
     OUT/curves.png
 
-    laptop   python cold_start.py --model runs/base --data runs/data/train_cots.csv --out runs/stage1 --lr 3e-4 ...
+    laptop   python cold_start.py --data runs/data/train_cots.csv --model runs/base ...   (STAGE1 in the Makefile)
     8 GPUs   torchrun --nproc_per_node 8 cold_start.py --data train_cots.csv --val val_cots.csv --out runs/stage1
 
 The defaults are the paper's. What to expect: the loss starts near ln 2 = 0.6931; `accuracy` starts
@@ -17,6 +17,7 @@ import itertools
 import math
 import os
 
+import numpy as np
 import torch
 
 import data
@@ -25,6 +26,7 @@ from data import InputError
 from losses import bt_loss, btt_loss, draw_cot_mask
 from metrics import accuracy_without_ties
 from model import DeScore, lay_out, to_device
+from plumbing import checks
 from plumbing.checkpoint import save_model
 from plumbing.jobs import fitting_pairs, readable_pairs
 from plumbing.logs import Sums, draw_curves, reward_scale
@@ -77,11 +79,27 @@ def prepare_pairs(path: str, settings: Settings, ranks, need_cots: bool) -> list
         )
     if not need_cots and not any(pair.cot_a or pair.cot_b for pair in pairs):
         ranks.print(f"{path}: has no CoT_A / CoT_B, so validation is without thinking")
+    # Eq. 3 needs a winner, and a human tie has none. --loss btt has a term of its own for "the same".
     if settings.loss == "bt":
         ties = sum(pair.label == 0 for pair in pairs)
         pairs = [pair for pair in pairs if pair.label != 0]
         ranks.print(f"{path}: {len(pairs)} pairs; {ties} ties left out (--loss btt uses them)")
     return readable_pairs(pairs, settings, ranks, data.sample_frames)
+
+
+def sequence_lengths(processor, pair: data.PreferencePair, fps: float, max_pixels: int) -> list[int]:
+    """Tokens of the pair's two sequences, prefix + CoT + query, without decoding the videos.
+
+    A patch of 32 x 32 stands for each frame; each two frames of H x W then have H W / 1024 - 1 video tokens more.
+    """
+    lengths = []
+    for path, cot in zip(pair.videos, pair.cot_ids(processor.tokenizer)):
+        video = data.sample_frames(path, fps, max_pixels, decode=False)
+        count, height, width = video.frames.shape[:3]
+        small = dataclasses.replace(video, frames=np.zeros((count, data.SIDE, data.SIDE, 3), np.uint8))
+        prefix = len(data.encode_prompt(processor, small, pair.prompt)["input_ids"])
+        lengths.append(prefix + count // 2 * (height * width // data.SIDE**2 - 1) + len(cot) + 1)
+    return lengths
 
 
 def score_pairs(model, items, settings, masks=None):
@@ -102,6 +120,7 @@ def score_pairs(model, items, settings, masks=None):
                 )
             prefixes.append(prefix)
             responses.append([ids])
+    # One row per video, [video and prompt | CoT | query]; r = head(hidden state of the query).
     batch = to_device(lay_out(model.backbone, prefixes, responses), model.query.device)
     rewards = model(batch, want_log_probs=False).rewards.view(-1, 2)  # (B, 2): videos A and B of each pair
     return rewards[:, 0], rewards[:, 1]
@@ -162,7 +181,7 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
     for step in run.steps():
         batch = [next(stream) for _ in range(run.local_pairs)]  # 1 draw pairs
         waited = run.seconds()  # a large share of the step means: more --workers, or --frame-cache
-        batch.sort(key=longest)
+        batch.sort(key=longest)  # only within the batch: the sum of its gradients does not depend on the order
         sums = Sums()
         for i in range(0, run.local_pairs, settings.micro_pairs):
             items, masks = zip(*batch[i : i + settings.micro_pairs])  # 2 mask CoTs
@@ -202,8 +221,7 @@ def rows_of(items) -> list[dict]:
 def main(argv=None) -> None:
     """Reads and checks everything that can be checked, builds the model, trains it, saves it."""
     settings = parse(Settings, __doc__, argv)
-    if settings.data is None:
-        raise InputError("--data is missing; give a CSV of preference pairs.")
+    checks.require(settings, data="a CSV of preference pairs")
     ranks = parallel.start(settings.seed, settings.cpu_offload)
     claim_run(settings, ranks)
     pairs = prepare_pairs(settings.data, settings, ranks, need_cots=True)
@@ -212,9 +230,9 @@ def main(argv=None) -> None:
     dtype = parallel.load_dtype(settings.train, ranks)
     # new_head: the base model has none, so query and head start from scratch; stage 2 will insist on them.
     model = DeScore.from_pretrained(settings.model, dtype=dtype, new_head=True, **how)
-    pairs = fitting_pairs(pairs, model.processor, settings, ranks, data.sequence_lengths)  # before hours of training
+    pairs = fitting_pairs(pairs, model.processor, settings, ranks, sequence_lengths)  # before hours of training
     if val_pairs:
-        val_pairs = fitting_pairs(val_pairs, model.processor, settings, ranks, data.sequence_lengths)
+        val_pairs = fitting_pairs(val_pairs, model.processor, settings, ranks, sequence_lengths)
     model.settings.update(base_model=settings.model, fps=settings.fps, max_pixels=settings.max_pixels)
     lora = settings.lora_r, settings.lora_alpha, settings.lora_dropout
     # lm_head maps hidden states to words. This stage's loss never asks for a word, so no gradient would reach it.

@@ -21,8 +21,8 @@ from plumbing.answers import DIMENSIONS, extract_answer, parse_literal  # noqa: 
 from plumbing.formats import read_records
 from plumbing.frame_cache import FrameCache
 from plumbing.settings import InputError
-
-os.environ.setdefault("DECORD_EOF_RETRY_MAX", "2048")
+from plumbing.stream import take  # noqa: F401  public name of this file
+from plumbing.video import read_clip, resize
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -113,8 +113,6 @@ def read_pairs(csv_path: str, dimension: str = "TA", video_root: str | None = No
 # ---------------------------------------------------------------------------------------------------------------
 SIDE = 32  # frame sides are multiples of patch (16) x merge (2): one video token covers 32 x 32 pixels x 2 frames
 MIN_PIXELS = 3136  # 56 x 56 a frame at least (paper, stage 2; here in both stages): smaller clips are enlarged
-MAX_FRAMES = 512  # 4 minutes at 2 fps; a longer clip is refused, not silently cut
-MAX_SIDE = 8192  # pixels; larger frames are no video that anyone generated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,50 +168,16 @@ def sample_indices(total_num_frames: int, source_fps: float, fps: float) -> list
     return indices + indices[-1:] * (count % 2)
 
 
-def sample_frames(path: str, fps: float = 2.0, max_pixels: int = 448 * 448) -> Video:
+def sample_frames(path: str, fps: float = 2.0, max_pixels: int = 448 * 448, decode: bool = True) -> Video:
     """Decodes a clip with decord at `fps` frames a second, straight to the size the model gets.
 
-    Decoding at the target size avoids holding full-size frames. Paper: 2 fps, at most 448 x 448 pixels in stage 1.
+    Paper: 2 fps, at most 448 x 448 pixels in stage 1. decode False: a probe; all frames are black and take no memory.
     Raises InputError for a file that is missing, empty, truncated or not a video.
     """
-    return _read_video(path, fps, max_pixels, decode=True)
-
-
-def probe(path: str, fps: float = 2.0, max_pixels: int = 448 * 448) -> Video:
-    """As sample_frames, but all frames are black and take no memory: only the first is decoded, for its size."""
-    return _read_video(path, fps, max_pixels, decode=False)
-
-
-def _read_video(path, fps, max_pixels, decode):
-    from decord import DECORDError, VideoReader, cpu  # here, so that reading a CSV needs no decord
-
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such video; paths in a CSV are relative to the CSV (or to --video-root).")
-    if os.path.getsize(path) == 0:
-        raise InputError(f"{path}: the video file is empty.")
-    try:
-        reader = VideoReader(path, ctx=cpu(0), num_threads=1)
-        total, source_fps = len(reader), float(reader.get_avg_fps())
-        if total < 1 or not np.isfinite(source_fps) or source_fps <= 0:
-            raise InputError(f"{path}: has no video frames.")
-        seconds = total / source_fps  # as the file claims: checked before anything of that size is made
-        if seconds * fps > MAX_FRAMES:
-            raise InputError(
-                f"{path}: {seconds:.0f} s at {fps} fps is over {MAX_FRAMES} frames; cut it or lower --fps."
-            )
-        indices = sample_indices(total, source_fps, fps)
-        full = reader[0].shape[:2]
-        if max(full) > MAX_SIDE:
-            raise InputError(f"{path}: frames of {full[1]} x {full[0]} pixels; at most {MAX_SIDE} a side are read.")
-        height, width = target_size(*full, max_pixels)
-        del reader  # it goes on decoding in the background: keeping it would double the time of what follows
-        frames = np.broadcast_to(np.uint8(0), (len(indices), height, width, 3))
-        if decode:
-            reader = VideoReader(path, ctx=cpu(0), width=width, height=height, num_threads=1)
-            frames = reader.get_batch(indices).asnumpy()  # (F, H, W, 3) uint8
-    except (DECORDError, RuntimeError, IndexError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"{path}: is broken or not a video ({reason.strip()[-120:]}).") from error
+    frames, source_fps, total, indices = read_clip(
+        path, fps, lambda total, rate: sample_indices(total, rate, fps),
+        lambda height, width: target_size(height, width, max_pixels), decode,
+    )
     return Video(frames, source_fps, total, tuple(indices))
 
 
@@ -232,30 +196,24 @@ def to_video(video, fps: float, max_pixels: int, source_fps: float | None = None
         raise InputError(f"frames of shape {tuple(frames.shape)}: (F, H, W, 3) is needed, F >= 1.")
     if not source_fps or source_fps <= 0:
         raise InputError("frames in memory need source_fps, the frames per second they were made at.")
-    if frames.is_floating_point():
-        frames = (frames.clamp(0, 1) * 255).round()
     indices = sample_indices(len(frames), source_fps, fps)
-    size = target_size(*frames.shape[1:3], max_pixels)
-    sampled = torch.nn.functional.interpolate(
-        frames[indices].permute(0, 3, 1, 2).float(), size=size, mode="bilinear", antialias=True
-    )
-    sampled = sampled.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-    return Video(sampled.cpu().numpy(), float(source_fps), len(frames), tuple(indices))
+    sampled = resize(frames[indices], target_size(*frames.shape[1:3], max_pixels))
+    return Video(sampled, float(source_fps), len(frames), tuple(indices))
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 3. The conversation: ONE layout for stage 1, stage 2 and inference (README, difference 2)
-#       user turn = video + prompt + instruction;  assistant turn = CoT;  then the query token
+# 3. The conversation, the same for both stages and inference: [user: video, prompt, instruction][assistant: CoT][query]
 # ---------------------------------------------------------------------------------------------------------------
 INSTRUCTION_BEFORE = "The video above was generated from this text prompt:\n"
-INSTRUCTION_AFTER = """
+CRITERIA = """
 Judge how well the video follows the prompt, in five dimensions:
 - subject: the people, animals and things, their number, looks and parts
 - dynamics: what moves or changes, how and in which order
 - camera: shot size, angle and camera movement
 - environment: place, background, time of day, weather and light
 - style: medium, look and mood
-A verdict is 2 (as asked), 1 (partly), 0 (missing or wrong) or N/A (the prompt does not ask for it).
+A verdict is 2 (as asked), 1 (partly), 0 (missing or wrong) or N/A (the prompt does not ask for it)."""
+INSTRUCTION_AFTER = CRITERIA + """
 Think first, carefully and in detail: for each dimension what the prompt asks for, what the video shows, \
 and the verdict.
 Then answer with the verdicts and an overall score from 1.00 (ignores the prompt) to 5.00 (does all it asks). Layout:
@@ -378,51 +336,28 @@ def encode_cot(tokenizer, cot: str | None, tokens: list[int] | None = None) -> l
     return encode_text(tokenizer, cot, keep=THINK) + [tokenizer.eos_token_id]
 
 
-def sequence_lengths(processor, pair: PreferencePair, fps: float, max_pixels: int) -> list[int]:
-    """Tokens of the pair's two sequences, prefix + CoT + query, without decoding the videos.
-
-    A patch of 32 x 32 stands for each frame; each two frames of H x W then have H W / 1024 - 1 video tokens more.
-    """
-    lengths = []
-    for path, cot in zip(pair.videos, pair.cot_ids(processor.tokenizer)):
-        video = probe(path, fps, max_pixels)
-        count, height, width = video.frames.shape[:3]
-        small = dataclasses.replace(video, frames=np.zeros((count, SIDE, SIDE, 3), np.uint8))
-        prefix = len(encode_prompt(processor, small, pair.prompt)["input_ids"])
-        lengths.append(prefix + count // 2 * (height * width // SIDE**2 - 1) + len(cot) + 1)
-    return lengths
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # 4. A stream of encoded pairs
 # ---------------------------------------------------------------------------------------------------------------
-
-
-FRAME_CACHE_GB = 50.0  # 10^9 bytes; the least recently used clips go first
-
-
-def _decode(path, fps, max_pixels):
-    return vars(sample_frames(path, fps, max_pixels))
+FRAME_CACHE_GB = 50.0  # 10^9 bytes
 
 
 class EncodedPairs(torch.utils.data.Dataset):
     """Index -> (pair, [prompt inputs of video A, of video B]); decoded and encoded on demand, in loader workers.
 
     An InputError is returned, not raised: a DataLoader wraps what a worker raises in its own traceback text, and the
-    user should read one sentence. `take` below raises it.
+    user should read one sentence. `take` raises it.
     """
 
     def __init__(self, pairs, processor, fps=2.0, max_pixels=448 * 448, frame_cache: str | None = None):
         self.pairs, self.processor, self.fps, self.max_pixels = pairs, processor, fps, max_pixels
-        self.cache = FrameCache(frame_cache, FRAME_CACHE_GB, _decode) if frame_cache else None
+        self.cache = FrameCache(frame_cache, FRAME_CACHE_GB) if frame_cache else None
 
     def sample(self, path: str) -> Video:
         """sample_frames, through the frame cache if there is one."""
         if self.cache is None:
             return sample_frames(path, self.fps, self.max_pixels)
-        fields = self.cache.sample(path, self.fps, self.max_pixels)
-        indices = tuple(int(i) for i in fields["frame_indices"])
-        return Video(fields["frames"], float(fields["source_fps"]), int(fields["total_num_frames"]), indices)
+        return Video(**self.cache.sample(path, self.fps, self.max_pixels, sample_frames))
 
     def __len__(self):
         return len(self.pairs)
@@ -434,15 +369,3 @@ class EncodedPairs(torch.utils.data.Dataset):
             return pair, [encode_prompt(self.processor, video, pair.prompt) for video in videos]
         except InputError as error:
             return InputError(f"line {pair.line}: {error}")
-
-
-def take(dataset: torch.utils.data.Dataset, order: list[int], workers: int = 0):
-    """Yields dataset[i] for i in `order`, read ahead by `workers` processes (0: in this one). Raises InputError."""
-    # A loader draws a seed when it starts. From a generator of its own, or a resumed run would draw other dropout
-    # masks.
-    own = torch.Generator()
-    loader = torch.utils.data.DataLoader(dataset, sampler=order, batch_size=None, num_workers=workers, generator=own)
-    for item in loader:
-        if isinstance(item, InputError):
-            raise item
-        yield item

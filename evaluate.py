@@ -1,6 +1,6 @@
 """Evaluation: think, then score, then count how often the rewards agree with people.
 
-    python evaluate.py --model DIR --data pairs.csv --out eval/run     pairs in any format of README, "Data formats"
+    python evaluate.py --model DIR --data pairs.csv --out eval/run     pairs in any format of docs/data.md
     torchrun --nproc_per_node 8 evaluate.py --model DIR --benchmark videogen-rewardbench --root DIR --out eval/vgrb
     python evaluate.py --model DIR --video clip.mp4 --prompt "a red circle rises"        one video: its CoT and reward
     python evaluate.py --data pairs.csv --scores scores.csv             somebody else's rewards, judged by this code
@@ -16,7 +16,6 @@ Symbols: r_A, r_B rewards of a pair; margin = r_A - r_B; label +1 (A is better),
 """
 
 import dataclasses
-import json
 import os
 
 import numpy as np
@@ -26,22 +25,17 @@ import data
 import parallel
 from data import InputError, PreferencePair
 from metrics import (
-    accuracy_curve,
-    accuracy_with_ties,
-    accuracy_with_ties_cross_fitted,
-    accuracy_without_ties,
-    bootstrap_interval,
-    checked,
-    right,
-    videoalign_compatible,
+    accuracy_curve, accuracy_with_ties, accuracy_with_ties_cross_fitted, accuracy_without_ties, bootstrap_interval,
+    calibration, checked, paired_difference, right, videoalign_compatible,
 )
 from model import DeScore
-from plumbing import page, report
+from plumbing import checks, page, report
 from plumbing.answers import stated_score
+from plumbing.checkpoint import trained_settings
 from plumbing.formats import open_table, read_scores, refuse_outside
 from plumbing.jobs import Item, Phase, claim_out, write_skipped
 from plumbing.settings import arg, cli, parse
-from rollout import Thinker, decode_cot, open_batch, require_short, think_phase
+from rollout import Thinker, ThinkingSettings, decode_cot, open_batch, require_short, think_phase
 
 BENCHMARKS = {  # name -> what the CSV in --root may be called, the published name first
     "videogen-rewardbench": ("videogen-rewardbench.csv", "test_videogen_rewardbench.csv"),
@@ -57,15 +51,14 @@ DROPPED_VOTES = {  # --genai-ties -> the votes whose pairs are left out
 
 
 @dataclasses.dataclass
-class Settings:
-    """Flags. Sizes are the paper's."""
+class Settings(ThinkingSettings):
+    """Flags; more in rollout.ThinkingSettings. Sizes are the paper's."""
 
     model: str = arg(None, "checkpoint folder with backbone, query and head")
     data: str = arg(None, "CSV of preference pairs")
     benchmark: list[str] = arg(
         None, "published benchmarks, found in --root; of several, each goes to OUT/NAME", list(BENCHMARKS))
     root: str = arg(None, "folder of the videos (and the benchmark's CSV); paths that leave it are refused")
-    dimension: str = arg("TA", "label column: TA (text alignment, the paper's), VQ, MQ or Overall")
     genai_ties: str = arg("both", "which of GenAI-Bench's two tie votes to keep, as ties", list(DROPPED_VOTES))
     video: str = arg(None, "one video to think about and score")
     prompt: str = arg(None, "the prompt of --video")
@@ -74,21 +67,13 @@ class Settings:
     think: bool = arg(True, "write a CoT before scoring")
     thoughts: int = arg(
         1, "CoTs per video: 1 is greedy; more are sampled at temperature 1, rewards averaged", at_least=1)
-    max_new_tokens: int = arg(4096, "CoT tokens at most (paper: 4096)", at_least=1)
     score_from: list[str] = arg(
         ("head",), "head: DeScore's reward; text: the score that the CoT states, in OUT/text", ["head", "text"])
     temperature: float = arg(None, "sampling temperature (default: 0 for one CoT, 1 for several)", at_least=0)
-    engine: str = arg("transformers", "who writes the CoTs; vllm for real models", ["transformers", "vllm"])
-    engine_memory: float = arg(0.9, "share of a GPU's memory that vLLM may use while thinking", above=0, at_most=1)
-    engine_max_len: int = arg(
-        12288, "prompt + CoT tokens that vLLM takes at most; a video with more is refused", at_least=1)
-    engine_tp: int = arg(1, "tensor parallel vLLM: ranks that hold one engine together", at_least=1)
     fps: float = arg(None, "sampled frames per second (default: the checkpoint's; paper: 2)", above=0)
     max_pixels: int = arg(None, "pixels per frame at most (default: the checkpoint's; paper: 200704)", at_least=1024)
     dtype: str = arg("auto", "auto: bfloat16 on a GPU, else float32", ["auto", "float32", "bfloat16"])
-    seed: int = arg(0, "seed of the sampled CoTs", at_least=0)
     batch_size: int = arg(8, "videos at once; changes speed, not results", at_least=1)
-    skip_bad_videos: bool = arg(False, "leave out and list (OUT/skipped.jsonl) what cannot be read")
     videoalign_compatible: bool = arg(False, "also show accuracy with ties as VideoAlign's script computes it")
     out: str = arg("evaluation", "folder for everything that is written")
     html: str = arg(None, "page to write: clips, CoTs, rewards and labels of each pair")
@@ -103,9 +88,12 @@ def measure(name: str, pairs: list[PreferencePair], rewards: np.ndarray) -> repo
     for pair, row in zip(pairs, rewards):
         if not np.isfinite(row).all():
             raise InputError(f"{name}, line {pair.line}: the rewards {row[0]} and {row[1]} must be finite numbers.")
+    # Only the difference counts: BT's loss (Eq. 3) is blind to a constant added to both rewards, so a reward by itself
+    # has no zero and no unit, and two prompts' rewards cannot be compared.
     labels, margins = checked([p.label for p in pairs], rewards[:, 0] - rewards[:, 1])
     prompts = {}  # prompt -> group; not np.unique, which would pad every prompt to the longest
     groups = np.array([prompts.setdefault(p.prompt, len(prompts)) for p in pairs])
+    # The model never says "the same". A pair counts as called a tie if |margin| <= threshold, the one that does best.
     accuracy, threshold = accuracy_with_ties(labels, margins)
     hits = {"without_ties": right(labels, margins), "with_ties": right(labels, margins, threshold)}
     decided = labels != 0
@@ -116,8 +104,9 @@ def measure(name: str, pairs: list[PreferencePair], rewards: np.ndarray) -> repo
         "accuracy_with_ties": accuracy, "accuracy_with_ties_interval": bootstrap_interval(hits["with_ties"], groups),
         "threshold": threshold, "accuracy_with_ties_cross_fitted": accuracy_with_ties_cross_fitted(labels, margins),
         "accuracy_with_ties_videoalign_compatible": videoalign_compatible(labels, margins),
-        "calibration": report.calibration(labels, margins),
+        "calibration": calibration(labels, margins),
     }
+    # Where the CSV names the two generators: which of their comparisons is the reward good at?
     makers = {}  # (model, model) -> indices of its pairs; which of the two was shown as A does not matter
     for i, pair in enumerate(pairs):
         if len(pair.extra) == 2:
@@ -162,14 +151,15 @@ def read_job(s: Settings, benchmark: str | None = None) -> Job:
     if benchmark:
         names = [n for n in BENCHMARKS[benchmark] if os.path.isfile(os.path.join(s.root, n))]
         if not names:
-            raise InputError(f"{s.root}: holds none of {', '.join(BENCHMARKS[benchmark])} (README, 'Benchmarks').")
+            raise InputError(f"{s.root}: holds none of {', '.join(BENCHMARKS[benchmark])} (docs/benchmarks.md).")
         path = os.path.join(s.root, names[0])
         out = os.path.join(s.out, benchmark) if len(s.benchmark) > 1 else s.out
     pairs = data.read_pairs(path, s.dimension, s.root or None)
-    if s.root:
+    if s.root:  # a benchmark's CSV comes from the net: "../../secret.mp4" must not be opened
         for pair in pairs:
             for video in pair.videos:
                 refuse_outside(s.root, video, pair.line)
+    # GenAI-Bench lets people say "both good" and "both bad". Both are ties to us; published numbers differ in that.
     if DROPPED_VOTES[s.genai_ties]:
         votes = {line: row["vote_type"].strip().lower() for line, row in open_table(path, ("vote_type",))[1]}
         pairs = [pair for pair in pairs if votes[pair.line] not in DROPPED_VOTES[s.genai_ties]]
@@ -204,7 +194,8 @@ class Judge(Thinker):
 def score_phase(items: list[Item], thoughts: dict, out: str, s: Settings, ranks, judge: Judge):
     """COLLECTIVE: the head's rewards. Returns ({(video, prompt): record}, what was skipped); one line each in OUT.
 
-    A record: video, prompt, rewards: of the k CoTs, reward: their mean. The CoTs go in as the ids that were sampled.
+    A record: video, prompt, rewards: of the k CoTs, reward: their mean. The CoTs go in as the ids that were sampled:
+    decoded and encoded again a text may become other tokens, and the head would score what nobody thought.
     """
     if s.think:
         items = [item for item in items if item[:2] in thoughts]  # the others were skipped while thinking
@@ -216,7 +207,8 @@ def score_phase(items: list[Item], thoughts: dict, out: str, s: Settings, ranks,
             if not good:
                 continue
             videos, prompts = [video for _, video in good], [item.prompt for item, _ in good]
-            cots = [thoughts[item[:2]]["token_ids"] if s.think else [None] for item, _ in good]
+            cots = [thoughts[item[:2]]["token_ids"] if s.think else [None] for item, _ in good]  # None: as if masked
+            # ONE forward for the batch: prompt, CoT and query in a row; the reward is head(h_query), a dot product.
             for (item, _), row in zip(good, model.score_several(videos, prompts, cots).tolist()):
                 phase.write({"video": item.video, "prompt": item.prompt, "reward": float(np.mean(row)), "rewards": row})
     return phase.finish()
@@ -225,7 +217,8 @@ def score_phase(items: list[Item], thoughts: dict, out: str, s: Settings, ranks,
 def overall_score(text: str) -> float:
     """The score that a CoT's answer states itself, 1 to 5: what a GENERATIVE reward model would return (Fig. 1a).
 
-    A malformed answer gets 3, the middle.
+    A malformed answer gets 3, the middle. Few different values, hence many exact ties: where the head tells two videos
+    apart by a hair, the text says 3.50 twice, and an equal score is wrong wherever people decided.
     """
     score = stated_score(text)
     return 3.0 if score is None else score
@@ -255,6 +248,7 @@ def write_report(job: Job, out: str, scored: dict[str, np.ndarray], s: Settings)
     kept = [pair for pair, is_complete in zip(job.pairs, complete) if is_complete]
     if not kept:
         raise InputError(f"{job.path}: no pair has a reward for both videos.")
+    # Every model is judged on the pairs that ALL of them scored, or the easier pairs would flatter one of them.
     names = [os.path.basename(os.path.normpath(file)) for file in scored]
     names = names if len(set(names)) == len(names) else list(scored)
     judged = [measure(name, kept, r[complete]) for name, r in zip(names, scored.values())]
@@ -282,59 +276,29 @@ def report_model(job: Job, s: Settings) -> None:
 
 
 def difference(one: report.Judged, first: report.Judged) -> dict:
-    """Accuracy minus the first model's on the same pairs, with paired-bootstrap intervals."""
+    """Both accuracies minus the first model's on the same pairs, with paired-bootstrap intervals."""
     out = {}
+    # Without ties only decided pairs count; with ties every pair does, human ties included.
     for kind, keep in (("without_ties", one.labels != 0), ("with_ties", np.full(len(one.labels), True))):
-        gap = one.hits[kind][keep].astype(float) - first.hits[kind][keep]
-        out[kind] = float(gap.mean()) if len(gap) else None
-        out[f"{kind}_interval"] = bootstrap_interval(gap, one.groups[keep]) if len(gap) else None
+        gap = paired_difference(one.hits[kind][keep], first.hits[kind][keep], one.groups[keep])
+        out[kind], out[f"{kind}_interval"] = gap
     return out
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # 5. The script
 # ---------------------------------------------------------------------------------------------------------------
-def check(s: Settings) -> None:
-    """Flags that do not fit together, before anything is opened."""
-    chosen = [flag for flag in ("video", "scores", "compare") if getattr(s, flag)]
-    problems = {
-        "give only one of --video, --scores, --compare": len(chosen) > 1,
-        "give --data FILE or --benchmark NAME": not (s.video or s.scores or s.data or s.benchmark),
-        "--data and --benchmark exclude each other": s.data and s.benchmark,
-        "--html names one file, so give one --benchmark and one --score-from":
-        max(len(s.benchmark or []), len(s.score_from)) > 1 and s.html,
-        "--benchmark needs --root, the folder it was downloaded to": s.benchmark and not s.root,
-        "--video needs --prompt, and --prompt needs --video": bool(s.video) != bool(s.prompt and s.prompt.strip()),
-        "--score-from text needs CoTs, so not --no-think": "text" in s.score_from and not s.think,
-        "--thoughts above 1 and --no-think exclude each other": s.thoughts > 1 and not s.think,
-        "--video thinks with transformers, so leave out --engine vllm": s.video and s.engine == "vllm",
-        "give --model DIR": not s.model and not (s.scores or s.compare),
-    }
-    for problem, is_so in problems.items():
-        if is_so:
-            raise InputError(f"{problem} (--help shows all flags).")
-
-
 def make_folders(out: str, s: Settings) -> None:
     """Fails on unwritable folders before hours of generation."""
-    folders = [out, os.path.join(out, "text")] if "text" in s.score_from else [out]
+    checks.writable([out, *([os.path.join(out, "text")] if "text" in s.score_from else [])])
     if s.html:
-        folders.append(os.path.dirname(s.html) or ".")
-    try:
-        for folder in folders:
-            os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot be written to ({error.strerror}).") from error
+        checks.writable([os.path.dirname(s.html) or "."])
 
 
 def resolve(s: Settings, ranks) -> Settings:
     """Settings with what was left to the checkpoint (it knows how its training sampled frames) and to the device."""
-    path = os.path.join(s.model, "descore.json")
-    try:
-        with open(path, encoding="utf-8") as file:
-            trained = json.load(file)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{s.model}: is no DeScore checkpoint ({error}); give a folder that training wrote") from error
+    trained = trained_settings(s.model)
+    # Greedy for one CoT, so that a report can be made again; several greedy ones would all be the same.
     temperature = float(s.thoughts > 1) if s.temperature is None else s.temperature
     dtype = s.dtype if s.dtype != "auto" else "bfloat16" if ranks.device.type == "cuda" else "float32"
     fps, max_pixels = s.fps or trained.get("fps", 2.0), s.max_pixels or trained.get("max_pixels", 448 * 448)
@@ -361,7 +325,7 @@ def one_video(s: Settings, ranks, judge: Judge) -> None:
 def main(argv=None) -> None:
     """All sets are thought about first, then scored: the engine's memory is free when scoring starts."""
     s = parse(Settings, __doc__, argv)
-    check(s)
+    checks.evaluation_flags(s)
     ranks = parallel.start(s.seed)
     ready_made = s.compare or ([s.scores] if s.scores else [])
     if not ready_made:

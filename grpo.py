@@ -2,7 +2,7 @@
 
     CSV with true verdicts + OUT of stage 1   ->   OUT/model, a DeScore folder; metrics.jsonl, samples.jsonl, curves.png
 
-    laptop   python grpo.py --model runs/stage1/model --data runs/data/train_rl.csv --out runs/stage2 --lr 1e-4 ...
+    laptop   python grpo.py --data runs/data/train_rl.csv --model runs/stage1/model ...   (STAGE2 in the Makefile)
     8 GPUs   torchrun --nproc_per_node 8 grpo.py --model runs/stage1/model --data train_rl.csv --engine vllm
 
 The defaults are the paper's. The loop in `train` is the paper's algorithm, step by step:
@@ -25,14 +25,14 @@ import torch
 
 import data
 import parallel
-from data import InputError
 from losses import bt_loss, group_advantages, grpo_loss, kl_to_reference
 from model import DeScore, lay_out, to_device
+from plumbing import checks
 from plumbing.answers import read_verdicts, well_formed
 from plumbing.checkpoint import save_model
 from plumbing.jobs import readable_pairs, task_seed
 from plumbing.logs import Sums, draw_curves, reward_scale
-from plumbing.monitor import GRPO_PANELS, grpo_line, grpo_metrics, note_update, write_samples
+from plumbing.monitor import GRPO_PANELS, engine_gap, grpo_line, grpo_metrics, note_update, write_samples
 from plumbing.resume import claim_run, require_finite
 from plumbing.settings import arg, cli, parse
 from plumbing.training import CommonSettings, Run
@@ -131,7 +131,7 @@ def rollout_reward(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# One pair's rollouts, kept together so that nothing can land on the wrong rollout (README, difference 5)
+# One pair's rollouts, kept together so that nothing can land on the wrong rollout (docs/differences.md, row 5)
 # ---------------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Rollouts:
@@ -142,7 +142,7 @@ class Rollouts:
     cots: list[list[list[int]]]  # [2][G] token ids
     rule_rewards: list[list[RolloutReward]] = None  # [2][G]
     advantages: torch.Tensor = None  # (2, G)
-    engine_log_probs: list[list[list[float]]] = None  # [2][G][token] as the engine saw them, if it tells
+    engine_log_probs: list[list[list[float]] | None] = (None, None)  # [2][G][token], if the engine tells
     old: torch.Tensor = None  # (2G, T) log-probs when sampled, if they differ from the current ones
     reference: torch.Tensor = None  # (2G, T) log-probs under the reference
     video_features: object = None  # what the frozen tower saw, from the first pass of a step to its last
@@ -163,17 +163,15 @@ class Rollouts:
 def generate(items, engine, settings, step) -> list[Rollouts]:
     """2: G CoTs for each of the two videos of each pair."""
     prefixes = [prefix for _, both in items for prefix in both]
-    seeds = [
-        [task_seed(settings.seed, step, pair.line, video, i) for i in range(settings.rollouts)]
-        for pair, _ in items
-        for video in (0, 1)
-    ]
+    seeds = [[task_seed(settings.seed, step, pair.line, video, i) for i in range(settings.rollouts)]
+             for pair, _ in items for video in (0, 1)]  # each CoT's own: the sample does not depend on its batch-mates
     cots = engine.generate(prefixes, seeds, settings.max_new_tokens, settings.temperature)
-    seen = getattr(engine, "log_probs", None)
-    return [
-        Rollouts(pair, both, cots[2 * n : 2 * n + 2], engine_log_probs=seen and seen[2 * n : 2 * n + 2])
-        for n, (pair, both) in enumerate(items)
-    ]
+    log_probs = getattr(engine, "log_probs", None) or [None] * len(cots)  # as the engine saw them, if it tells
+    rollouts = []
+    for n, (pair, both) in enumerate(items):
+        a_and_b = slice(2 * n, 2 * n + 2)  # the pair's two videos among all
+        rollouts.append(Rollouts(pair, both, cots[a_and_b], engine_log_probs=log_probs[a_and_b]))
+    return rollouts
 
 
 def rule_rewards(rollouts: Rollouts, tokenizer, settings) -> list[list[RolloutReward]]:
@@ -217,17 +215,6 @@ def old_log_probs(output, rollouts: Rollouts) -> torch.Tensor:
     return output.log_probs.detach() if rollouts.old is None else rollouts.old
 
 
-def engine_gap(output, rollouts: Rollouts) -> torch.Tensor | None:
-    """(2G, T): trainer minus engine, each token's log-prob when sampled; None if the engine does not tell."""
-    if not rollouts.engine_log_probs:
-        return None
-    old = old_log_probs(output, rollouts)
-    gap = torch.zeros_like(old)
-    for n, values in enumerate(values for row in rollouts.engine_log_probs for values in row):
-        gap[n, : len(values)] = old[n, : len(values)] - torch.tensor(values, device=old.device)
-    return gap
-
-
 def losses_of(output, mask, rollouts: Rollouts, settings, counts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The three losses of one pair: GRPO (Eq. 7), KL (Eq. 7), BT (Eq. 10), each with the whole update's denominator.
 
@@ -237,15 +224,16 @@ def losses_of(output, mask, rollouts: Rollouts, settings, counts) -> tuple[torch
     log_probs, old = output.log_probs, old_log_probs(output, rollouts)  # (2G, T), rows A_1..A_G, B_1..B_G
     advantages = rollouts.advantages.flatten().to(mask.device)  # (2G,) in the same order
     weight = None
-    if settings.engine_cap and rollouts.engine_log_probs:
-        weight = engine_gap(output, rollouts).exp().clamp(max=settings.engine_cap)
+    if settings.engine_cap and rollouts.engine_log_probs[0]:
+        weight = engine_gap(old, rollouts).exp().clamp(max=settings.engine_cap)
     clip = settings.clip_low, settings.clip_high, settings.clip_dual
     grpo = grpo_loss(log_probs, old, advantages, mask, *clip, token_weight=weight, denominator=counts["tokens"])
     kl = torch.zeros((), device=mask.device)
     if rollouts.reference is not None:
         kl = (kl_to_reference(log_probs, rollouts.reference) * mask).sum() / counts["tokens"]
-    reward_a, reward_b = output.rewards.view(2, -1)  # (G,) each: the head's rewards of videos A and B
-    if rollouts.pair.label > 0:  # Eq. 10: rollout i of the winner against rollout i of the loser
+    # Eq. 10: rollout i of the winner against rollout i of the loser. Rows are A_1..A_G, B_1..B_G, so i is i in both.
+    reward_a, reward_b = output.rewards.view(2, -1)  # (G,) each
+    if rollouts.pair.label > 0:
         bt = bt_loss(reward_a, reward_b, denominator=counts["bt"])
     elif rollouts.pair.label < 0:
         bt = bt_loss(reward_b, reward_a, denominator=counts["bt"])
@@ -277,8 +265,7 @@ def update(model, optimizer, mini: list[Rollouts], settings, ranks) -> dict[str,
         require_finite(loss.item(), "loss", [rollouts.record()], settings, ranks)
         parallel.backward(loss, ranks)
         sums.add(grpo_loss=grpo.item(), kl=kl.item(), bt_loss=bt.item())
-        old, gap = old_log_probs(output, rollouts), engine_gap(output, rollouts)
-        note_update(sums, output, batch["response_mask"], old, gap, rollouts, settings, counts)
+        note_update(sums, output, batch["response_mask"], old_log_probs(output, rollouts), rollouts, settings, counts)
     norms = parallel.take_step(model, optimizer, [r.record() for r in mini], settings, ranks)
     ratio_max = max(ranks.gather_objects([sums.pop("ratio_max")]))
     return {**ranks.sum(sums), "ratio_max": ratio_max, **norms}
@@ -343,49 +330,26 @@ def train(model, reference, engine, pairs, settings: Settings, ranks) -> None:
         run.finish_step(step, metrics, grpo_line(metrics))
 
 
-def check(settings: Settings, ranks) -> None:
-    """Flags that contradict each other, before anything is loaded."""
-    for name in ("data", "model"):
-        if getattr(settings, name) is None:
-            raise InputError(f"--{name} is missing; see --help.")
-    if settings.length_low >= settings.length_high:
-        raise InputError(f"--length-low {settings.length_low} must be below --length-high {settings.length_high}.")
-    if settings.batch_pairs % settings.mini_pairs or settings.mini_pairs % ranks.world:
-        raise InputError(
-            f"--mini-pairs {settings.mini_pairs} must divide --batch-pairs {settings.batch_pairs} and be a multiple "
-            f"of the {ranks.world} ranks."
-        )
-
-
 def main(argv=None) -> None:
     """Reads and checks the data, builds policy, reference and engine, trains, saves."""
     settings = parse(Settings, __doc__, argv)
     ranks = parallel.start(settings.seed, settings.cpu_offload)
-    check(settings, ranks)
+    checks.grpo_flags(settings, ranks)
     claim_run(settings, ranks)
     pairs = data.read_pairs(settings.data, video_root=settings.video_root)
     pairs = readable_pairs(pairs, settings, ranks, data.sample_frames)
-    for pair in pairs:
-        if not pair.annotation_a or not pair.annotation_b:
-            raise InputError(
-                f"{settings.data}, line {pair.line}: has no video_1_scores / video_2_scores in `answer`; stage 2 "
-                "rewards CoTs by them (README, 'Data formats')."
-            )
+    checks.annotated_pairs(pairs, settings.data)
     how = {"empty": ranks.world > 1, "random_init": settings.random_init}
     model = DeScore.from_pretrained(settings.model, dtype=parallel.load_dtype(settings.train, ranks), **how)
     model.settings.update(fps=settings.fps, max_pixels=settings.max_pixels)
-    model.make_trainable(
-        settings.train, vision=False, lora_r=settings.lora_r, lora_alpha=settings.lora_alpha, lora_dropout=0.0
-    )
+    # The vision tower rests (paper), and no dropout: π_θ must equal π_old at the first update, or the ratio is not 1.
+    model.make_trainable(settings.train, False, settings.lora_r, settings.lora_alpha, lora_dropout=0.0)
     if settings.gradient_checkpointing:
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     reference = None
     if settings.kl_coef > 0 and settings.train == "full":  # with LoRA the reference is the model without its adapter
-        reference = (
-            DeScore.from_pretrained(settings.model, dtype=parallel.load_dtype("lora", ranks), **how)
-            .eval()
-            .requires_grad_(False)
-        )
+        reference = DeScore.from_pretrained(settings.model, dtype=parallel.load_dtype("lora", ranks), **how)
+        reference.eval().requires_grad_(False)
         parallel.shard(reference, ranks, settings.shard_ranks, settings.cpu_offload, frozen=True)
     own = model.backbone if ranks.world == 1 else None  # under FSDP the transformers engine needs an unsharded copy
     engine = make_engine(

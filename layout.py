@@ -2,7 +2,23 @@
 
     [ prefix (video + prompt) | cot_1 q_1 | cot_2 q_2 | ... | padding ]          q = the query token <Reward>
 
-Shapes: B rows, L positions (padded), P prompt tokens, N CoTs in all rows together, T CoT tokens (padded).
+The G CoTs of a video share thousands of prefix tokens, so packing them encodes and back-propagates those once, not G
+times. That equals G separate rows because each CoT sees what it would see alone. For two CoTs of two tokens,
+
+            p p p  a a q  b b q          rows look, columns are looked at, x = allowed
+        p   x . .  . . .  . . .
+        p   x x .  . . .  . . .
+        p   x x x  . . .  . . .
+        a   x x x  x . .  . . .
+        a   x x x  x x .  . . .
+        q   x x x  x x x  . . .
+        b   x x x  . . .  x . .          b does not see a
+        b   x x x  . . .  x x .
+        q   x x x  . . .  x x x
+
+and the first token of b has the place (rotary position) that the first token of a has: the one after the prefix.
+
+Shapes: S rows (sequences), L positions (padded), P prompt tokens, N CoTs in all rows together, T CoT tokens (padded).
 """
 
 import torch
@@ -14,40 +30,22 @@ from transformers.masking_utils import sdpa_mask
 
 
 def lay_out(backbone, prefixes: list[dict], responses: list[list[list[int]]]) -> dict:
-    """Prompts and CoTs -> the tensors of one forward. Row b holds prefix b ONCE and all of its CoTs behind it.
+    """Prompts and CoTs -> the tensors of one forward. Row s holds prefix s ONCE and all of its CoTs behind it.
 
-        [ prefix (video + prompt) | cot_1 q_1 | cot_2 q_2 | ... | padding ]
-
-    The G CoTs of a video share thousands of prefix tokens, so packing them encodes and back-propagates those once, not
-    G times. That equals G separate rows because each CoT sees what it would see alone:
-      * position i may look at j <= i in the prefix or in its own CoT (`shared_prefix_attention`). For two CoTs of two
-        tokens,
-
-                    p p p  a a q  b b q          rows look, columns are looked at, x = allowed
-                p   x . .  . . .  . . .
-                p   x x .  . . .  . . .
-                p   x x x  . . .  . . .
-                a   x x x  x . .  . . .
-                a   x x x  x x .  . . .
-                q   x x x  x x x  . . .
-                b   x x x  . . .  x . .          b does not see a
-                b   x x x  . . .  x x .
-                q   x x x  . . .  x x x
-
-      * positions restart right after the prefix for each CoT.
-    With one CoT per row (the plain path) this is ordinary causal attention.
+    Position i may look at j <= i in the prefix or in its own CoT, and positions restart right after the prefix for each
+    CoT (the drawing above). With one CoT per row, the plain path, this is ordinary causal attention.
 
     Args:
         backbone: the Qwen3-VL, for its rule of 3-D positions (time, height, width) only.
         prefixes: from data.encode_prompt, one per row.
-        responses: responses[b] = the CoTs of row b as token ids, [] for "no CoT" (masked). EOS included if it was
+        responses: responses[s] = the CoTs of row s as token ids, [] for "no CoT" (masked). EOS included if it was
             sampled; the query follows the last token whatever it is, so a CoT cut off at the limit needs no special
             case.
     Returns:
-        input_ids (B, L); query_mask (B, L) bool; position_ids (3, B, L); pixel_values_videos, video_grid_thw;
+        input_ids (S, L); query_mask (S, L) bool; position_ids (3, S, L); pixel_values_videos, video_grid_thw;
         spans: per row (P, [(start, length), ...]), Python integers: where each CoT with its query begins, and how many
         positions it has. What no span covers is padding;
-        query_index (N,): where the queries are in the flattened B x L; response_index (N, T): where the position that
+        query_index (N,): where the queries are in the flattened S x L; response_index (N, T): where the position that
         PREDICTS each CoT token is (one before it); response_ids, response_mask (N, T).
     """
     filler = backbone.config.text_config.pad_token_id or 0  # never read: padding, or replaced by the query vector
@@ -69,37 +67,32 @@ def lay_out(backbone, prefixes: list[dict], responses: list[list[list[int]]]) ->
         spans.append((len(prefix["input_ids"]), own))
 
     length = max(len(ids) for ids, _ in rows)
-    input_ids = torch.full((len(rows), length), filler)  # (B, L)
+    input_ids = torch.full((len(rows), length), filler)  # (S, L)
     position_ids = torch.zeros(3, len(rows), length, dtype=torch.long)
-    for b, (ids, positions) in enumerate(rows):
-        input_ids[b, : len(ids)], position_ids[:, b, : len(ids)] = ids, positions
+    for s, (ids, positions) in enumerate(rows):
+        input_ids[s, : len(ids)], position_ids[:, s, : len(ids)] = ids, positions
 
-    places = [(b, prefix, start, n - 1) for b, (prefix, own) in enumerate(spans) for start, n in own]  # n - 1: the CoT
+    places = [(s, prefix, start, n - 1) for s, (prefix, own) in enumerate(spans) for start, n in own]  # n - 1: the CoT
     longest = max([1, *(n for *_, n in places)])
     response_ids, response_index = (torch.zeros(len(places), longest, dtype=torch.long) for _ in range(2))
     response_mask, query_mask = torch.zeros(len(places), longest), torch.zeros(len(rows), length, dtype=torch.bool)
-    for i, (b, prefix, start, n) in enumerate(places):
-        response_ids[i, :n] = input_ids[b, start : start + n]
+    for i, (s, prefix, start, n) in enumerate(places):
+        response_ids[i, :n] = input_ids[s, start : start + n]
         # Token t is predicted from the position before it. Before a CoT's FIRST token stands the prefix's last one.
-        response_index[i, :n] = b * length + torch.tensor([prefix - 1, *range(start, start + n - 1)])[:n]
+        response_index[i, :n] = s * length + torch.tensor([prefix - 1, *range(start, start + n - 1)])[:n]
         response_mask[i, :n] = 1
-        query_mask[b, start + n] = True
+        query_mask[s, start + n] = True
     return {
-        "input_ids": input_ids,
-        "query_mask": query_mask,
-        "position_ids": position_ids,
-        "spans": spans,
+        "input_ids": input_ids, "query_mask": query_mask, "position_ids": position_ids, "spans": spans,
         "pixel_values_videos": torch.cat([prefix["pixel_values_videos"] for prefix in prefixes]),
         "video_grid_thw": torch.cat([prefix["video_grid_thw"] for prefix in prefixes]),
-        "query_index": torch.tensor([b * length + start + n for b, _, start, n in places]),
-        "response_index": response_index,
-        "response_ids": response_ids,
-        "response_mask": response_mask,
+        "query_index": torch.tensor([s * length + start + n for s, _, start, n in places]),
+        "response_index": response_index, "response_ids": response_ids, "response_mask": response_mask,
     }
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, spans=None, **more):
-    """Who sees whom (the drawing in `lay_out`), by ordinary causal attention over parts of a row.
+    """Who sees whom (the drawing above), by ordinary causal attention over parts of a row.
 
         prefix and first CoT    one causal sequence: nothing stands between them
         every other CoT         its queries look at [prefix, itself], causal with the LOWER RIGHT corners aligned:
@@ -110,10 +103,10 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling=N
             q   x x x  x x x
 
     A mask over the whole row would allow the same, but no fast kernel takes one, and the others compute all L x L
-    scores to throw most away: at P = C, packing would gain nothing. Here the work is exactly what the drawing has x for.
+    scores to throw most away: at P = C, packing would gain nothing. Here the work is what the drawing has x for.
     Without spans (sampling with a cache, calls from elsewhere) it is transformers' own SDPA attention.
 
-    query (B, H, L, d), key and value (B, H_kv, L, d), spans from `lay_out` -> (B, L, H, d), None. Padding gives 0.
+    query (S, H, L, d), key and value (S, H_kv, L, d), spans from `lay_out` -> (S, L, H, d), None. Padding gives 0.
     """
     if spans is None:
         kwargs = {"scaling": scaling, "dropout": dropout, **more}
@@ -122,23 +115,24 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling=N
     query, key = query.to(value.dtype), key.to(value.dtype)
     options = {"scale": scaling, "dropout_p": dropout, "enable_gqa": True}  # H_kv < H: heads in groups share keys
     rows = []
-    for b, (prefix, cots) in enumerate(spans):
-        q, k, v = query[b : b + 1], key[b : b + 1], value[b : b + 1]
+    for s, (prefix, cots) in enumerate(spans):
+        q, k, v = query[s : s + 1], key[s : s + 1], value[s : s + 1]
         end = prefix + sum(n for _, n in cots[:1])
-        seen = {0: scaled_dot_product_attention(q[:, :, :end], k[:, :, :end], v[:, :, :end], is_causal=True, **options)}
+        first = scaled_dot_product_attention(q[:, :, :end], k[:, :, :end], v[:, :, :end], is_causal=True, **options)
+        outputs = {0: first}  # where a piece begins -> its output
         for n in sorted({n for _, n in cots[1:]}):  # CoTs of the same length go in one call
             starts = [start for start, length in cots[1:] if length == n]
-            seen |= zip(starts, attend_behind(prefix, starts, n, q, k, v, options).split(1), strict=True)
-        whole = torch.cat([seen[start] for start in sorted(seen)], dim=2)  # (1, H, tokens of this row, d)
+            outputs |= zip(starts, attend_behind(prefix, starts, n, q, k, v, options).split(1), strict=True)
+        whole = torch.cat([outputs[start] for start in sorted(outputs)], dim=2)  # (1, H, tokens of this row, d)
         rows.append(pad(whole, (0, 0, 0, query.shape[2] - whole.shape[2])))
     return torch.cat(rows).transpose(1, 2).contiguous(), None
 
 
 def attend_behind(prefix: int, starts: list[int], n: int, query, key, value, options: dict) -> torch.Tensor:
-    """One row (1, H, L, d); S CoTs of n positions that begin at `starts` see prefix and themselves: (S, H, n, d)."""
+    """One row (1, H, L, d): its c CoTs of n positions from `starts` on see prefix and themselves: (c, H, n, d)."""
     query, own_keys, own_values = (torch.cat([x[:, :, s : s + n] for s in starts]) for x in (query, key, value))
-    shared = (x[:, :, :prefix].expand(len(starts), -1, -1, -1) for x in (key, value))  # (S, H_kv, P, d)
-    keys, values = (torch.cat(parts, dim=2) for parts in zip(shared, (own_keys, own_values)))  # (S, H_kv, P + n, d)
+    shared = (x[:, :, :prefix].expand(len(starts), -1, -1, -1) for x in (key, value))  # (c, H_kv, P, d)
+    keys, values = (torch.cat(parts, dim=2) for parts in zip(shared, (own_keys, own_values)))  # (c, H_kv, P + n, d)
     return scaled_dot_product_attention(query, keys, values, attn_mask=causal_lower_right(n, prefix + n), **options)
 
 

@@ -1,6 +1,6 @@
 """The equations. Pure functions of tensors: no model, no ranks, no randomness that is not passed in.
 
-Shapes: N rows (a row is one CoT of one video), T CoT tokens (padded), G CoTs per video, B preference pairs.
+Shapes: N CoTs of all videos, T CoT tokens (padded), G CoTs per video, B preference pairs.
 Everything is computed in fp32, whatever comes in: in bf16 a reward of 5.4 has steps of 0.03.
 
 | function                  | paper                       | value at initialisation                                    |
@@ -88,7 +88,7 @@ def group_advantages(rollout_rewards: torch.Tensor, epsilon: float = 1e-6) -> to
 
         A_i = (R_i − mean(R_1..R_G)) / (std(R_1..R_G) + ε)
 
-    R -> rollout_rewards (N, G): row n holds the G CoTs of ONE video. std has Bessel's correction (divides by G − 1).
+    R -> rollout_rewards (S, G): row s holds the G CoTs of ONE video. std has Bessel's correction (divides by G − 1).
     A group whose G rewards are equal says nothing: its advantages are exactly 0, as is that of a group of one.
     Worked: R = (0, 1): mean .5, std .7071, A = (-.7071, +.7071).
 
@@ -96,12 +96,12 @@ def group_advantages(rollout_rewards: torch.Tensor, epsilon: float = 1e-6) -> to
     for all eight, and a push against every token of a group in which no CoT is better than another. So equal rewards
     are found by comparing, not by subtracting.
     """
-    assert rollout_rewards.ndim == 2, f"(N, G) expected, got {tuple(rollout_rewards.shape)}"
+    assert rollout_rewards.ndim == 2, f"(S, G) expected, got {tuple(rollout_rewards.shape)}"
     rewards = rollout_rewards.float()
-    flat = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)  # (N, 1)
+    flat = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)  # (S, 1)
     if flat.all():  # groups of one too: their std would be nan
         return torch.zeros_like(rewards)
-    centred = rewards - rewards.mean(dim=1, keepdim=True)  # (N, G)
+    centred = rewards - rewards.mean(dim=1, keepdim=True)  # (S, G)
     return torch.where(flat, 0.0, centred / (rewards.std(dim=1, keepdim=True) + epsilon))
 
 

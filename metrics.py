@@ -101,6 +101,22 @@ def videoalign_compatible(labels, margins) -> float:
     return float(hits[1:].max() / len(labels))
 
 
+def calibration(labels: np.ndarray, margins: np.ndarray, bins: int = 10) -> dict:
+    """Does A win as often as the Bradley-Terry model says? P(A wins) = 1 / (1 + exp(-margin)), human ties left out.
+
+    Returns {said, won, pairs} of each non-empty one of `bins` equal slices of [0, 1], and the expected calibration
+    error sum_b n_b / n |mean said - share won|: 0 is perfect; rewards on too large a scale are over-confident.
+    """
+    decided = labels != 0
+    won = labels[decided] > 0
+    said = 1 / (1 + np.exp(-np.clip(margins[decided], -700, 700)))  # exp overflows at 710
+    slot = np.minimum((said * bins).astype(int), bins - 1)
+    chosen = [slot == b for b in np.unique(slot)]
+    rows = [{"said": float(said[c].mean()), "won": float(won[c].mean()), "pairs": int(c.sum())} for c in chosen]
+    error = sum(r["pairs"] * abs(r["said"] - r["won"]) for r in rows) / len(said) if rows else None
+    return {"bins": rows, "expected_calibration_error": error}
+
+
 def bootstrap_interval(values, groups=None, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
     """95 % percentile interval of mean(values), values (n,) being 0/1 hits or paired differences of hits.
 
@@ -118,3 +134,13 @@ def bootstrap_interval(values, groups=None, draws: int = 1000, seed: int = 0) ->
         means[k] = sums[drawn].sum() / sizes[drawn].sum()
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
+
+
+def paired_difference(hits, first, groups) -> tuple[float | None, tuple | None]:
+    """Accuracy of one model minus that of the first, ON THE SAME PAIRS, with its interval; (None, None) without pairs.
+
+    hits, first (n,) bool: was the pair right. Both models meet the same hard pairs, so their difference is known much
+    better than either accuracy: subtract pair by pair first, and resample the differences.
+    """
+    gap = np.asarray(hits, dtype=float) - first
+    return (float(gap.mean()), bootstrap_interval(gap, groups)) if len(gap) else (None, None)

@@ -6,7 +6,8 @@
 ONE forward gives both things that stage 2 trains: the reward, and the log-probability of every CoT token. That works
 because attention is causal: the query stands last, so it changes nothing before it.
 
-Shapes: B rows, L positions (padded), P prompt tokens, D hidden size, V vocabulary, N CoTs, T CoT tokens (padded).
+Shapes: S rows (a video and its CoTs each), L positions (padded), P prompt tokens, D hidden size, V vocabulary, N CoTs,
+T CoT tokens (padded).
 The model knows nothing of ranks or sharding; parallel.py applies those from outside. What must not be taken out of
 `forward`: everything that touches the embedding, `lm_head` or the head, since under FSDP they are whole only in there.
 """
@@ -51,8 +52,8 @@ class DeScore(nn.Module):
     """Qwen3-VL backbone + learnable query + linear head without bias. Rewards are unbounded; only differences count.
 
     The query is a parameter put into `inputs_embeds`, not a row of the vocabulary: nothing is resized, no 1.2 GB
-    embedding gets an optimizer state for one row (README, difference 1), the sampler can never emit it, and a prompt
-    that contains the letters `<Reward>` is only text.
+    embedding gets an optimizer state for one row (difference 1), the sampler can never emit it, and a prompt that
+    contains the letters `<Reward>` is only text. ("Difference n" is row n of docs/differences.md.)
     """
 
     def __init__(self, backbone: Qwen3VLForConditionalGeneration, processor=None, settings: dict | None = None):
@@ -76,7 +77,7 @@ class DeScore(nn.Module):
         while the tower is frozen: a trained one must look in every forward. They go in and out openly, because FSDP
         hands the forward a copy of the batch: what is written there, nobody sees.
         """
-        embeds = self.backbone.get_input_embeddings()(batch["input_ids"])  # (B, L, D)
+        embeds = self.backbone.get_input_embeddings()(batch["input_ids"])  # (S, L, D)
         embeds = torch.where(batch["query_mask"][..., None], self.query.to(embeds.dtype), embeds)
         if video_features is None:
             video_features = self.backbone.model.get_video_features(
@@ -89,7 +90,7 @@ class DeScore(nn.Module):
             position_ids=batch["position_ids"],
             mm_encoder_outputs={"video": video_features},
             use_cache=False,
-        ).last_hidden_state.flatten(0, 1)  # (B * L, D)
+        ).last_hidden_state.flatten(0, 1)  # (S * L, D)
         # fp32 for the head whatever the backbone computes in: a bf16 reward near 5 has steps of 0.03.
         with torch.autocast(hidden.device.type, enabled=False):
             rewards = self.head(hidden[batch["query_index"]].float()).squeeze(-1)  # (N,)
@@ -127,7 +128,7 @@ class DeScore(nn.Module):
         train = "full": all of the LLM, `lm_head` included (paper, stage 2); train = "head": nothing of the LLM.
         lm_head=False leaves `lm_head` as it is: no loss of stage 1 reaches it, and a parameter without a gradient has
         no Adam state, so a checkpoint could not be loaded. (Tied to the embeddings, it is trained as those.)
-        Trained parameters are held in fp32: in bf16 an update of 1e-6 rounds away (README, difference 6).
+        Trained parameters are held in fp32: in bf16 an update of 1e-6 rounds away (difference 6).
         """
         if train not in ("lora", "full", "head"):
             raise InputError(f"--train {train}: choose lora, full or head.")
@@ -138,11 +139,10 @@ class DeScore(nn.Module):
                 LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=LORA_TARGETS)
             )
             self._start_adapters()
+        trained = {"head": True, "vision": vision, "llm": train == "full"}
         for name, parameter in self.named_parameters():  # after add_adapter, which freezes the whole backbone
-            mine = name in QUERY_AND_HEAD or ".lora_" in name
-            in_tower = name.startswith("backbone.model.visual.")
             idle = name == "backbone.lm_head.weight" and not lm_head
-            parameter.requires_grad_(mine or (vision if in_tower else train == "full" and not idle))
+            parameter.requires_grad_(".lora_" in name or (trained[part_of(name)] and not idle))
         for parameter in self.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -159,12 +159,11 @@ class DeScore(nn.Module):
             nn.init.zeros_(b)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The trained parameters by part, for optimizer and gradient norms: "llm", "vision", "head" (query and head)."""
+        """The trained parameters by part, for optimizer and gradient norm: "llm", "vision", "head" (query and head)."""
         groups = {"llm": [], "vision": [], "head": []}
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                mine = name in QUERY_AND_HEAD
-                groups["head" if mine else "vision" if ".visual." in name else "llm"].append(parameter)
+                groups[part_of(name)].append(parameter)
         return {name: parameters for name, parameters in groups.items() if parameters}
 
     def lora_layers(self) -> dict[str, nn.Module]:
@@ -202,7 +201,7 @@ class DeScore(nn.Module):
     def think(
         self, videos, prompts, max_new_tokens=4096, temperature=0.0, seed=0, source_fps=None, as_tokens=False
     ) -> list:
-        """Writes one CoT per video (greedy by default). Returns B texts without EOS, or B lists of the sampled ids.
+        """Writes one CoT per video (greedy by default). Returns S texts without EOS, or S lists of the sampled ids.
 
         The ids are the CoT itself: a text may be encoded to other ids than those it was sampled as, and does not tell
         whether the CoT ended (EOS, the last id) or was cut off at max_new_tokens.
@@ -214,12 +213,12 @@ class DeScore(nn.Module):
         return cots if as_tokens else [decode_cot(self.processor.tokenizer, cot) for cot in cots]
 
     def score(self, videos, prompts, thoughts, source_fps=None) -> torch.Tensor:
-        """Rewards (B,) fp32 of videos whose CoTs are given: token ids, texts, or None for no CoT. Nothing is masked."""
+        """Rewards (S,) fp32 of S videos with their CoTs: token ids, texts, or None for no CoT. Nothing is masked."""
         return self.score_several(videos, prompts, [[thought] for thought in thoughts], source_fps)[:, 0]
 
     @torch.no_grad()
     def score_several(self, videos, prompts, thoughts: list[list], source_fps=None) -> torch.Tensor:
-        """Rewards (B, k) fp32: k CoTs for each video. They share one prefix, encoded once."""
+        """Rewards (S, k) fp32: k CoTs for each video. They share one prefix, encoded once."""
         cots = [[self._cot_ids(thought) for thought in row] for row in thoughts]
         was_training = self.training
         self.eval()
@@ -237,7 +236,7 @@ class DeScore(nn.Module):
     def reward(
         self, videos, prompts, think=True, max_new_tokens=4096, source_fps=None, normalize=False, with_thoughts=False
     ):
-        """Think, then score: rewards (B,) fp32, and with `with_thoughts` also the B texts (None where not thought).
+        """Think, then score: rewards (S,) fp32, and with `with_thoughts` also the S texts (None where not thought).
 
         `think=False` skips the CoT, for speed: random CoT masking has trained the head for it. `normalize=True`
         subtracts the mean and divides by the spread that rewards had at the end of training, saved with the checkpoint:
@@ -262,7 +261,7 @@ class DeScore(nn.Module):
     def save_pretrained(self, path: str, whole=lambda tensor: tensor, write=True) -> None:
         """Writes a folder that transformers and vLLM open as a plain Qwen3-VL, plus the query and the head.
 
-        LoRA is folded into the weights, in fp32, so the next stage cannot lose it (README, difference 17). A sharded
+        LoRA is folded into the weights, in fp32, so the next stage cannot lose it (difference 17). A sharded
         model (`save_model`): `whole` gathers one tensor; `write=False` only takes part in gathering.
         """
         write_model(self, path, whole, write)
@@ -278,11 +277,18 @@ class DeScore(nn.Module):
         """Opens a DeScore folder, or, with `new_head=True`, a plain Qwen3-VL to start stage 1 from.
 
         Strict: a missing or extra weight, another size, or a base model without a head is an InputError, never a random
-        head (README, difference 16). In evaluation mode, as transformers does it. `empty=True`: the backbone stays on
+        head (difference 16). In evaluation mode, as transformers does it. `empty=True`: the backbone stays on
         the meta device, without memory, until `fill`; parallel.shard does that block by block. `random_init=True`: only
         config.json and the processor are read, to measure the speed and memory of a size without its weights.
         """
         return open_model(cls, path, device, dtype, new_head, empty, random_init)
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter of DeScore is of: "head" (with the query), "vision" (tower and merger) or "llm"."""
+    if name in QUERY_AND_HEAD:
+        return "head"
+    return "vision" if name.startswith("backbone.model.visual.") else "llm"
 
 
 def to_device(batch: dict, device) -> dict:

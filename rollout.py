@@ -13,9 +13,7 @@ Every CoT is written to OUT.thoughts/ as soon as it exists; the same command goe
 """
 
 import concurrent.futures
-import csv
 import dataclasses
-import json
 import os
 
 import torch
@@ -24,7 +22,9 @@ from transformers import AutoConfig, AutoProcessor, GenerationConfig, LogitsProc
 import data
 import parallel
 from data import InputError
+from plumbing import checks
 from plumbing.checkpoint import load_backbone
+from plumbing.formats import write_cots
 from plumbing.jobs import Item, Phase, claim_out, readable_pairs, task_seed, write_skipped
 from plumbing.settings import arg, cli, parse
 from plumbing.vllm_engine import VLLMEngine, require_room
@@ -83,16 +83,8 @@ def sample_cots(
 
     ids, mask = left_pad("input_ids", tokenizer.pad_token_id), left_pad("attention_mask", 0)
     config = GenerationConfig(  # everything named, or the checkpoint's own generation_config would fill the gaps
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        max_new_tokens=max_new_tokens,
-        use_cache=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        do_sample=False, num_beams=1, repetition_penalty=1.0, temperature=1.0, top_p=1.0, top_k=50, use_cache=True,
+        max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
         suppress_tokens=banned_tokens(tokenizer, backbone.config.text_config.vocab_size),
     )
     sampling = LogitsProcessorList([SeededSampling(flat_seeds, temperature)] if temperature > 0 else [])
@@ -296,29 +288,37 @@ def think_phase(items: list[Item], out: str, s, ranks, thinker: Thinker) -> tupl
 
 
 @dataclasses.dataclass
-class Settings:
-    """Collecting CoTs for stage 1."""
+class ThinkingSettings:
+    """Flags of the two scripts that think about many videos: this one and evaluate.py."""
+
+    dimension: str = arg("TA", "label column where a CSV has several: TA (the paper's), VQ, MQ or Overall")
+    engine: str = arg("transformers", "who writes the CoTs; vllm for real models", ["transformers", "vllm"])
+    engine_memory: float = arg(0.9, "share of a GPU's memory that vLLM may use while thinking", above=0, at_most=1)
+    engine_max_len: int = arg(
+        12288, "prompt + CoT tokens that vLLM takes at most; a video with more is refused", at_least=1)
+    engine_tp: int = arg(1, "tensor parallel vLLM: ranks that hold one engine together", at_least=1)
+    max_new_tokens: int = arg(4096, "CoT tokens at most (paper: 4096)", at_least=1)
+    skip_bad_videos: bool = arg(False, "leave out what cannot be read; skipped.jsonl in the output folder lists it")
+    seed: int = arg(0, "decides the sampled CoTs", at_least=0)
+
+
+@dataclasses.dataclass
+class Settings(ThinkingSettings):
+    """Collecting CoTs for stage 1; more in ThinkingSettings."""
 
     data: list[str] = arg(None, "preference pairs, a CSV in any known format; of several, each has its own --out")
     out: list[str] = arg(("pairs_with_cots.csv",), "CSV to write: DeScore's cold-start columns")
     model: str = arg("Qwen/Qwen3-VL-8B-Instruct", "the model that thinks: base model or DeScore folder")
-    engine: str = arg("transformers", "who samples", choices=["transformers", "vllm"])
-    engine_memory: float = arg(0.9, "share of a GPU's memory that vLLM may use", above=0, at_most=1)
-    engine_max_len: int = arg(
-        12288, "prompt + CoT tokens that vLLM takes at most; a video with more is refused", at_least=1)
-    engine_tp: int = arg(1, "tensor parallel vLLM: ranks that hold one engine together", at_least=1)
-    dimension: str = arg("TA", "label column where a CSV has several: TA, VQ, MQ or Overall")
     video_root: str | None = arg(None, "folder that relative video paths start from; default the CSV's")
-    skip_bad_videos: bool = arg(
-        False, "leave out pairs with a bad video or prompt; OUT.thoughts/skipped.jsonl lists them")
     fps: float = arg(2.0, "sampled frames per second (paper: 2)", above=0)
     max_pixels: int = arg(448 * 448, "pixels per frame at most (paper: 448 * 448)", at_least=1024)
-    max_new_tokens: int = arg(4096, "tokens per CoT at most (paper: 4096)", at_least=1)
     temperature: float = arg(1.0, "sampling temperature; 0 is greedy (not given in the paper for stage 1)", at_least=0)
     batch_size: int = arg(64, "CoTs that transformers samples at a time on one rank", at_least=1)
-    seed: int = arg(0, "decides the samples", at_least=0)
 
-    thoughts, think, dtype = 1, True, "auto"  # what evaluate.py lets the user choose
+    # Constants here, flags in evaluate.py: one CoT for each video, and always one.
+    thoughts = 1
+    think = True
+    dtype = "auto"
 
 
 def collect(path: str, out: str, s: Settings, ranks, thinker: Thinker) -> None:
@@ -345,28 +345,10 @@ def collect(path: str, out: str, s: Settings, ranks, thinker: Thinker) -> None:
         print(f"skipped {len(pairs) - len(kept)} pairs with {len(skipped)} bad videos; see {folder}/skipped.jsonl")
 
 
-def write_cots(out: str, pairs: list[data.PreferencePair], thoughts: dict) -> None:
-    """Pairs and their CoTs in the cold-start columns. The tokens too: stage 1 then trains on what was sampled."""
-    label = {1: "A", -1: "B", 0: "same"}
-    with open(out + ".tmp", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["videos", "problem", "prompt", "CoT_A", "CoT_B", "CoT_A_tokens", "CoT_B_tokens", "GSB"])
-        for pair in pairs:
-            videos = json.dumps([os.path.relpath(path, os.path.dirname(os.path.abspath(out))) for path in pair.videos])
-            records = [thoughts[path, pair.prompt] for path in pair.videos]
-            texts = [record["thoughts"][0] for record in records]
-            ids = [json.dumps(record["token_ids"][0]) for record in records]
-            writer.writerow([videos, pair.prompt, pair.prompt, *texts, *ids, label[pair.label]])
-    os.replace(out + ".tmp", out)
-
-
 def main(argv=None) -> None:
     """One CoT per video of each CSV; the engine is opened once for all of them."""
     s = parse(Settings, __doc__, argv)
-    if s.data is None:
-        raise InputError("--data is missing; give a CSV of preference pairs.")
-    if len(s.data) != len(s.out) or len(set(s.out)) != len(s.out):
-        raise InputError(f"{len(s.data)} --data want as many --out, all different; got {len(s.out)}.")
+    checks.rollout_flags(s)
     for path in s.data:  # a wrong second file should not cost the thinking over the first
         data.read_pairs(path, s.dimension, s.video_root)
     ranks = parallel.start(s.seed)

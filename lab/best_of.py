@@ -11,9 +11,10 @@ import os
 
 import evaluate
 import parallel
+from plumbing import checks
+from plumbing.files import write_csv
 from plumbing.formats import open_table, refuse_outside
 from plumbing.jobs import Item, claim_out, write_skipped
-from plumbing.report import write_csv
 from plumbing.settings import InputError, arg, cli, parse
 from rollout import think_phase
 
@@ -76,9 +77,8 @@ def write_best_and_worst(path: str, groups: dict[str, list[tuple[float, str]]]) 
 def main(argv=None) -> None:
     """Thinks and scores as evaluate.py does, then ranks per prompt."""
     s = parse(Settings, __doc__, argv)
-    evaluate.check(s)
-    if not s.data:
-        raise InputError("--data is missing; give a CSV with the columns path,prompt.")
+    checks.require(s, data="a CSV with the columns path,prompt")
+    checks.evaluation_flags(s)
     ranks = parallel.start(s.seed)
     s = evaluate.resolve(s, ranks)
     evaluate.make_folders(s.out, s)

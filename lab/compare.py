@@ -138,7 +138,7 @@ def draw_runs(path: str, found: dict, benchmarks: list[str]) -> None:
 
 
 def main(argv=None) -> None:
-    """Puts several evaluations, of one seed or of several, into one table and figure: OUT/results.md, OUT/results.png."""
+    """Puts several evaluations, of one seed or more, into one table and figure: OUT/results.md, OUT/results.png."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--runs", nargs="+", required=True, metavar="LABEL=GLOB", help="report.json files of each row")
     parser.add_argument(

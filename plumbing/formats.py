@@ -1,19 +1,21 @@
 """CSV files: the published formats of preference pairs, recognised by their columns, and files of ready-made scores."""
 
 import csv
+import json
 import os
 import re
 
 import numpy as np
 
 from plumbing.answers import DIMENSIONS, extract_answer, parse_literal
+from plumbing.files import write_csv
 from plumbing.settings import InputError
 
 LABELS = {
     "a": 1, "video 1 is better": 1, "leftvote": 1, "left": 1,
     "b": -1, "video 2 is better": -1, "rightvote": -1, "right": -1,
     "same": 0, "tie": 0, "tievote": 0, "bothbad_vote": 0, "bothbad": 0,
-    "invalid": None,  # annotators could not judge: the row is dropped. NOT the same as "same" (README, difference 9)
+    "invalid": None,  # annotators could not judge: the row is dropped. NOT the same as "same" (difference 9)
 }
 
 
@@ -99,7 +101,7 @@ def _format_of(csv_path, columns, dimension):
             return reader
     raise InputError(
         f"{csv_path}: columns {sorted(have)} fit none of the known formats, which need e.g. path_A, path_B, prompt "
-        "and a label column (README, 'Data formats')."
+        "and a label column (docs/data.md)."
     )
 
 
@@ -217,3 +219,19 @@ def read_scores(path: str, data_path: str, pairs: list, root: str) -> np.ndarray
     for i, pair in enumerate(pairs):
         rewards[i] = [found.get((v, pair.prompt), found.get((v, ""), float("nan"))) for v in pair.videos]
     return rewards
+
+
+def write_cots(path: str, pairs: list, thoughts: dict) -> None:
+    """Pairs and their CoTs in DeScore's cold-start columns: what rollout.py collected, as stage 1 reads it.
+
+    thoughts: {(video, prompt): record of rollout.think_phase}. The tokens go along: stage 1 then trains on what was
+    sampled.
+    """
+    label, rows = {1: "A", -1: "B", 0: "same"}, []
+    for pair in pairs:
+        videos = [os.path.relpath(video, os.path.dirname(os.path.abspath(path))) for video in pair.videos]
+        records = [thoughts[video, pair.prompt] for video in pair.videos]
+        texts = [record["thoughts"][0] for record in records]
+        ids = [json.dumps(record["token_ids"][0]) for record in records]
+        rows.append([json.dumps(videos), pair.prompt, pair.prompt, *texts, *ids, label[pair.label]])
+    write_csv(path, ["videos", "problem", "prompt", "CoT_A", "CoT_B", "CoT_A_tokens", "CoT_B_tokens", "GSB"], rows)

@@ -10,6 +10,7 @@ import typing
 
 import numpy as np
 
+from plumbing.files import write_json, write_jsonl
 from plumbing.settings import InputError, first_line
 
 
@@ -106,8 +107,7 @@ class Phase:
 def write_skipped(out: str, skipped: list[dict], ranks) -> None:
     """OUT/skipped.jsonl: what this run left out."""
     if ranks.is_main:
-        with open(os.path.join(out, "skipped.jsonl"), "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in skipped)
+        write_jsonl(os.path.join(out, "skipped.jsonl"), skipped)
 
 
 def identity(model: str) -> str:
@@ -147,9 +147,7 @@ def claim_out(out: str, s, ranks) -> None:
             changed = [name for name in now if before.get(name, "unknown") != now[name]]
             if changed:
                 raise InputError(f"{out}: holds results made with another {', '.join(changed)}; give another --out.")
-        with open(path + ".tmp", "w", encoding="utf-8") as file:
-            json.dump(now, file, indent=1)
-        os.replace(path + ".tmp", path)
+        write_json(path, now)
     ranks.barrier()
 
 
@@ -175,10 +173,8 @@ def readable_pairs(pairs: list, settings, ranks, sample_frames) -> list:
     bad.update(ranks.gather_objects(found))
     kept = [pair for pair in pairs if not bad.keys() & set(pair.videos)]
     if ranks.is_main and bad:
-        with open(os.path.join(settings.out, "skipped.jsonl"), "a", encoding="utf-8") as file:
-            file.writelines(
-                json.dumps({"video": path, "reason": reason}) + "\n" for path, reason in sorted(bad.items())
-            )
+        records = [{"video": path, "reason": reason} for path, reason in sorted(bad.items())]
+        write_jsonl(os.path.join(settings.out, "skipped.jsonl"), records, add=True)
         print(f"skipped {len(pairs) - len(kept)} pairs with {len(bad)} bad videos; see {settings.out}/skipped.jsonl")
     if not kept:
         raise InputError("no pair is left with two readable videos.")
@@ -207,8 +203,8 @@ def fitting_pairs(pairs: list, processor, settings, ranks, sequence_lengths) -> 
         )
     kept = [pair for pair in pairs if pair.line not in long]
     if ranks.is_main and long:
-        with open(os.path.join(settings.out, "skipped.jsonl"), "a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"line": line, "reason": f"{n} tokens"}) + "\n" for line, n in long.items())
+        records = [{"line": line, "reason": f"{length} tokens"} for line, length in long.items()]
+        write_jsonl(os.path.join(settings.out, "skipped.jsonl"), records, add=True)
         print(f"skipped {len(long)} pairs over --max-length; see {settings.out}/skipped.jsonl")
     if not kept:
         raise InputError(f"no pair fits into --max-length {settings.max_length}.")

@@ -7,6 +7,8 @@ import time
 
 import numpy as np
 
+from plumbing.files import write_jsonl
+
 
 class Log:
     """metrics.jsonl, one JSON line per step, and one dense line on the screen. Rank 0 writes."""
@@ -56,9 +58,7 @@ def _cut(path, last_step):
     """Leaves out of a file what came after `last_step`: those steps will be made again."""
     if os.path.isfile(path):
         kept = [line for line in _read_lines(path) if line["step"] <= last_step]
-        with open(path + ".tmp", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in kept)
-        os.replace(path + ".tmp", path)
+        write_jsonl(path, kept)
 
 
 def _read_lines(path):

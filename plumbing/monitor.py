@@ -59,13 +59,23 @@ COLD_START_PANELS = {  # title -> what curves.png shows in it
 # ---------------------------------------------------------------------------------------------------------------
 # Stage 2
 # ---------------------------------------------------------------------------------------------------------------
-@torch.no_grad()
-def note_update(sums: Sums, output, mask, old, gap, rollouts, settings, counts) -> None:
-    """What a forward adds to the update's log: each entry's sum over pairs and ranks is the mean.
+def engine_gap(old, rollouts) -> torch.Tensor | None:
+    """(2G, T): log π_old by the trainer minus by the engine that sampled, per token; None if the engine does not tell.
 
-    gap: grpo.engine_gap, None where the engine does not tell; engine_gap is then not logged.
+    Both are the same policy, computed by two programs in two precisions: the gap is their error, and should be small.
     """
-    log_probs = output.log_probs  # (2G, T), like old, gap and mask
+    if not rollouts.engine_log_probs[0]:
+        return None
+    gap = torch.zeros_like(old)
+    for n, values in enumerate(values for row in rollouts.engine_log_probs for values in row):
+        gap[n, : len(values)] = old[n, : len(values)] - torch.tensor(values, device=old.device)
+    return gap
+
+
+@torch.no_grad()
+def note_update(sums: Sums, output, mask, old, rollouts, settings, counts) -> None:
+    """What a forward adds to the update's log: each entry's sum over pairs and ranks is the mean."""
+    log_probs, gap = output.log_probs, engine_gap(old, rollouts)  # (2G, T), like old and mask
     reward_a, reward_b = output.rewards.view(2, -1)  # (G,) each
     margins = (reward_a - reward_b) * rollouts.pair.label  # (G,): r_w - r_l, and 0 for a human tie
     sums.add(pair_accuracy=(margins > 0).sum() / counts["bt"], margin=margins.sum() / counts["bt"])

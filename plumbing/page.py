@@ -88,8 +88,8 @@ def write_page(
         prompt, size = pair.prompt, len(pair.prompt)
         prompt = prompt if size <= 4000 else f"{prompt[:4000]}... ({size:,} characters)"
         articles.append(
-            f'<article class="{" ".join(kinds)}">line {pair.line}: people say <b>{words[pair.label]}</b>, the model says '
-            f'<b class="{"ok" if is_right else "no"}">{words[int(said)]}</b> (margin {margin:+.3f})'
+            f'<article class="{" ".join(kinds)}">line {pair.line}: people say <b>{words[pair.label]}</b>, the model '
+            f'says <b class="{"ok" if is_right else "no"}">{words[int(said)]}</b> (margin {margin:+.3f})'
             f'<div class="prompt">{html.escape(prompt)}</div><div class="pair">{"".join(sides)}</div></article>'
         )
     buttons = "".join(f'<button data-kind="{kind}">{text}</button>' for kind, text in (

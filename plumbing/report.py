@@ -5,7 +5,6 @@ model is untrusted: it is escaped for HTML, for Markdown, for the figure's formu
 Symbols: r_A, r_B rewards; margin = r_A - r_B; label +1 (A is better), -1 (B), 0 (the same); n pairs.
 """
 
-import csv
 import html
 import json
 import math
@@ -16,6 +15,7 @@ import typing
 import numpy as np
 
 from plumbing.answers import DIMENSIONS, read_verdicts, well_formed
+from plumbing.files import write_csv
 
 # The paper's Table 1: accuracy in-domain with ties; GenAI-Bench with, without; VideoGen-RewardBench with, without.
 PUBLISHED = {
@@ -48,22 +48,6 @@ class Judged(typing.NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------
 # 1. Numbers about the rewards and the CoTs
 # ---------------------------------------------------------------------------------------------------------------
-def calibration(labels: np.ndarray, margins: np.ndarray, bins: int = 10) -> dict:
-    """Does A win as often as the Bradley-Terry model says? P(A wins) = 1 / (1 + exp(-margin)), human ties left out.
-
-    Returns {said, won, pairs} of each non-empty one of `bins` equal slices of [0, 1], and the expected calibration
-    error sum_b n_b / n |mean said - share won|: 0 is perfect; rewards on too large a scale are over-confident.
-    """
-    decided = labels != 0
-    won = labels[decided] > 0
-    said = 1 / (1 + np.exp(-np.clip(margins[decided], -700, 700)))  # exp overflows at 710
-    slot = np.minimum((said * bins).astype(int), bins - 1)
-    chosen = [slot == b for b in np.unique(slot)]
-    rows = [{"said": float(said[c].mean()), "won": float(won[c].mean()), "pairs": int(c.sum())} for c in chosen]
-    error = sum(r["pairs"] * abs(r["said"] - r["won"]) for r in rows) / len(said) if rows else None
-    return {"bins": rows, "expected_calibration_error": error}
-
-
 def thought_statistics(records: list[dict], pairs: list) -> dict:
     """records {video, prompt, thoughts, tokens}; pairs, whose annotations are the truth -> what the CoTs are like.
 
@@ -265,11 +249,6 @@ def draw_accuracies(axis, judged, names) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 # 4. CSV files
 # ---------------------------------------------------------------------------------------------------------------
-def write_csv(path: str, head: list[str], rows: list[list]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([head, *rows])
-
-
 def write_scores(path: str, rows: list[tuple[str, str, float]], root: str) -> None:
     """path,prompt,reward: what --scores and --compare read back, so texts stay exact: beware of spreadsheets."""
     write_csv(path, ["path", "prompt", "reward"], [[os.path.relpath(v, root or "."), p, r] for v, p, r in rows])

@@ -19,6 +19,7 @@ import warnings
 import numpy as np
 import torch
 
+from plumbing.files import write_json
 from plumbing.settings import InputError
 
 # What a run writes into --out; --overwrite removes this and nothing else.
@@ -73,10 +74,7 @@ def _claim(settings, ranks):
     if settings.resume and saved:
         _compare(out, now, saved[-1], ranks)
     os.makedirs(out, exist_ok=True)
-    path = os.path.join(out, "settings.json")
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        json.dump(now, file, indent=1)
-    os.replace(path + ".tmp", path)
+    write_json(os.path.join(out, "settings.json"), now)
 
 
 def _compare(out, now, newest, ranks):
@@ -117,7 +115,8 @@ def _remove_run(settings):
     found = [path for name in WRITTEN for path in glob.glob(os.path.join(glob.escape(settings.out), name))]
     for path in found:  # before anything is removed: what this run reads may lie there
         for read in (settings.data, settings.model):
-            if os.path.exists(read) and os.path.commonpath(map(os.path.realpath, (path, read))) == os.path.realpath(path):
+            real, own = os.path.realpath(path), os.path.realpath(read)
+            if os.path.exists(read) and os.path.commonpath([real, own]) == real:
                 raise InputError(f"{read}: lies in what --overwrite would remove; give another --out.")
     for path in found:
         shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
@@ -265,7 +264,7 @@ def _checkpoints(out):
 
 
 class StopSignal:
-    """Ctrl-C (or SIGTERM) asks for a stop at the end of the step, so that a checkpoint is saved; twice stops at once."""
+    """Ctrl-C (or SIGTERM) asks for a stop at the end of the step, with a checkpoint; twice stops at once."""
 
     def __init__(self):
         self.requested, self.process = False, os.getpid()
