@@ -81,6 +81,12 @@ def test_the_constants_are_those_of_the_reference():
                     assert parameter.default == VARIANTS[parameter.name][0], (name, parameter.name)
 
 
+def test_each_mistake_still_fits_the_reference():
+    """Cheap, and soon after the code has moved; whether its lesson names it is what --prove tells."""
+    for m in mistakes.MISTAKES:
+        assert mistakes.with_changes(m.place, m.changes) != mistakes.source(m.file)
+
+
 def test_points_and_lessons():
     assert sum(e.points for e in EXERCISES) == 70 and [e.number for e in EXERCISES] == list(range(1, 11))
     names = [lesson.__name__ for e in EXERCISES for lesson in e.lessons]
@@ -247,7 +253,7 @@ def test_the_autograder_zip(tmp_path):
 
 def test_the_page_holds_the_mistakes_and_the_points():
     page = (ROOT / "docs" / "course.md").read_text()
-    assert prove.as_told_in_the_docs() in page, "put the output of lab.lessons.prove.as_told_in_the_docs() into the page"
+    assert prove.as_told_in_the_docs() in page, "put what lab.lessons.prove.as_told_in_the_docs() says into the page"
     for e in EXERCISES:
         assert f"| {e.number} | {e.title} | {e.points} | {e.minutes} |" in page, e.title
 
