@@ -48,6 +48,11 @@ def pair_scores(run: str, folder: str, name: str, kind: str = "head") -> tuple[n
     return labels, np.array([[scores[key(video, pair.prompt)] for video in pair.videos] for pair in pairs])
 
 
+def is_whole(run: str, folder: str) -> bool:
+    """Whether an evaluation has come to its end: its last report is there."""
+    return os.path.isfile(f"{run}/{folder}/{SETS[-1]}/report.json")
+
+
 def evaluated(runs: dict, folder: str, kind: str = "head") -> dict:
     """{seed: {set: hits}} of an evaluation."""
     return {seed: {name: half_hits(*pair_scores(run, folder, name, kind)) for name in SETS}
@@ -155,7 +160,7 @@ def reward_drift(runs):
                "0.005": ("study/anchor_paper", "study/eval/anchor_paper")}
     hits, more = {}, {}
     for weight, (folder, evaluation) in folders.items():
-        have = {seed: run for seed, run in runs.items() if os.path.isdir(f"{run}/{evaluation}")}
+        have = {seed: run for seed, run in runs.items() if is_whole(run, evaluation)}
         if not have:
             continue
         hits[weight] = evaluated(have, evaluation)
@@ -247,7 +252,7 @@ def ladder(runs) -> dict:
     folders = {"1 discriminative": "eval/discriminative", "2 + CoT, random masking": "eval/stage1",
                "3 + GRPO": "study/eval/no_anchor", "4 + BT anchor": "eval/stage2"}
     return {rung: evaluated(runs, folder) for rung, folder in folders.items()
-            if all(os.path.isdir(f"{run}/{folder}") for run in runs.values())}
+            if all(is_whole(run, folder) for run in runs.values())}
 
 
 # ---------------------------------------------------------------------------------------------------------------
