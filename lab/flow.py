@@ -126,6 +126,11 @@ def shared_spread(rewards: torch.Tensor) -> torch.Tensor:
     return torch.where(flat, 0.0, centred / (rewards.std(dim=1).max() + 1e-6))
 
 
+def noised(clip: torch.Tensor, noise: torch.Tensor, t: float) -> torch.Tensor:
+    """x_t = (1 − t) x₀ + t ε, what the generator sees in training. Not numbered. Its slope in t is v*."""
+    return (1 - t) * clip + t * noise
+
+
 def flow_error(velocity: torch.Tensor, clip: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """‖v* − v‖² / D: the flow-matching loss of each clip. Not numbered. (N, ...) -> (N,); 0 for the true velocity."""
     return (noise - clip - velocity).float().square().flatten(1).mean(dim=1)

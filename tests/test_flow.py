@@ -134,6 +134,13 @@ def test_shared_spread():
     assert not flow.shared_spread(torch.full((2, 4), 0.3)).any()
 
 
+def test_noised_runs_from_clip_to_noise_along_the_velocity():
+    clip, noise, _ = a_step()
+    assert torch.equal(flow.noised(clip, noise, 0.0), clip) and torch.equal(flow.noised(clip, noise, 1.0), noise)
+    slope = (flow.noised(clip, noise, 0.75) - flow.noised(clip, noise, 0.25)) / 0.5
+    assert torch.allclose(flow.flow_error(slope, clip, noise), torch.zeros(3), atol=1e-10)
+
+
 def test_flow_error_is_zero_for_the_right_velocity():
     clip, noise, _ = a_step()
     assert not flow.flow_error(noise - clip, clip, noise).any()
