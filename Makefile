@@ -1,13 +1,14 @@
-# make demo   the whole pipeline on a laptop: data -> base -> stage 1 -> stage 2 -> evaluation (README, "Two commands")
+# make demo   the whole pipeline on a laptop: data -> base -> stage 1 -> stage 2 -> evaluation (README, "The commands")
 # make test   all CPU tests, offline
 # make lint   undefined, unused and shadowed names; nothing is reformatted
+# make road   every command of docs/road.md on made-up files, with a tiny model
 # make seeds  the demo with three seeds, and mean and spread over them
 PYTHON ?= python3
 VENV ?= .venv
 RUNS ?= runs
 PY = HF_HUB_OFFLINE=1 $(VENV)/bin/python
 
-.PHONY: demo seeds test lint setup clean
+.PHONY: demo seeds road test lint setup clean
 setup: $(VENV)/.ready
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -57,6 +58,11 @@ TABLE = --runs "discriminative=$(1)/eval/discriminative/*/report.json" "generati
 seeds: setup
 	for k in 0 1 2; do $(MAKE) demo SEED=$$k RUNS=$(RUNS)/seed$$k || exit 1; done
 	$(PY) -m lab.compare --out $(RUNS) --training $(RUNS)/seed0 $(RUNS)/seed1 $(RUNS)/seed2 $(call TABLE,$(RUNS)/seed*)
+
+# Needs two packages more, which the tests of lab/datasets.py and lab/annotate.py then use, too.
+road: setup
+	$(VENV)/bin/python -m pip install -q -r requirements-road.txt
+	$(PY) -m lab.road --out $(RUNS)/road
 
 clean:
 	rm -rf $(RUNS)

@@ -205,14 +205,15 @@ def to_video(video, fps: float, max_pixels: int, source_fps: float | None = None
 # 3. The conversation, the same for both stages and inference: [user: video, prompt, instruction][assistant: CoT][query]
 # ---------------------------------------------------------------------------------------------------------------
 INSTRUCTION_BEFORE = "The video above was generated from this text prompt:\n"
-INSTRUCTION_AFTER = """
+CRITERIA = """
 Judge how well the video follows the prompt, in five dimensions:
 - subject: the people, animals and things, their number, looks and parts
 - dynamics: what moves or changes, how and in which order
 - camera: shot size, angle and camera movement
 - environment: place, background, time of day, weather and light
 - style: medium, look and mood
-A verdict is 2 (as asked), 1 (partly), 0 (missing or wrong) or N/A (the prompt does not ask for it).
+A verdict is 2 (as asked), 1 (partly), 0 (missing or wrong) or N/A (the prompt does not ask for it)."""
+INSTRUCTION_AFTER = CRITERIA + """
 Think first, carefully and in detail: for each dimension what the prompt asks for, what the video shows, \
 and the verdict.
 Then answer with the verdicts and an overall score from 1.00 (ignores the prompt) to 5.00 (does all it asks). Layout:

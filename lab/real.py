@@ -33,7 +33,8 @@ import data
 import grpo
 import parallel
 from lab import plan, toy
-from lab.bench import forward_flops, measure, table, with_peak
+from lab.bench import table
+from lab.bench_cases import forward_flops, measure, with_peak
 from losses import bt_loss, group_advantages
 from model import DeScore
 from plumbing.settings import InputError, arg, cli, parse
@@ -83,7 +84,7 @@ def cut_copy(s: Settings, folder: str) -> None:
 
 def load(folder: str, s: Settings, ranks, train: str, stage: int) -> DeScore:
     """The model as cold_start.py and grpo.py make it on one rank, with --random-init."""
-    dtype = torch.bfloat16 if s.bf16 and train == "lora" else parallel.load_dtype(train, ranks)
+    dtype = torch.bfloat16 if s.bf16 and train != "full" else parallel.load_dtype(train, ranks)
     model = DeScore.from_pretrained(folder, dtype=dtype, random_init=True)
     model.make_trainable(train, vision=stage == 1)
     if s.gradient_checkpointing:

@@ -1,7 +1,7 @@
 """A laptop-sized world: rendered clips with known answers, and a tiny Qwen3-VL that stands in for the 8B model.
 
-    python -m lab.toy data --out toy/data     mp4 clips and six CSVs in the formats found in the wild         (about 30 s)
-    python -m lab.toy base --out toy/base     a pre-trained tiny base model, a plain Hugging Face folder      (about 200 s)
+    python -m lab.toy data --out toy/data     mp4 clips and six CSVs in the formats found in the wild     (about 30 s)
+    python -m lab.toy base --out toy/base     a pre-trained tiny base model, a plain Hugging Face folder  (about 200 s)
 
 A clip shows one coloured shape over a textured background, seen by a moving camera, in some style. We drew it, so the
 truth of every verdict is known: `annotate` stands in for the human labels and for Gemini's annotations. Nothing else
@@ -240,7 +240,7 @@ def make_pair(rng, tie: bool, max_gap: int, unseen: bool):
 
 
 def _row(kind: str, rng, a: str, b: str, prompt: str, truth: list[dict], fps: int, frames: int) -> dict:
-    """One CSV row in the columns and label words of a public format (README, "Data formats"); a, b are the paths."""
+    """One CSV row in the columns and label words of a public format (docs/data.md); a, b are the paths."""
 
     def better(names=DIMENSIONS, words=("A", "same", "B")):
         return words[1 - int(np.sign(points(truth[0], names) - points(truth[1], names)))]

@@ -93,8 +93,9 @@ def build_processor():
 MICRO = dict(hidden=32, layers=2, heads=2, vision_hidden=24, vision_layers=2)
 
 
-def build_model(processor, seed: int = 0, hidden=128, layers=3, heads=4, vision_hidden=96, vision_layers=3):
-    """-> Qwen3VLForConditionalGeneration with random weights; `MICRO` makes one for tests.
+def build_model(processor, seed: int = 0, hidden=128, layers=3, heads=4, vision_hidden=96, vision_layers=3, tied=False):
+    """-> Qwen3VLForConditionalGeneration with random weights; `MICRO` makes one for tests. tied: as in Qwen3-VL-2B, one
+    matrix is word embedding and lm_head.
 
     Initialised by fan-in (std = fan_in^-0.5), not with the usual std 0.02: that is made for widths of thousands; at
     width 128 it gives flat logits and next to no signal from the pixels.
@@ -114,7 +115,8 @@ def build_model(processor, seed: int = 0, hidden=128, layers=3, heads=4, vision_
                   num_heads=vision_hidden // 24, out_hidden_size=hidden, num_position_embeddings=16,
                   deepstack_visual_indexes=list(range(vision_layers - 1)))
     torch.manual_seed(seed)
-    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **ids))
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied, **ids)
+    model = Qwen3VLForConditionalGeneration(config)
     for name, weight in model.named_parameters():
         if weight.ndim > 1:
             scale = weight[0].numel() ** -0.5

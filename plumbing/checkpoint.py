@@ -199,7 +199,15 @@ def load_backbone(path: str, dtype: torch.dtype) -> Qwen3VLForConditionalGenerat
             raise
         raise InputError(f"{path}: cannot be opened as a Qwen3-VL checkpoint ({first_line(error)}).") from error
     refuse_odd_weights(path, info)
+    if config.tie_word_embeddings and backbone.lm_head.weight is not backbone.get_input_embeddings().weight:
+        raise InputError(two_matrices(path))
     return backbone
+
+
+def two_matrices(path: str) -> str:
+    """What to say if config.json ties the embeddings, but the weights do not. transformers would go on with both."""
+    return (f"{path}: config.json has tie_word_embeddings true, but lm_head.weight is not the embedding; set it to "
+            "false there.")
 
 
 def refuse_odd_weights(path: str, found: dict) -> None:
@@ -224,6 +232,8 @@ def empty_backbone(path: str, dtype: torch.dtype) -> Qwen3VLForConditionalGenera
         raise InputError(f"{path}: is a {config.model_type} model; DeScore needs a Qwen3-VL (model_type qwen3_vl).")
     with init_empty_weights(include_buffers=False):  # buffers, such as the rotary frequencies, are in no checkpoint
         backbone = Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+    if config.tie_word_embeddings:  # 2B and 4B. `init_empty_weights` makes each name a parameter of its own
+        backbone.lm_head.weight = backbone.get_input_embeddings().weight
     with contextlib.suppress(OSError):  # a base model may come without one
         backbone.generation_config = GenerationConfig.from_pretrained(path)
     return backbone
@@ -249,7 +259,10 @@ class Weights:
                 shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
         own = {name: tuple(value.shape) for name, value in backbone.state_dict().items()}
         if backbone.config.tie_word_embeddings:
-            own.pop("lm_head.weight"), shapes.pop("lm_head.weight", None)
+            own.pop("lm_head.weight")
+            second = shapes.pop("lm_head.weight", None)  # some programs write the one matrix twice
+            if second and EMBEDDING in shapes and not torch.equal(self["lm_head.weight"], self[EMBEDDING]):
+                raise InputError(two_matrices(path))
         wrong = [name for name in own.keys() & shapes.keys() if own[name] != shapes[name]]
         found = {"missing_keys": own.keys() - shapes.keys(), "unexpected_keys": shapes.keys() - own.keys()}
         refuse_odd_weights(path, found | {"mismatched_keys": wrong})

@@ -59,7 +59,6 @@ COLD_START_PANELS = {  # title -> what curves.png shows in it
 # ---------------------------------------------------------------------------------------------------------------
 # Stage 2
 # ---------------------------------------------------------------------------------------------------------------
-@torch.no_grad()
 def engine_gap(old, rollouts) -> torch.Tensor | None:
     """(2G, T): log π_old by the trainer minus by the engine that sampled, per token; None if the engine does not tell.
 
@@ -73,6 +72,7 @@ def engine_gap(old, rollouts) -> torch.Tensor | None:
     return gap
 
 
+@torch.no_grad()
 def note_update(sums: Sums, output, mask, old, rollouts, settings, counts) -> None:
     """What a forward adds to the update's log: each entry's sum over pairs and ranks is the mean."""
     log_probs, gap = output.log_probs, engine_gap(old, rollouts)  # (2G, T), like old and mask

@@ -4,7 +4,9 @@ import os
 import re
 
 import torch
+from transformers import AutoConfig
 
+from plumbing.checkpoint import EMBEDDING
 from plumbing.settings import InputError
 
 
@@ -48,6 +50,7 @@ class VLLMEngine:
         self.bans = dict.fromkeys(banned, -100.0)  # vLLM's lowest; at most 1,024 ids
         self.processor, self.limit, self.requests, self.sleeps = processor, limit, REQUESTS, sleeps
         self.on_cpu, self.asleep, self.tp = on_cpu, False, tp
+        self.tied = AutoConfig.from_pretrained(path).tie_word_embeddings
         if tp > 1:
             from vllm.distributed import get_tp_group
 
@@ -129,7 +132,7 @@ class VLLMEngine:
         Raises InputError unless every weight has arrived: vLLM itself only warns.
         """
         self.wake()
-        self.llm.collective_rpc(_reload, args=(named_weights,))
+        self.llm.collective_rpc(_reload, args=(named_weights, self.tied))
         assert self.llm.reset_prefix_cache(), "vLLM could not reset its prefix cache: requests still running"
         self.llm.llm_engine.reset_encoder_cache()  # without it a repeated video kills the engine
 
@@ -147,8 +150,13 @@ def require_room(prompt_tokens: int, max_new_tokens: int, limit: int) -> None:
         )
 
 
-def _reload(worker, named_weights) -> None:
-    """Runs in vLLM's worker, which is this process: loads the weights and checks that each has arrived."""
+def _reload(worker, named_weights, tied: bool) -> None:
+    """Runs in vLLM's worker, which is this process: loads the weights and checks that each has arrived.
+
+    tied: the trainer has one matrix for word embedding and lm_head, and sends it once, as the embedding. vLLM reloads
+    layer by layer and may keep a packed copy for lm_head (its CPU build does): unless it gets that by name as well,
+    it reads words with the new weights and chooses them with the old ones.
+    """
     model, sent, arrived = worker.model_runner.get_model(), [], set()
     load = model.load_weights
 
@@ -156,6 +164,9 @@ def _reload(worker, named_weights) -> None:
         for name, value in named_weights:
             sent.append(name)
             yield name, value
+            if tied and name == EMBEDDING:
+                sent.append("lm_head.weight")
+                yield "lm_head.weight", value
 
     def load_and_note(weights):
         arrived.update(load(weights))

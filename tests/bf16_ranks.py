@@ -1,7 +1,7 @@
 """Two gloo ranks in the mixed precision of GPUs (bf16 compute, fp32 gradients): a step of stage 1, then stage 2's
 three passes over a pair.
 
-    torchrun --nproc_per_node 2 tests/bf16_ranks.py MODEL DATA lora|full   ->   a line of JSON from each rank
+    torchrun --nproc_per_node 2 tests/bf16_ranks.py MODEL DATA lora full   ->   a line of JSON from each rank, for each
 
 On a CPU parallel.shard casts only if it is told to.
 """
@@ -18,6 +18,7 @@ import grpo
 import parallel
 from losses import bt_loss
 from model import DeScore
+
 
 def load(path: str, train: str, ranks, vision=False, dropout=0.0, frozen=False):
     model = DeScore.from_pretrained(path, empty=True)
@@ -36,7 +37,8 @@ def note_types(model, types: set):
             types.add((kind, str(states.dtype), *tables))
         return hook
 
-    for kind, blocks in (("text", model.backbone.model.language_model.layers), ("vision", model.backbone.model.visual.blocks)):
+    towers = model.backbone.model
+    for kind, blocks in (("text", towers.language_model.layers), ("vision", towers.visual.blocks)):
         blocks[0].register_forward_pre_hook(note(kind), with_kwargs=True)
 
 
@@ -50,31 +52,37 @@ def stage_1_step(model, items, ranks) -> dict:
     return {"loss": loss.item(), **parallel.take_step(model, optimizer, [], settings, ranks)}
 
 
-path, csv, train = sys.argv[1:]
+def both_stages(path: str, csv: str, train: str, ranks) -> dict:
+    """What this rank sees of a step of stage 1 and of stage 2's three passes over a pair."""
+    first, types = load(path, train, ranks, vision=True, dropout=0.5).train(), set()
+    parallel.seed_dropout(ranks)
+    with torch.no_grad():
+        for name, parameter in first.named_parameters():
+            if ".lora_B" in name:
+                parameter.to_local().fill_(0.05)  # B starts at 0, where dropout changes nothing
+    note_types(first, types)
+    item = data.EncodedPairs(data.read_pairs(csv), first.processor)[0]  # one pair on both ranks: only dropout differs
+    step = stage_1_step(first, [item], ranks)
+    looks.clear()
+    model = load(path, train, ranks).train()
+    reference = load(path, train, ranks, frozen=True).eval().requires_grad_(False)
+    pair, prefixes = data.EncodedPairs(data.read_pairs(csv), model.processor)[ranks.rank]
+    rollouts = grpo.Rollouts(pair, prefixes, [[[70, 71], [80]], [[90, 91, 92], [75]]], advantages=torch.ones(2, 2))
+    settings = grpo.Settings(rollouts=2, kl_coef=1e-2, out=".")
+    rollouts.old = grpo.log_probs_now(model, rollouts, settings, ranks)
+    rollouts.reference = grpo.log_probs_now(reference, rollouts, settings, ranks)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    done = grpo.update(model, optimizer, [rollouts], settings, ranks)
+    return {"train": train, "looks": len(looks), "kl": done["kl"], "ratio": done["ratio_max"],
+            "norm": done["grad_norm_total"], "kept": rollouts.video_features is not None, "types": sorted(types),
+            "stage 1": step}
+
+
+path, csv, *ways = sys.argv[1:]
 looks, ranks = [], parallel.start(seed=0)
-first, types = load(path, train, ranks, vision=True, dropout=0.5).train(), set()
-parallel.seed_dropout(ranks)
-with torch.no_grad():
-    for name, parameter in first.named_parameters():
-        if ".lora_B" in name:
-            parameter.to_local().fill_(0.05)  # B starts at 0, where dropout changes nothing
-note_types(first, types)
-item = data.EncodedPairs(data.read_pairs(csv), first.processor)[0]  # the same pair on both ranks: only dropout differs
-step = stage_1_step(first, [item], ranks)
-looks.clear()
-model = load(path, train, ranks).train()
-reference = load(path, train, ranks, frozen=True).eval().requires_grad_(False)
-pair, prefixes = data.EncodedPairs(data.read_pairs(csv), model.processor)[ranks.rank]
-rollouts = grpo.Rollouts(pair, prefixes, [[[70, 71], [80]], [[90, 91, 92], [75]]], advantages=torch.ones(2, 2))
-settings = grpo.Settings(rollouts=2, kl_coef=1e-2, out=".")
-rollouts.old = grpo.log_probs_now(model, rollouts, settings, ranks)
-rollouts.reference = grpo.log_probs_now(reference, rollouts, settings, ranks)
-optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-done = grpo.update(model, optimizer, [rollouts], settings, ranks)
-seen = {"looks": len(looks), "kl": done["kl"], "ratio": done["ratio_max"], "norm": done["grad_norm_total"],
-        "kept": rollouts.video_features is not None, "types": sorted(types), "stage 1": step}
-for line in ranks.gather_objects([json.dumps(seen)]):
-    ranks.print(line)
+for train in ways:
+    for line in ranks.gather_objects([json.dumps(both_stages(path, csv, train, ranks))]):
+        ranks.print(line)
 ranks.finish()
 sys.stdout.flush()
 os._exit(0)  # gloo's threads can abort an interpreter that is being torn down, after all is said

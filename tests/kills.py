@@ -5,8 +5,8 @@
 
 Each round runs a command to its end without a kill, then again with SIGKILL to all its processes at random
 moments (a checkpoint is saved after every step, so many hit a save), each time going on with the same command, until it
-ends by itself. Lost is: another final weight or CoT by a single bit, a step that is missing or twice in metrics.jsonl, a
-half-written folder that stays. Prints a line per kill and a verdict; exit code 1 if anything was lost.
+ends by itself. Lost is: another final weight or CoT by a single bit, a step that is missing or twice in metrics.jsonl,
+a half-written folder that stays. Prints a line per kill and a verdict; exit code 1 if anything was lost.
 """
 
 import argparse
@@ -33,7 +33,8 @@ STEPS = 30
 
 def make_world(out: pathlib.Path) -> tuple[str, str]:
     """A few clips and a tiny base model: (CSV of pairs, model folder)."""
-    csv = toy.make_data(out / "data", seed=3, sizes=dict.fromkeys(toy.SPLITS, 0) | {"train_cold_start": 8}, progress=False)
+    sizes = dict.fromkeys(toy.SPLITS, 0) | {"train_cold_start": 8}
+    csv = toy.make_data(out / "data", seed=3, sizes=sizes, progress=False)
     processor = toy_model.build_processor()
     toy_model.build_model(processor, **toy_model.MICRO).save_pretrained(out / "base")
     processor.save_pretrained(out / "base")
@@ -44,15 +45,15 @@ def stage_1(csv: str, base: str, out: pathlib.Path, ranks: int) -> list[str]:
     """The command; --resume on an empty folder starts a run."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     start = start if ranks > 1 else [sys.executable]
-    return [*start, "cold_start.py", "--model", base, "--data", csv, "--out", str(out), "--batch-pairs", "2", "--workers", "0",
-            "--mask-probability", "1", "--epochs", "99", "--max-steps", str(STEPS), "--save-every", "1", "--lr", "1e-3",
-            "--lora-r", "4", "--resume"]
+    return [*start, "cold_start.py", "--model", base, "--data", csv, "--out", str(out), "--batch-pairs", "2",
+            "--workers", "0", "--mask-probability", "1", "--epochs", "99", "--max-steps", str(STEPS),
+            "--save-every", "1", "--lr", "1e-3", "--lora-r", "4", "--resume"]
 
 
 def rollout(csv: str, base: str, out: pathlib.Path, ranks: int) -> list[str]:
     out.mkdir(exist_ok=True)
-    return [sys.executable, "rollout.py", "--model", base, "--data", csv, "--out", str(out / "cots.csv"), "--batch-size", "1",
-            "--max-new-tokens", "40"]
+    return [sys.executable, "rollout.py", "--model", base, "--data", csv, "--out", str(out / "cots.csv"),
+            "--batch-size", "1", "--max-new-tokens", "40"]
 
 
 def lines_of(path: pathlib.Path) -> int:

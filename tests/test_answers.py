@@ -17,14 +17,8 @@ def cot(**changes):
 
 
 FENCED = cot().replace("<answer>", "<answer>\n```json\n").replace("</answer>", "\n```\n</answer>")
-
-
-@pytest.mark.parametrize("text", [cot(), "  " + cot() + "\n", cot(style=0), cot(camera="n/a"), FENCED, FENCED.replace("json", "")])
-def test_a_good_answer(text):
-    assert well_formed(text) and read_verdicts(text) == TRUTH  # 0 and "0" are the same verdict; a fence is no fault
-
-
-@pytest.mark.parametrize("text", [
+GOOD = [cot(), "  " + cot() + "\n", cot(style=0), cot(camera="n/a"), FENCED, FENCED.replace("json", "")]
+MALFORMED = [  # the list of all tests that need a bad one
     "", "no tags", "<think>", "no thought <answer>{}</answer>", "<think>\n</think>\n<answer>{",
     cot().replace("<think>", ""), cot().replace("</think>", ""), cot().replace("<answer>", ""), cot() + "more",
     cot().removesuffix("</answer>"), cot()[:-20], cot() + cot(), FENCED.replace("\n```\n", ""),
@@ -33,22 +27,31 @@ def test_a_good_answer(text):
     "<think></think>" + cot()[cot().index("<answer>"):], '<think>x</think><answer>["a"]</answer>',
     '<think>x</think><answer>{"dimensional_scores": "2"}</answer>',
     '<think>x</think><answer>{"dimensional_scores": {"subject": "2"}}</answer>',
-])
+]
+
+
+@pytest.mark.parametrize("text", GOOD)
+def test_a_good_answer(text):
+    assert well_formed(text) and read_verdicts(text) == TRUTH  # 0 and "0" are the same verdict; a fence is no fault
+
+
+@pytest.mark.parametrize("text", MALFORMED)
 def test_a_malformed_answer(text):
     assert not well_formed(text)
 
 
 def test_verdicts_are_read_one_by_one():
     """A dimension that is left out, or whose verdict is none, costs only itself; what is no dimension is not read."""
-    assert read_verdicts(cot(style=True, camera="5", mood="2")) == {k: TRUTH[k] for k in ("subject", "dynamics", "environment")}
+    left = {dimension: TRUTH[dimension] for dimension in ("subject", "dynamics", "environment")}
+    assert read_verdicts(cot(style=True, camera="5", mood="2")) == left
     assert read_verdicts("<answer>{'dimensional_scores': {'subject': 2}}</answer>") == {"subject": "2"}
     assert read_verdicts("nothing") == read_verdicts('<answer>{"dimensional_scores": 3}</answer>') == {}
     assert set(read_verdicts(cot())) == set(DIMENSIONS)
 
 
 @pytest.mark.parametrize("value, score", [
-    ("3.5", 3.5), ('"4.5"', 4.5), ("4", 4.0), ("true", None), ("null", None), ('"x"', None), ("NaN", None), ("1e999", None),
-    ("[4]", None),
+    ("3.5", 3.5), ('"4.5"', 4.5), ("4", 4.0), ("true", None), ("null", None), ('"x"', None), ("NaN", None),
+    ("1e999", None), ("[4]", None),
 ])
 def test_stated_score(value, score):
     assert stated_score(f'x <answer>{{"overall_score": {value}}}</answer>') == score
@@ -56,9 +59,10 @@ def test_stated_score(value, score):
 
 
 @pytest.mark.parametrize("text, expected", [
-    ('x <answer>{"a": 1}</answer>', {"a": 1}), ("<answer>{'a': None}</answer>", {"a": None}), ("<answer>[1]</answer>", None),
-    ("no answer", None), ("<answer>{broken</answer>", None), ("<answer>1</answer><answer>{}</answer>", {}),
-    ("<answer>" + "[" * 100_000 + "</answer>", None), ('<answer>```json\n{"a": 1}\n```</answer>', {"a": 1}),
+    ('x <answer>{"a": 1}</answer>', {"a": 1}), ("<answer>{'a': None}</answer>", {"a": None}),
+    ("<answer>[1]</answer>", None), ("no answer", None), ("<answer>{broken</answer>", None),
+    ("<answer>1</answer><answer>{}</answer>", {}), ("<answer>" + "[" * 100_000 + "</answer>", None),
+    ('<answer>```json\n{"a": 1}\n```</answer>', {"a": 1}),
 ])
 def test_extract_answer(text, expected):
     assert data.extract_answer(text) == expected

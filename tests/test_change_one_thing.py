@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 from plumbing.checkpoint import HEAD_FILE, read_tensors
 
-SOURCES = ("*.py", "plumbing/*.py", "docs/*.diff")
+SOURCES = ("*.py", "plumbing/*.py", "docs/*.diff", "docs/*.md")
 
 
 @pytest.fixture
@@ -61,27 +61,42 @@ def test_second_head(patched, world, base_dir, tmp_path):
         writer.writeheader()
         writer.writerows({**row, **label} for row, label in zip(rows, labels))
     out = tmp_path / "out"
-    run(folder, "cold_start.py", "--model", base_dir, "--data", pairs, "--video-root", root, "--out", out, "--batch-pairs", 2,
-        "--micro-pairs", 2, "--max-steps", 1, "--mask-probability", 1, "--lora-r", 4, "--workers", 0,
-        "--val", world["test_videogen_rewardbench"], "--lr-head", 0.01)
+    # Stage 1, then inference with what it saved, in one process.
+    code = f"""
+import sys, torch, cold_start
+from model import DeScore
+
+cold_start.main(sys.argv[1:])
+frames = [torch.rand(8, 64, 64, 3)]
+print(DeScore.from_pretrained({str(out / "model")!r}).reward(frames, ["a"], think=False, source_fps=4).shape)
+"""
+    printed = run(folder, "-c", code, "--model", base_dir, "--data", pairs, "--video-root", root, "--out", out,
+                  "--batch-pairs", 2, "--micro-pairs", 2, "--max-steps", 1, "--mask-probability", 1, "--lora-r", 4,
+                  "--workers", 0, "--val", world["test_videogen_rewardbench"], "--lr-head", 0.01)
     before = json.loads((out / "metrics.jsonl").read_text())
     # The head starts near 0, so each decided label has a loss of about ln 2.
     assert before["loss"] == pytest.approx(2 * 0.6931 / 6, abs=0.03)
     head = read_tensors(str(out / "model" / HEAD_FILE))["head.weight"]
     assert head.shape[0] == 3
-    code = ("from model import DeScore; import torch; m = DeScore.from_pretrained(OUT); "
-            "f = [torch.rand(8, 64, 64, 3)]; print(m.reward(f, ['a'], think=False, source_fps=4).shape)")
-    assert "torch.Size([1])" in run(folder, "-c", code.replace("OUT", repr(str(out / "model"))))
+    assert "torch.Size([1])" in printed
 
 
 def test_new_rule(patched, world, tiny_model_dir, tmp_path):
     """A rule more: its value by hand, its weight in the total, and its mean in the log of a real step."""
     folder = patched("new_rule.diff")
-    code = ("import grpo; r = grpo.rollout_reward('A cat. A dog. a cat.', 500, {'style': '1'}); "
-            "print(round(r.variety, 4), round(r.total, 4))")
-    assert run(folder, "-c", code).split() == ["0.6667", "0.0667"]  # two different sentences of three; weight .1
-    run(folder, "grpo.py", "--model", tiny_model_dir, "--data", world["train_rl"], "--out", tmp_path / "out", "--rollouts", 2,
-        "--batch-pairs", 1, "--mini-pairs", 1, "--max-new-tokens", 8, "--workers", 0, "--max-steps", 1)
+    code = """
+import json, sys, grpo
+
+answer = {"dimensional_scores": {"subject": "2", "dynamics": "1", "camera": "N/A"}, "overall_score": 3.5}
+reward = grpo.rollout_reward(f"<answer>{json.dumps(answer)}</answer>", 500, {"style": "1"}, (0.7, 0.1, 0.2, 0.1))
+print(round(reward.agreement, 4), round(reward.total, 4), grpo.agreement_reward("no answer"))
+grpo.main(sys.argv[1:])
+"""
+    printed = run(folder, "-c", code, "--model", tiny_model_dir, "--data", world["train_rl"], "--out", tmp_path / "out",
+                  "--rollouts", 2, "--batch-pairs", 1, "--mini-pairs", 1, "--max-new-tokens", 8, "--workers", 0,
+                  "--max-steps", 1, "--weight-agreement", 0.1)
+    # Verdicts 2 and 1 are 1 + 4 * 3 / 4 = 4; stated is 3.5, half a point away. Weight .1; nothing else is right.
+    assert printed.split()[:3] == ["0.5", "0.05", "0.0"]
     metrics = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
-    parts = 0.7 * metrics["quality"] + 0.1 * metrics["format"] + 0.2 * metrics["length"] + 0.1 * metrics["variety"]
-    assert 0 < metrics["variety"] <= 1 and metrics["rollout_reward"] == pytest.approx(parts)
+    parts = 0.7 * metrics["quality"] + 0.1 * metrics["format"] + 0.2 * metrics["length"] + 0.1 * metrics["agreement"]
+    assert metrics["rollout_reward"] == pytest.approx(parts)

@@ -13,10 +13,9 @@ from plumbing import logs
 import cold_start
 import data
 import parallel
-from conftest import fails_in_one_sentence, refuses
+from conftest import refuses
 from data import InputError
 from model import DeScore
-from plumbing.jobs import fitting_pairs
 
 
 @pytest.fixture
@@ -91,8 +90,8 @@ def test_too_long_a_cot_names_its_row(pairs, model, processor, settings):
 
 
 def arguments(world, base_dir, out, **more):
-    flags = {"model": base_dir, "data": world["train_cold_start"], "out": out, "batch_pairs": 2, "lr": 1e-3, "workers": 0,
-             "mask_probability": 0.5, "epochs": 2, "lora_r": 4, "lora_alpha": 8, "max_steps": 4, **more}
+    flags = {"model": base_dir, "data": world["train_cold_start"], "out": out, "batch_pairs": 2, "lr": 1e-3,
+             "workers": 0, "mask_probability": 0.5, "epochs": 2, "lora_r": 4, "lora_alpha": 8, "max_steps": 4, **more}
     return [str(x) for name, value in flags.items() for x in ("--" + name.replace("_", "-"), value)]
 
 
@@ -153,14 +152,14 @@ def test_learning_and_btt(with_cots, base_dir, tmp_path):
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.1 and steps[-1]["masked_share"] == 0
 
 
-def test_bad_input(world, with_cots, base_dir, tmp_path):
+def test_bad_input(world, with_cots, base_dir, tmp_path, capsys):
     with pytest.raises(InputError, match="no CoT_A / CoT_B"):
         cold_start.main(arguments(world, base_dir, tmp_path))
     with pytest.raises(InputError, match="--batch-pairs"):
         cold_start.main(arguments(with_cots, base_dir, tmp_path, batch_pairs=64))
     with pytest.raises(InputError, match="loss is nan at line"):
         cold_start.main(arguments(with_cots, base_dir, tmp_path, lr=1e30, max_steps=5))
-    fails_in_one_sentence("cold_start.py", "--data", tmp_path / "no.csv", "--out", tmp_path / "b", says="no such file")
+    refuses(capsys, cold_start.main, "--data", tmp_path / "no.csv", "--out", tmp_path / "b", says="no such file")
 
 
 def test_skip_bad_videos_counts_and_lists(with_cots, base_dir, tmp_path, capsys):
@@ -255,25 +254,3 @@ def test_full_training_resumes_bit_for_bit(with_cots, base_dir, tmp_path):
 def test_validation_without_cots_is_said(with_cots, world, base_dir, tmp_path, capsys):
     cold_start.main(arguments(with_cots, base_dir, tmp_path, max_steps=1, val=world["train_cold_start"]))
     assert "validation is without thinking" in capsys.readouterr().out
-
-
-def test_lengths_are_known_before_training(world, processor, tmp_path):
-    """Without decoding, to the token; what is too long stops the run at once, or is left out and listed."""
-    pairs = data.read_pairs(world["train_cold_start"])
-    lengths = {}
-    for pair in pairs:
-        cots = pair.cot_ids(processor.tokenizer)
-        prefixes = [data.encode_prompt(processor, data.sample_frames(v, 2.0, 4096), pair.prompt) for v in pair.videos]
-        exact = [len(prefix["input_ids"]) + len(cot) + 1 for prefix, cot in zip(prefixes, cots)]
-        assert cold_start.sequence_lengths(processor, pair, 2.0, 4096) == exact
-        lengths[pair.line] = max(exact)
-    middle = sorted(lengths.values())[len(lengths) // 2]
-    long = [line for line, length in lengths.items() if length > middle]
-    settings = cold_start.Settings(out=str(tmp_path), max_length=middle, max_pixels=4096)
-    ranks = parallel.Ranks()
-    check = lambda s: fitting_pairs(pairs, processor, s, ranks, cold_start.sequence_lengths)  # noqa: E731
-    with pytest.raises(InputError, match=f"line {long[0]}: {lengths[long[0]]} tokens .* --max-length {middle} "):
-        check(settings)
-    assert [pair.line for pair in check(dataclasses.replace(settings, skip_bad_videos=True))] == [
-        line for line in lengths if line not in long]
-    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == len(long) > 0

@@ -15,9 +15,9 @@ from plumbing import logs
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 TEXT = "\n".join(TEXTS.values())
-FOREIGN_FLAGS = {  # of torchrun, pip and hf
+FOREIGN_FLAGS = {  # of torchrun, pip, hf and vllm
     "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--shutdown_timeout", "--index-url",
-    "--local-dir", "--repo-type",
+    "--local-dir", "--repo-type", "--tensor-parallel-size", "--media-io-kwargs",
 }
 
 
@@ -81,7 +81,8 @@ def commands():
     """(script, its flags) of every command line, in a block of its own or between backticks."""
     joined = TEXT.replace("\\\n", " ")
     lines = re.findall(r"^(?:python|torchrun) .*$", joined, flags=re.MULTILINE)
-    for line in lines + re.findall(r"`((?:python|torchrun) [^`]+)`", joined) + re.findall(r"FROM \w+: (python .*?) ;", joined):
+    lines += re.findall(r"`((?:python|torchrun) [^`]+)`", joined) + re.findall(r"FROM \w+: (python .*?) ;", joined)
+    for line in lines:
         words = [w for w in shlex.split(line.split("  #")[0], comments=True) if w != "-m"]
         words = [f"{word.replace('.', '/')}.py" if re.fullmatch(r"lab\.\w+", word) else word for word in words]
         script = next((word for word in words if word.endswith(".py")), None)
@@ -144,12 +145,12 @@ def test_make_targets_and_the_makefile_s_flags():
 def test_sources_point_to_places_that_exist():
     headings = set(re.findall(r"^#+ (.*)$", TEXT, flags=re.MULTILINE)) | set(re.findall(r"\[([^]]+)\]\(", TEXT))
     headings |= set(re.findall(r"^\*\*(.*?)\*\*", TEXT, flags=re.MULTILINE))
-    numbers = set(re.findall(r"^\| (\d+) \|", TEXTS["docs/differences.md"], flags=re.MULTILINE))
+    numbers = set(re.findall(r"^\| (\d+)(?: \*)? \|", TEXTS["docs/differences.md"], flags=re.MULTILINE))
     for path in [*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py"), *ROOT.glob("lab/*.py"), ROOT / "Makefile"]:
         text = path.read_text(encoding="utf-8")
         for _, place in re.findall(r"README,\s+([\"'])(.*?)\1", re.sub(r"\n\s*#? *", " ", text)):
             assert place in headings, (path.name, place)
-        for number in re.findall(r"README,\s+difference (\d+)", text):
+        for number in re.findall(r"(?:\bdifference|differences\.md, row) (\d+)\b", text):
             assert number in numbers, (path.name, number)
         for name in re.findall(r"\bdocs/\w+\.md\b", text):
             assert (ROOT / name).exists(), (path.name, name)

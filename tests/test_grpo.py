@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ import grpo
 import parallel
 from conftest import judge, refuses
 from data import InputError
-from model import DeScore
+from model import DeScore, Output
 from rollout import TransformersEngine
-from test_answers import TRUTH, cot
+from test_answers import MALFORMED, TRUTH, cot
 
 # -- the rules --------------------------------------------------------------------------------------------------------
 def test_rollout_reward_by_hand():
@@ -40,7 +41,61 @@ def test_quality_counts_what_is_left_out_as_wrong():
     assert grpo.quality_reward(cot(camera="n/a"), TRUTH) == 1.0
 
 
-# -- one pair's rollouts ------------------------------------------------------------------------------------------------
+def test_what_is_malformed_loses_the_format_reward_only():
+    assert [grpo.format_reward(text) for text in (cot(), *MALFORMED)] == [1.0] + [0.0] * len(MALFORMED)
+    # style "3" is no verdict: not well formed, and 4 of 5 right: .7 * .8 + 0 + .2 * 1 = .76
+    assert grpo.rollout_reward(cot(style="3"), 2000, TRUTH).total == pytest.approx(0.76)
+
+
+# -- the three losses of one pair, without a model ---------------------------------------------------------------------
+def three_losses(label, rewards, log_probs):
+    """losses_of for G = 2: rows A_1, A_2, B_1, B_2; one CoT token each; A = (+1, -1) and (-1, +1); on-policy."""
+    advantages, reference = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]), torch.full((4, 1), math.log(0.25))
+    pair = data.PreferencePair("a.mp4", "b.mp4", "a cat", label)
+    rollouts = grpo.Rollouts(pair, [], [], advantages=advantages, reference=reference)
+    counts = {"tokens": 4, "bt": 2}
+    return grpo.losses_of(Output(rewards, log_probs), torch.ones(4, 1), rollouts, grpo.Settings(), counts)
+
+
+def test_eq10_sets_rollout_i_of_the_winner_against_rollout_i_of_the_loser():
+    """BT = 1/G Σ_i -ln σ(r_w,i - r_l,i), with r_A = (1, 0) and r_B = (0, 3)."""
+    log_probs = torch.full((4, 1), math.log(0.5))
+
+    def bt(label, *rewards):
+        return three_losses(label, torch.tensor(rewards), log_probs)[2].item()
+
+    # A has won: margins 1 - 0 = 1 and 0 - 3 = -3: (ln(1 + e^-1) + ln(1 + e^3)) / 2 = (.313262 + 3.048587) / 2
+    assert bt(1, 1.0, 0.0, 0.0, 3.0) == pytest.approx(1.680925, abs=1e-5)
+    # B's rollouts in the other order: margins 1 - 3 = -2 and 0 - 0 = 0: (2.126928 + .693147) / 2
+    assert bt(1, 1.0, 0.0, 3.0, 0.0) == pytest.approx(1.410038, abs=1e-5)
+    # B has won: margins -1 and 3: (1.313262 + .048587) / 2
+    assert bt(-1, 1.0, 0.0, 0.0, 3.0) == pytest.approx(0.680925, abs=1e-5)
+    assert bt(0, 1.0, 0.0, 0.0, 3.0) == 0.0  # a human tie has no winner
+
+
+def test_grpo_and_kl_pull_on_log_probs_alone_and_bt_on_rewards_alone():
+    """So GRPO's gradient cannot reach the head, and BT's reaches the LLM only through the query's hidden states."""
+    rewards = torch.tensor([1.0, 0.0, 0.0, 3.0], requires_grad=True)
+    log_probs = torch.full((4, 1), math.log(0.5), requires_grad=True)
+    grpo_term, kl, bt = three_losses(1, rewards, log_probs)
+    assert kl.item() == pytest.approx(0.193147, abs=1e-6)  # π .5, π_ref .25: .5 - 1 - ln .5, at every token
+
+    def slope(loss):
+        return torch.autograd.grad(loss, (log_probs, rewards), allow_unused=True, retain_graph=True)
+
+    for_log_probs, for_rewards = slope(grpo_term)
+    assert for_rewards is None
+    assert for_log_probs.flatten().tolist() == pytest.approx([-0.25, 0.25, 0.25, -0.25])  # -A / tokens, on-policy
+    for_log_probs, for_rewards = slope(kl)
+    assert for_rewards is None
+    assert for_log_probs.flatten().tolist() == pytest.approx([0.125] * 4)  # (1 - π_ref/π) / tokens = .5 / 4
+    for_log_probs, for_rewards = slope(bt)
+    assert for_log_probs is None
+    # -σ(r_l - r_w) / G on the winner's side, the opposite on the loser's: σ(-1) = .268941, σ(3) = .952574
+    assert for_rewards.tolist() == pytest.approx([-0.134471, -0.476287, 0.134471, 0.476287], abs=1e-6)
+
+
+# -- one pair's rollouts ---------------------------------------------------------------------------------------------
 class Scripted:
     """An engine with prepared answers, so that each rollout's reward is known beforehand."""
 
@@ -78,7 +133,7 @@ def batch(items, model, settings):
 
 
 def test_rewards_land_on_their_own_rollouts(batch, items, model):
-    """README, difference 5: at G = 8 the released code gives 7 of 8 rollouts another one's reward."""
+    """docs/differences.md, row 5: at G = 8 the released code gives 7 of 8 rollouts another one's reward."""
     tokenizer, n = model.processor.tokenizer, 0
     for rollouts, (pair, _) in zip(batch, items):
         for video, truth in enumerate((pair.annotation_a, pair.annotation_b)):
@@ -179,7 +234,7 @@ def test_old_log_probs_make_the_ratio(batch, model, settings):
 
 
 def test_engine_gap_is_measured_and_can_be_weighed(batch, model, settings):
-    """Engines round otherwise. A trainer that finds each token e^-.2 as likely as the engine did: gap .2, weight e^-.2."""
+    """Engines round otherwise. The trainer finds each token e^-.2 as likely as the engine: gap .2, weight e^-.2."""
     ranks = parallel.Ranks()
     model.make_trainable("full", vision=False)
     for r in batch:
@@ -215,7 +270,7 @@ def test_seeds_differ_between_rollouts_videos_steps(items, model, settings):
 def test_the_loop_hands_each_pair_with_its_advantages_to_one_update(world, tiny_model_dir, tmp_path, monkeypatch):
     """--batch-pairs 4 --mini-pairs 2: two updates with two pairs each, no pair twice.
 
-    Of each video's two CoTs one is well formed and one is not, in turn: A is +.7071 for the good one, -.7071 for the other.
+    Of each video's two CoTs one is well formed and one is not, in turn: A is +.7071 for the good, -.7071 for the bad.
     """
     def scripted(_, path, processor, *more, **options):
         return Scripted(processor.tokenizer, [cot(), "<think>what?</think>"] * 8)
@@ -223,8 +278,8 @@ def test_the_loop_hands_each_pair_with_its_advantages_to_one_update(world, tiny_
     updates, update = [], grpo.update
     monkeypatch.setattr(grpo, "make_engine", scripted)
     monkeypatch.setattr(grpo, "update", lambda m, o, mini, *more: updates.append(mini) or update(m, o, mini, *more))
-    grpo.main(["--model", tiny_model_dir, "--data", world["train_rl"], "--out", str(tmp_path), "--rollouts", "2", "--workers", "0",
-               "--batch-pairs", "4", "--mini-pairs", "2", "--max-steps", "1", "--kl-coef", "0"])
+    grpo.main(["--model", tiny_model_dir, "--data", world["train_rl"], "--out", str(tmp_path), "--rollouts", "2",
+               "--workers", "0", "--batch-pairs", "4", "--mini-pairs", "2", "--max-steps", "1", "--kl-coef", "0"])
     assert [len(mini) for mini in updates] == [2, 2]
     pairs = [one for mini in updates for one in mini]
     assert len({one.pair.line for one in pairs}) == 4
@@ -244,9 +299,10 @@ def test_samples_are_the_worst_and_the_best(batch, model, tmp_path):
 # -- the script -------------------------------------------------------------------------------------------------------
 def test_script_runs_logs_saves_and_resumes(world, tiny_model_dir, tmp_path):
     def go(out, steps, *more):
-        grpo.main(["--model", tiny_model_dir, "--data", world["train_rl"], "--out", str(tmp_path / out), "--rollouts", "2",
-                   "--batch-pairs", "2", "--mini-pairs", "1", "--max-new-tokens", "8", "--lr", "1e-3", "--workers", "0",
-                   "--length-low", "1", "--length-high", "9", "--kl-coef", "0.01", "--max-steps", str(steps), *more])
+        grpo.main(["--model", tiny_model_dir, "--data", world["train_rl"], "--out", str(tmp_path / out),
+                   "--rollouts", "2", "--batch-pairs", "2", "--mini-pairs", "1", "--max-new-tokens", "8",
+                   "--lr", "1e-3", "--workers", "0", "--length-low", "1", "--length-high", "9", "--kl-coef", "0.01",
+                   "--max-steps", str(steps), *more])
         return logs.read_metrics(str(tmp_path / out))
 
     whole = go("whole", 3)
@@ -276,13 +332,13 @@ def test_script_runs_logs_saves_and_resumes(world, tiny_model_dir, tmp_path):
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_the_reference_is_the_start_of_the_stage(world, tiny_model_dir, tmp_path, train):
     """π_ref of the KL term: with LoRA the model without its adapter, else a second, frozen model. It never moves."""
-    grpo.main(["--model", tiny_model_dir, "--data", world["train_rl"], "--out", str(tmp_path), "--rollouts", "2", "--train", train,
-               "--lora-r", "4", "--batch-pairs", "1", "--mini-pairs", "1", "--max-new-tokens", "6", "--lr", "1e-2", "--workers", "0",
-               "--kl-coef", "0.01", "--max-steps", "2"])
+    grpo.main(["--model", tiny_model_dir, "--data", world["train_rl"], "--out", str(tmp_path), "--rollouts", "2",
+               "--train", train, "--lora-r", "4", "--batch-pairs", "1", "--mini-pairs", "1", "--max-new-tokens", "6",
+               "--lr", "1e-2", "--workers", "0", "--kl-coef", "0.01", "--max-steps", "2"])
     first, second = logs.read_metrics(str(tmp_path))
-    assert first["kl"] == pytest.approx(0.0, abs=1e-9)  # step 1, on-policy: nothing has moved, the policy IS the reference
+    assert first["kl"] == pytest.approx(0.0, abs=1e-9)  # step 1: nothing has moved, the policy IS the reference
     assert second["kl"] > 1e-6
-    assert first["ratio_max"] == second["ratio_max"] == 1.0  # one update per batch: the old log-probs ARE the current ones
+    assert first["ratio_max"] == second["ratio_max"] == 1.0  # one update per batch: old log-probs ARE the current
 
 
 def test_stage_2_needs_annotations(world, tiny_model_dir, tmp_path, capsys):

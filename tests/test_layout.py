@@ -1,4 +1,4 @@
-"""Shared-prefix attention: what the drawing in `lay_out` says, without a mask, and nothing else than before without spans."""
+"""Shared-prefix attention: what the drawing in `lay_out` says, without a mask; without spans, ordinary attention."""
 
 import pytest
 import torch
@@ -40,6 +40,21 @@ def test_the_dense_twin_is_the_drawing_in_the_docstring():
     drawing = [row for row in drawing if set(row) <= {"x", "."} and len(row) == 9]
     expected = torch.tensor([[cell == "x" for cell in row] for row in drawing])
     assert expected.shape == (9, 9) and torch.equal(who_sees_whom(3, [(3, 3), (6, 3)], 9), expected)
+
+
+def test_layout_by_hand(model, prefixes):
+    prefix, length = prefixes[0], len(prefixes[0]["input_ids"])
+    batch = lay_out(model.backbone, [prefix], [[[70, 71], [80]]])
+    assert batch["input_ids"][0, length:].tolist()[:2] == [70, 71] and batch["input_ids"].shape[1] == length + 5
+    assert batch["spans"] == [(length, [(length, 3), (length + 3, 2)])]
+    assert batch["query_index"].tolist() == [length + 2, length + 4]
+    # tokens are predicted one position earlier; the first token of BOTH CoTs by the prefix's last position
+    assert batch["response_index"].tolist() == [[length - 1, length], [length - 1, 0]]
+    assert batch["response_mask"].tolist() == [[1, 1], [1, 0]]
+    assert batch["query_mask"][0].nonzero().flatten().tolist() == [length + 2, length + 4]
+    first, second = batch["position_ids"][:, 0, length : length + 3], batch["position_ids"][:, 0, length + 3 :]
+    assert torch.equal(first[:, :2], second)  # each CoT's positions restart right after the prefix
+    assert first[0, 0] == batch["position_ids"][:, 0, :length].max() + 1
 
 
 @pytest.mark.parametrize("spans", [ROWS, *([row] for row in ROWS)])

@@ -1,4 +1,4 @@
-"""One test per equation: a number worked by hand, a limit, an asymmetric case, a naive loop as twin, inputs unchanged."""
+"""Each equation: a number worked by hand, a limit, an asymmetric case, a naive loop as twin, inputs unchanged."""
 
 import math
 
@@ -165,7 +165,8 @@ def test_grpo_loss_ignores_padding_and_splits_by_denominator():
 
 
 def test_kl_to_reference_k3():
-    # pi = .5, ref = .25: ratio ref/pi = .5: .5 - 1 - ln .5 = .193147.  The ratio the other way up gives 2 - 1 - ln 2 = .306853
+    # π = .5, π_ref = .25: ratio π_ref/π = .5: .5 - 1 - ln .5 = .193147.
+    # The ratio the other way up would give 2 - 1 - ln 2 = .306853.
     value = losses.kl_to_reference(torch.tensor([[math.log(0.5)]]), torch.tensor([[math.log(0.25)]]))
     assert value.item() == pytest.approx(0.193147, abs=1e-6)
     x = torch.randn(3, 4)

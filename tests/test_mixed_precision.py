@@ -7,12 +7,21 @@ import pytest
 from conftest import ROOT, run
 
 
+@pytest.fixture(scope="module")
+def lines(world, tiny_model_dir):
+    """What each rank has seen, {train: [rank 0's, rank 1's]}; one start of the ranks for both ways to train."""
+    ways = ("lora", "full")
+    done = run("tests/bf16_ranks.py", tiny_model_dir, world["train_rl"], *ways, ranks=2, env={"PYTHONPATH": str(ROOT)})
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return {train: [line for line in found if line["train"] == train] for train in ways}
+
+
 @pytest.mark.parametrize("train", ["lora", "full"])
-def test_both_stages_under_mixed_precision(world, tiny_model_dir, train):
-    """FSDP hands the forward a cast copy of its arguments, so features must travel through Output, not through the batch.
+def test_both_stages_under_mixed_precision(lines, train):
+    """FSDP hands the forward a cast copy of its arguments: features travel through Output, not through the batch.
+
     Three passes over a pair, one look. Policy and reference have the same weights: KL 0 and ratio 1, in bf16 too."""
-    done = run("tests/bf16_ranks.py", tiny_model_dir, world["train_rl"], train, ranks=2, env={"PYTHONPATH": str(ROOT)})
-    ranks = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    ranks = lines[train]
     assert len(ranks) == 2
     for rank in ranks:
         assert rank["looks"] == 1 and not rank["kept"]

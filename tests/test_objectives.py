@@ -33,7 +33,8 @@ def stage_1(base_dir, pairs, labels, out, **more):
         writer = csv.writer(file)
         writer.writerow(["videos", "prompt", "CoT_A", "CoT_B", "GSB"])
         writer.writerows([list(pair.videos), pair.prompt, "one", "two", label] for pair, label in zip(pairs, labels))
-    flags = {"model": base_dir, "data": out / "pairs.csv", "out": out, "mask_probability": 0, "workers": 0, "train": "head"}
+    flags = {"model": base_dir, "data": out / "pairs.csv", "out": out, "mask_probability": 0, "workers": 0,
+             "train": "head"}
     words = [str(word) for name, value in (flags | more).items() for word in ("--" + name.replace("_", "-"), value)]
     cold_start.main([*words, "--no-train-vision", "--no-gradient-checkpointing"])
     return logs.read_metrics(str(out))
@@ -65,7 +66,7 @@ def test_stage_1_raises_the_winner_whichever_side_it_is_on(world, base_dir, tmp_
 
 
 def test_stage_1_obeys_its_settings(world, base_dir, tmp_path, monkeypatch):
-    """A coin per pair AND epoch hides the CoT; a rate that rises, then stays; bounded gradients; frames as asked for."""
+    """A coin per pair AND epoch hides the CoT; the rate rises, then stays; bounded gradients; frames as asked for."""
     hidden, norms, sampled, score, sample = [], [], set(), cold_start.score_pairs, data.sample_frames
 
     def note_masks(model, items, settings, masks=None):
@@ -140,7 +141,10 @@ def dot(one, two):
 def test_eq10_pairs_rollout_i_of_the_winner_with_rollout_i_of_the_loser(rollouts, model, settings):
     """Eq. 10: mean over i of -log σ(r_w,i - r_l,i). The order of B's rollouts matters, and so does who has won."""
     settings = dataclasses.replace(settings, bt_coef=1.0)
-    by_hand = lambda winner, loser: sum(math.log(1 + math.exp(l - w)) for w, l in zip(winner.tolist(), loser.tolist())) / 3
+
+    def by_hand(winner, loser):
+        return sum(math.log(1 + math.exp(l - w)) for w, l in zip(winner.tolist(), loser.tolist())) / 3
+
     for_two_videos = by_hand(*rewards_one_by_one(model, rollouts))
     assert update(model, rollouts, settings)[1]["bt_loss"] == pytest.approx(for_two_videos, rel=1e-4)
 
@@ -166,7 +170,7 @@ def test_eq10_pairs_rollout_i_of_the_winner_with_rollout_i_of_the_loser(rollouts
 
 
 def test_a_human_tie_does_not_thin_out_the_others_bt(rollouts, model, settings):
-    """Eq. 10 averages over the pairs that have a winner. A tie beside them has none: it counts neither above nor below."""
+    """Eq. 10 averages over the pairs that have a winner. A tie has none: it counts neither above nor below the line."""
     tie = dataclasses.replace(rollouts, pair=dataclasses.replace(rollouts.pair, label=0), advantages=torch.zeros(2, 3))
     settings = dataclasses.replace(settings, bt_coef=1.0)
     alone, logged = update(model, dataclasses.replace(rollouts, advantages=torch.zeros(2, 3)), settings)
@@ -210,7 +214,7 @@ def test_the_update_descends_the_sum_of_its_three_losses(rollouts, model, tiny_m
 
 
 def test_on_policy_the_loss_is_minus_the_mean_advantage_over_tokens(rollouts, model, settings):
-    """"Loss 0, ratio 1: is it broken?" On-policy L = -Σ A_i T_i / Σ T_i: 0 only where all CoTs have the same length T_i."""
+    """"Loss 0, ratio 1: is it broken?" On-policy L = -Σ A_i T_i / Σ T_i: 0 only if all CoTs are of one length T_i."""
     _, logged = update(model, rollouts, settings)
     pushes = [a * len(cot) for row, As in zip(COTS, ADVANTAGES.tolist()) for cot, a in zip(row, As)]
     assert logged["grpo_loss"] == pytest.approx(-sum(pushes) / 16, rel=1e-5)  # 4 + 1 + 2 + 3 + 5 + 1 tokens
@@ -219,14 +223,15 @@ def test_on_policy_the_loss_is_minus_the_mean_advantage_over_tokens(rollouts, mo
 
 @pytest.mark.parametrize("shift, up, down", [(0.2, 1.221403, 1.221403), (0.5, 1.4, 1.5), (-0.2, 0.818731, 0.9)])
 def test_the_clip_settings_reach_the_loss(rollouts, model, settings, shift, up, down):
-    """Off-policy by e^shift for each token. A > 0 is clipped above, 1 + .4; A < 0 below, 1 - .1, and at the dual clip 1.5.
+    """Off-policy by e^shift a token. A > 0 is clipped above, 1 + .4; A < 0 below, 1 - .1, and at the dual clip 1.5.
 
     L = -(up Σ_{A>0} A_i T_i + down Σ_{A<0} A_i T_i) / Σ T_i with the ratios `up` and `down` that the clip leaves.
     """
     settings = dataclasses.replace(settings, clip_low=0.1, clip_high=0.4, clip_dual=1.5)
     rollouts.old = grpo.log_probs_now(model, rollouts, settings, parallel.Ranks()) - shift
     _, logged = update(model, rollouts, settings)
-    pushes = [a * len(cot) * (up if a > 0 else down) for row, As in zip(COTS, ADVANTAGES.tolist()) for cot, a in zip(row, As)]
+    pushes = [a * len(cot) * (up if a > 0 else down)
+              for row, As in zip(COTS, ADVANTAGES.tolist()) for cot, a in zip(row, As)]
     assert logged["grpo_loss"] == pytest.approx(-sum(pushes) / 16, rel=1e-4)
 
 
@@ -241,7 +246,8 @@ def test_stage_2_bounds_its_gradient(rollouts, model, settings):
 
 def test_the_two_objectives_are_independent(rollouts, model, tiny_model_dir, settings):
     """No gradient of GRPO or KL reaches query or head, and none of BT reaches `lm_head`: they meet in the LLM only."""
-    rollouts.reference = grpo.log_probs_now(DeScore.from_pretrained(tiny_model_dir), rollouts, settings, parallel.Ranks())
+    other = DeScore.from_pretrained(tiny_model_dir)
+    rollouts.reference = grpo.log_probs_now(other, rollouts, settings, parallel.Ranks())
     thinking, _ = update(model, rollouts, dataclasses.replace(settings, kl_coef=1.0))
     silent = dataclasses.replace(rollouts, advantages=torch.zeros(2, 3))
     scoring, _ = update(model, silent, dataclasses.replace(settings, bt_coef=1.0))
@@ -265,13 +271,14 @@ def test_r_len_counts_tokens(rollouts, processor, settings):
     judged = dataclasses.replace(rollouts, pair=pair, cots=[[word * 10, word * 5, word], [word * 20, word * 30, []]])
     judge(judged, processor.tokenizer, settings)
     assert [[reward.length for reward in row] for row in judged.rule_rewards] == [[0.5, 0.25, 0.05], [1.0, 1.0, 0.0]]
-    assert judged.rule_rewards[0][0].total == pytest.approx(0.2 * 0.5)  # R = .7 R_qual + .1 R_fmt + .2 R_len, the others 0
+    assert judged.rule_rewards[0][0].total == pytest.approx(0.2 * 0.5)  # R_qual and R_fmt are 0
 
 
 def test_flat_groups_and_cut_off_cots_are_counted(rollouts, model, settings):
-    """Three of four groups are flat: all CoTs of a video are worth the same. One CoT of twelve met the limit of 5 tokens."""
+    """Three of four groups are flat: all CoTs of a video are worth the same. One CoT of twelve met the limit of 5."""
     eos = model.processor.tokenizer.eos_token_id
-    settings = dataclasses.replace(settings, length_low=0, length_high=7, batch_pairs=2, max_new_tokens=5)  # R = .2 T / 7
+    # R = .2 T / 7
+    settings = dataclasses.replace(settings, length_low=0, length_high=7, batch_pairs=2, max_new_tokens=5)
     pair = dataclasses.replace(rollouts.pair, annotation_a=TRUTH, annotation_b=TRUTH)
     same, other = [[70, 71, eos], [80, 81, eos], [90, 91, eos]], [[70, 71, 72, 73, 74], [80, eos], [90, 91, eos]]
     batch = [dataclasses.replace(rollouts, pair=pair, cots=cots) for cots in ([same, other], [same, same])]

@@ -1,90 +1,51 @@
-"""What the toy tokenizer cannot show: the published files of Qwen3-VL-8B-Instruct, without weights (env QWEN3_VL).
+"""lab/real.py in miniature: it runs each stage's own update at the layers asked for, and what it counts is right."""
 
-Numbers of tokens: from transformers 4.57.0, the release the weights came out for, run on the same frames and prompts.
-"""
+import json
 
-import numpy as np
 import pytest
 import torch
-from transformers.models.qwen3_vl import video_processing_qwen3_vl
 
-import data
-from rollout import banned_tokens
-from test_data import published_layout
-
-pytestmark = pytest.mark.real
-GIRL = ("The camera remains still, a girl with braided hair and wearing a pink dress approached the chair in the room"
-        " and sat on it, the background is a cozy bedroom, warm indoor lighting.")
+from conftest import refuses
+from lab import real
 
 
-def clip(seconds, source_fps, height, width, max_pixels=448 * 448):
-    """A Video as sample_frames would make it of a file of that size; what it shows does not matter here."""
-    total, size = int(seconds * source_fps), data.target_size(height, width, max_pixels)
-    indices = data.sample_indices(total, source_fps, 2.0)
-    return data.Video(np.zeros((len(indices), *size, 3), np.uint8), source_fps, total, tuple(indices))
+@pytest.mark.parametrize("case", real.CASES)
+def test_a_case_runs_and_writes_its_row(base_dir, tiny_clips, tmp_path, case):
+    real.main(["--model", base_dir, "--out", str(tmp_path), "--cases", case, "--rollouts", "2", "--cot-tokens", "5",
+               "--text-layers", "1", "--vision-layers", "1", "--clips", *tiny_clips[:2]])
+    (row,) = json.loads((tmp_path / "real.json").read_text())["cases"]
+    group = 1 if case == "stage1-lora" else 2
+    assert row["tokens"] == 2 * (row["P"] + group * 6) and row["G"] == group and row["C"] == 5
+    assert row["tokens/s"] == pytest.approx(row["tokens"] / row["seconds"][0])
+    assert row["peak GB"] > row["weights GB"] > 0 and row["plan GB"] > 0 and "MFU" not in row
+    assert row["|g| head"] > 0 and row["|g| llm"] >= 0 and ("|g| vision" in row) == (case == "stage1-lora")
 
 
-@pytest.mark.parametrize("video, tokens, video_tokens", [
-    (clip(5.25, 24.0, 752, 1360), 1487, 1140), (clip(5.25, 24.0, 752, 1360, 307_200), 2141, 1794),
-    (clip(152 / 30, 30.0, 720, 1280), 1487, 1140), (clip(152 / 30, 30.0, 720, 1280, 307_200), 2141, 1794),
-])
-def test_prompts_are_as_long_as_in_the_release_that_the_weights_came_out_for(real_processor, video, tokens, video_tokens):
-    inputs = data.encode_prompt(real_processor, video, GIRL)
-    assert len(inputs["input_ids"]) == tokens and int((inputs["mm_token_type_ids"] == 2).sum()) == video_tokens
-    assert inputs["input_ids"].tolist() == published_layout(real_processor.tokenizer, video, GIRL)
+def test_flops_of_an_update_by_hand(model, prefixes):
+    """Full: forward 1 + backward 2 + reference 1 = 4 of everything; LoRA has no gradients of frozen weights: 3, but
+    attention, where a backward is two forwards in any case. Stage 1: no reference, no lm_head, the tower is trained."""
+    one = real.forward_flops(model, prefixes[0], [5, 5])
+    cases = (2, "full"), (2, "lora"), (1, "lora")
+    flops = {case: real.update_flops(model, prefixes[:1], [[5, 5]], *case) for case in cases}
+    both = one["linear"] + one["lm_head"]
+    assert flops[2, "full"] == pytest.approx(4 * both + 4 * one["attention"] + one["vision"])
+    assert flops[2, "lora"] == pytest.approx(3 * both + 4 * one["attention"] + one["vision"])
+    assert flops[1, "lora"] == pytest.approx(2 * one["linear"] + 3 * one["attention"] + 3 * one["vision"])
 
 
-PROMPTS = ["a cat", "A cat.", "Is it a cat?", "a cat!!!", "a cat...\n", "\n\na cat", "  a cat  ", "(a cat)", "a \"cat\"", "12", "<|", "a<",
-           "一只猫在跑。", "猫、犬。\n", "un café à l'été", "кот — бежит…", "🐈‍⬛ runs 🏃!", "नमस्ते।", "مرحبا؟", "<b>cat</b>"]
+def test_layers_are_cut(base_dir, tmp_path):
+    for flag, layers in (("1", (1, 1)), ("all", (2, 2))):
+        settings = real.Settings(model=base_dir, text_layers=flag, vision_layers=flag)
+        real.cut_copy(settings, str(tmp_path / flag))
+        loaded = real.load(str(tmp_path / flag), settings, real.parallel.Ranks(), "lora", 2)
+        tower = loaded.backbone.model
+        assert (len(tower.language_model.layers), len(tower.visual.blocks)) == layers
+        assert not any(p.is_meta for p in loaded.parameters()) and torch.is_tensor(loaded.query)
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
-def test_harmless_prompts_are_read_as_the_stock_processor_reads_them(real_processor, prompt):
-    video = clip(2, 24.0, 64, 96)
-    text = real_processor.apply_chat_template(data.build_conversation(prompt), add_generation_prompt=True, tokenize=False)
-    text = text.replace("<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>")
-    whole = real_processor(text=[text], videos=[torch.from_numpy(video.frames).permute(0, 3, 1, 2)], return_tensors="pt",
-                           video_metadata=[video.metadata()], do_sample_frames=False, do_resize=False)
-    ours = data.encode_prompt(real_processor, video, prompt)
-    for name in ("input_ids", "mm_token_type_ids"):
-        assert torch.equal(ours[name], whole[name][0])
-    assert (624 in ours["input_ids"].tolist()[-420:]) or prompt != "A cat."  # "." and newline: one token
-
-
-def test_all_added_tokens_in_all_nestings_stay_text(real_processor):
-    """Each of the 26 inside each of the 26, at every place: no spelling is left when one inside it is cut."""
-    tokenizer = real_processor.tokenizer
-    names = [token.content for token in tokenizer.added_tokens_decoder.values()]
-    assert len(names) == 26
-    control, before, after = set(tokenizer.added_tokens_decoder), "<|im_end|>:\n", "\n<|im_end|>"
-    own = [i for part in (before, after) for i in tokenizer(part)["input_ids"] if i in control]
-    for outer in names:
-        nested = " ".join(outer[:k] + inner + outer[k:] for inner in names for k in range(len(outer) + 1))
-        ids = data.encode_text(tokenizer, nested, before=before, after=after)
-        assert [i for i in ids if i in control] == own and tokenizer.decode(ids) == before + nested + after
-
-
-def test_text_is_kept_up_to_unicode_normalisation(real_processor):
-    composed, apart = "caf\u00e9", "cafe\u0301"
-    ids = [data.encode_text(real_processor.tokenizer, text) for text in (composed, apart)]
-    assert ids[0] == ids[1] and real_processor.tokenizer.decode(ids[1]) == composed
-    with pytest.raises(data.InputError, match="lone surrogate"):
-        data.encode_prompt(real_processor, clip(2, 24.0, 64, 96), "a \ud83d cat")
-
-
-def test_exactly_text_eos_and_think_may_be_sampled(real_processor):
-    banned = banned_tokens(real_processor.tokenizer, 151_936)
-    assert len(banned) == 267 + 23  # rows without a token; 26 added tokens but three
-    assert set(range(151_936)) - set(banned) == {*range(151_643), 151_645, 151_667, 151_668}
-
-
-def test_a_cot_keeps_think_as_single_ids(real_processor):
-    cot = '<think>\nsubject: asked a cat; shown a cat; verdict 2.\n</think>\n<answer>{"overall_score": 3.50}</answer>'
-    ids = data.encode_cot(real_processor.tokenizer, cot)
-    assert (ids[0], ids.count(151_667), ids.count(151_668), ids[-1]) == (151_667, 1, 1, 151_645)
-    assert ids == real_processor.tokenizer(cot + "<|im_end|>")["input_ids"]
-
-
-def test_the_processor_has_nothing_to_warn_of(real_processor, monkeypatch):
-    monkeypatch.setattr(video_processing_qwen3_vl.logger, "warning_once", lambda text: pytest.fail(text))
-    data.encode_prompt(real_processor, clip(2, 24.0, 64, 96), "a cat")
+def test_bad_flags_are_one_sentence(base_dir, tmp_path, capsys):
+    out = ["--out", str(tmp_path)]
+    refuses(capsys, real.main, "--model", tmp_path, *out, says="no config.json")
+    refuses(capsys, real.main, "--model", base_dir, "--text-layers", "3", *out, says="--text-layers 3: give 1 to 2")
+    layers = "--text-layers", "1", "--vision-layers", "1"
+    refuses(capsys, real.main, "--model", base_dir, *layers, "--clips", "a.mp4", *out, says="a pair needs two")

@@ -1,4 +1,4 @@
-"""Collecting CoTs: resumable, each (video, prompt) once, and the vLLM engine where it is installed."""
+"""Sampling CoTs from the softmax, and collecting them: resumable, each (video, prompt) once."""
 
 import dataclasses
 import json
@@ -13,6 +13,7 @@ import rollout
 from conftest import refuses, run
 from model import DeScore, lay_out
 from plumbing.jobs import read_log
+from rollout import sample_cots
 
 
 def test_collecting_cots_writes_a_cold_start_csv_and_resumes(world, base_dir, tmp_path, capsys):
@@ -54,7 +55,7 @@ def test_what_is_kept_of_a_thought(world, base_dir, tmp_path):
 
 
 def test_stage_1_trains_on_what_was_sampled(world, base_dir, model, tmp_path, capsys):
-    """Ids from sampling to stage 1's forward: with no EOS where the CoT was cut off, and not what the text encodes to."""
+    """Ids from sampling to stage 1's forward: no EOS where the CoT was cut off, and not what the text encodes to."""
     out, tokenizer = tmp_path / "cots.csv", model.processor.tokenizer
     rollout.main(["--model", base_dir, "--data", world["val_cold_start"], "--out", str(out), "--max-new-tokens", "9"])
     records = read_log(f"{out}.thoughts", "thoughts")
@@ -113,8 +114,68 @@ def test_engine_takes_over_trained_weights(model, base_dir, prefixes):
 
 
 def test_task_seed_is_stable():
-    assert (
-        rollout.task_seed(0, "a.mp4", "p", 1)
-        == rollout.task_seed(0, "a.mp4", "p", 1)
-        != rollout.task_seed(0, "a.mp4", "p", 2)
-    )
+    first, again, other = (rollout.task_seed(0, "a.mp4", "p", k) for k in (1, 1, 2))
+    assert first == again != other
+
+
+def test_sampling_depends_on_the_seed_alone(model, prefixes, processor):
+    many = sample_cots(model.backbone, processor, prefixes, [[1, 2], [3, 4], [5, 6], [7, 8]], 8)
+    alone = sample_cots(model.backbone, processor, prefixes[2:3], [[6]], 8)
+    assert alone[0][0] == many[2][1] and many[0][0] != many[0][1]
+    assert [len(row) for row in many] == [2, 2, 2, 2]
+
+
+def test_sampling_reads_each_video_once(model, prefixes, processor):
+    seen, visual = [], model.backbone.model.visual
+    hook = visual.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    many = sample_cots(model.backbone, processor, prefixes[:3], [[1, 2, 3], [4], [5, 6]], 8)
+    hook.remove()
+    assert sum(len(grid) for kwargs in seen for name, grid in kwargs.items() if name == "grid_thw") == 3  # not 6
+    assert [len(row) for row in many] == [3, 1, 2]
+    one_by_one = [[sample_cots(model.backbone, processor, [prefix], [[seed]], 8)[0][0] for seed in row]
+                  for prefix, row in zip(prefixes, [[1, 2, 3], [4], [5, 6]])]
+    assert many == one_by_one
+
+
+def test_sampling_follows_softmax_and_stops(model, prefixes, processor):
+    with torch.no_grad():  # a model that likes all tokens equally
+        model.backbone.lm_head.weight.zero_()
+    (cots,) = sample_cots(model.backbone, processor, prefixes[:1], [list(range(60))], 40)
+    drawn = [token for cot in cots for token in cot]
+    assert len(set(drawn)) > 100  # flat logits: temperature 1 spreads over the vocabulary
+    eos = processor.tokenizer.eos_token_id
+    assert all(eos not in cot[:-1] for cot in cots)  # nothing after EOS; cut-off CoTs have none
+    assert all(len(cot) == 40 or cot[-1] == eos for cot in cots)
+
+
+def test_only_text_eos_and_think_can_be_sampled(model, prefixes, processor):
+    rows = model.backbone.config.text_config.vocab_size
+    names = {i: token for token, i in processor.tokenizer.get_vocab().items()}
+    banned = rollout.banned_tokens(processor.tokenizer, rows)
+    assert set(banned) >= set(range(len(names), rows)) and rows > len(names)  # rows without a token
+    added = {i: token.content for i, token in processor.tokenizer.added_tokens_decoder.items()}
+    assert {added[i] for i in added.keys() - set(banned)} == {"<|im_end|>", "<think>", "</think>"}
+    assert not set(names) - set(added) & set(banned)
+    with torch.no_grad():  # a model that wants nothing but what is banned
+        model.backbone.lm_head.weight.zero_()[banned] = torch.randn(len(banned), 64).sign() * 3
+    for temperature in (1.0, 0.0):
+        (cots,) = sample_cots(model.backbone, processor, prefixes[:1], [list(range(20))], 20, temperature)
+        assert not {token for cot in cots for token in cot} & set(banned)
+
+
+def test_seeded_sampling_draws_from_the_softmax():
+    logits = torch.log(torch.tensor([[0.6, 0.3, 0.1]])).expand(3000, 3)
+    sampler = rollout.SeededSampling(list(range(3000)), temperature=1.0)
+    share = torch.bincount(sampler(None, logits).argmax(-1), minlength=3) / 3000
+    assert share.tolist() == pytest.approx([0.6, 0.3, 0.1], abs=0.04)
+    sampler = rollout.SeededSampling(list(range(3000)), temperature=2.0)  # p^(1/2), normalised: flatter
+    share = torch.bincount(sampler(None, logits).argmax(-1), minlength=3) / 3000
+    assert share.tolist() == pytest.approx([0.473, 0.334, 0.193], abs=0.04)
+
+
+def test_greedy_matches_the_models_own_argmax(model, prefixes, processor):
+    ((cot,),) = sample_cots(model.backbone, processor, prefixes[:1], [[0]], 4, temperature=0.0)
+    for t in range(len(cot)):
+        batch = lay_out(model.backbone, prefixes[:1], [[cot[: t + 1]]])
+        others = [model(lay_out(model.backbone, prefixes[:1], [[cot[:t] + [o]]])).log_probs[0, t] for o in (70, 81, 95)]
+        assert model(batch).log_probs[0, t] >= max(others)

@@ -9,7 +9,7 @@ import cold_start
 import evaluate
 import grpo
 import rollout
-from conftest import refuses
+from conftest import ROOT, refuses, run
 from lab import bench, best_of, plan, real
 from plumbing import settings
 
@@ -37,7 +37,8 @@ def test_every_number_has_bounds_that_its_default_keeps(settings_class):
     (grpo, ["--rollouts", "0"], "--rollouts 0: must be at least 1"),
     (grpo, ["--temperature", "-1"], "--temperature -1.0: must be at least 0"),
     (grpo, ["--clip-dual", "1"], "--clip-dual 1.0: must be above 1"),
-    (grpo, ["--data", "x", "--model", "y", "--length-low", "50", "--length-high", "50"], "--length-low 50 must be below"),
+    (grpo, ["--data", "x", "--model", "y", "--length-low", "50", "--length-high", "50"],
+     "--length-low 50 must be below"),
     (rollout, ["--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"),
     (evaluate, ["--thoughts", "0"], "--thoughts 0: must be at least 1"),
     (plan, ["--gpus", "0"], "--gpus 0: must be at least 1"),
@@ -45,3 +46,34 @@ def test_every_number_has_bounds_that_its_default_keeps(settings_class):
 ])
 def test_a_number_out_of_range_is_one_sentence(script, flags, says, capsys):
     refuses(capsys, script.main, *flags, says=says)
+
+
+def test_settings_and_flags():
+    @dataclasses.dataclass
+    class Some:
+        """Settings."""
+
+        rate: float = settings.arg(0.5, "a rate of 5 %")
+        name: str | None = settings.arg(None, "a name")
+        deep: bool = settings.arg(True, "deep")
+        files: list[str] = settings.arg(None, "files")
+
+    parse = lambda *argv: settings.parse(Some, "doc", argv)
+    assert parse() == Some(0.5, None, True, None)
+    assert parse("--rate", "2", "--name", "x", "--no-deep", "--files", "a", "b") == Some(2.0, "x", False, ["a", "b"])
+    with pytest.raises(SystemExit) as error:
+        parse("--rat", "x")
+    assert error.value.code == 2
+
+
+@pytest.mark.parametrize("script", [path for folder in (ROOT, ROOT / "lab") for path in sorted(folder.glob("*.py"))
+                                    if "\ndef main(" in path.read_text(encoding="utf-8")], ids=lambda path: path.stem)
+def test_every_script_ends_with_cli(script):
+    """So that what `refuses` sees in this process is what a user sees."""
+    assert script.read_text(encoding="utf-8").endswith('if __name__ == "__main__":\n    cli(main)\n')
+
+
+def test_bad_input_in_a_process_of_its_own(tmp_path):
+    done = run("lab.compare", "--runs", "x=/nowhere/*.json", "--out", tmp_path, check=False)
+    assert done.returncode == 2 and done.stderr.splitlines() == [done.stderr.strip()], done.stderr
+    assert done.stderr.startswith("error: ") and "no such report" in done.stderr

@@ -1,4 +1,7 @@
-"""The vLLM engine beside the trainer: same prompts, same log-probs, weight sync, repeated videos. Needs vllm (CPU build is enough)."""
+"""The vLLM engine beside the trainer: same prompts, same log-probs, weight sync, repeated videos.
+
+Needs vllm; its CPU build is enough.
+"""
 
 import csv
 import json
@@ -53,7 +56,7 @@ for round in range(3):  # the same videos again after each sync: stale caches wo
 models, refused = [], ""
 engine.llm.collective_rpc(lambda worker: models.append(worker.model_runner.get_model()))
 load = models[0].load_weights
-models[0].load_weights = lambda weights: {name for name in load(weights) if "layers.1." not in name}  # passes a layer over
+models[0].load_weights = lambda weights: {name for name in load(weights) if "layers.1." not in name}  # drops a layer
 try:
     engine.sync(parallel.trained_weights(model))
 except data.InputError as error:
@@ -119,12 +122,12 @@ def test_engine_reads_the_published_layout_and_samples_only_text(files, request,
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_two_ranks_train_with_an_engine_each_or_with_one_together(world, tiny_model_dir, tmp_path, tp):
-    flags = ["--model", tiny_model_dir, "--data", world["train_rl"], "--engine", "vllm", "--engine-tp", tp, "--rollouts", 2,
-             "--batch-pairs", 2, "--mini-pairs", 2, "--max-new-tokens", 10, "--lr", "1e-3", "--max-steps", 2,
-             "--length-low", 1, "--length-high", 9, "--workers", 0, "--out", tmp_path]
+    flags = ["--model", tiny_model_dir, "--data", world["train_rl"], "--engine", "vllm", "--engine-tp", tp,
+             "--rollouts", 2, "--batch-pairs", 2, "--mini-pairs", 2, "--max-new-tokens", 10, "--lr", "1e-3",
+             "--max-steps", 2, "--length-low", 1, "--length-high", 9, "--workers", 0, "--out", tmp_path]
     run("grpo.py", *flags, ranks=2, env={"TORCHDYNAMO_DISABLE": "1"})
     lines = logs.read_metrics(str(tmp_path))
-    # The second step's CoTs come from weights that were handed over; control tokens, banned in the engine, cost a little.
+    # The second step's CoTs come from weights that were handed over; control tokens, banned in the engine, cost a bit.
     assert [line["step"] for line in lines] == [1, 2] and all(line["engine_gap"] < 0.05 for line in lines), lines
 
 
@@ -158,4 +161,5 @@ def test_evaluation_with_a_bad_video_a_long_prompt_and_an_end(tiny_model_dir, ti
     done = run("evaluate.py", *flags, "--skip-bad-videos", env=env)
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done.stderr[-3000:]
     skipped = [json.loads(line)["error"] for line in (tmp_path / "eval" / "skipped.jsonl").read_text().splitlines()]
-    assert len(skipped) == 3 and "broken.mp4" in skipped[0] and all("--engine-max-len" in error for error in skipped[1:])
+    assert len(skipped) == 3 and "broken.mp4" in skipped[0]
+    assert all("--engine-max-len" in error for error in skipped[1:])

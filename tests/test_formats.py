@@ -1,0 +1,135 @@
+"""Every published CSV format, ready-made scores, and every kind of bad file: one sentence that names the line."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+import data
+from conftest import write_csv
+from data import InputError
+from plumbing.formats import read_scores
+
+
+def write_rows(path, rows):
+    """Rows as dicts that share their columns."""
+    return write_csv(path, list(rows[0]), [list(row.values()) for row in rows])
+
+
+TRUTH = {d: "2" for d in data.DIMENSIONS}
+ANSWER = json.dumps(
+    {"video_1_scores": TRUTH, "video_2_scores": {**TRUTH, "style": 0}, "gsb_result": "Video 1 is better"}
+)
+FORMATS = {
+    "cold start": ({"videos": "['a.mp4', 'b.mp4']", "problem": "?", "durations": "[5, 5]", "prompt": "a cat",
+                    "CoT_A": "<think>a</think>", "CoT_B": "<think>b</think>", "GSB": "B"}, -1),
+    "rl": ({"videos": '["a.mp4", "b.mp4"]', "problem": "a cat", "answer": f"<answer>{ANSWER}</answer>"}, 1),
+    "videoalign": ({"path_A": "a.mp4", "path_B": "b.mp4", "prompt": "a cat", "VQ": "A", "MQ": "A", "TA": "same",
+                    "fps_A": "8", "num_frames_A": "49", "fps_B": "8", "num_frames_B": "49"}, 0),
+    "videogen": ({"path_A": "a.mp4", "path_B": "b.mp4", "A_model": "gen2", "B_model": "pika", "prompt": "a cat",
+                  "VQ": "A", "MQ": "A", "TA": "B", "Overall": "A"}, -1),
+    "genai": ({"prompt": "a cat", "left_model": "x", "right_model": "y", "left_video": "a.mp4", "right_video": "b.mp4",
+               "vote_type": "bothbad_vote"}, 0),
+    "genai paths": ({"prompt": "a cat", "left_video_path": "a.mp4", "right_video_path": "b.mp4",
+                     "vote_type": "leftvote"}, 1),
+    "in-domain": ({"video_A": "a.mp4", "video_B": "b.mp4", "prompt": "a cat", "answer": "Video 2 is better"}, -1),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_published_format(name, tmp_path):
+    row, label = FORMATS[name]
+    (pair,) = data.read_pairs(write_rows(tmp_path / "x.csv", [row]))
+    assert (pair.label, pair.prompt, pair.line) == (label, "a cat", 2)
+    assert pair.videos == (str(tmp_path / "a.mp4"), str(tmp_path / "b.mp4"))
+
+
+def test_format_details(tmp_path):
+    (pair,) = data.read_pairs(write_rows(tmp_path / "a.csv", [FORMATS["cold start"][0]]))
+    assert pair.cots == ("<think>a</think>", "<think>b</think>")
+    empty = {**FORMATS["cold start"][0], "CoT_A": "", "CoT_B": ""}
+    assert data.read_pairs(write_rows(tmp_path / "a.csv", [empty]))[0].cots == (None, None)
+    with pytest.raises(InputError, match="line 2: only one of CoT_A and CoT_B is filled"):
+        data.read_pairs(write_rows(tmp_path / "a.csv", [{**empty, "CoT_A": "<think>a</think>"}]))
+    (pair,) = data.read_pairs(write_rows(tmp_path / "b.csv", [FORMATS["rl"][0]]))
+    assert pair.annotation_a == TRUTH and pair.annotation_b["style"] == "0"  # 0 and "0" are the same verdict
+    (pair,) = data.read_pairs(write_rows(tmp_path / "c.csv", [FORMATS["videogen"][0]]), dimension="Overall")
+    assert pair.label == 1 and pair.extra == {"A_model": "gen2", "B_model": "pika"}
+
+
+def test_same_is_a_tie_and_invalid_is_dropped(tmp_path, capsys):
+    """docs/differences.md, row 9: `same` must not be read as `invalid`."""
+    rows = [{**FORMATS["cold start"][0], "GSB": label} for label in ("same", "invalid", "A")]
+    pairs = data.read_pairs(write_rows(tmp_path / "x.csv", rows))
+    assert [p.label for p in pairs] == [0, 1]
+    assert "left out 1 lines" in capsys.readouterr().err
+
+
+def test_bom_crlf_long_cells(tmp_path):
+    path = tmp_path / "x.csv"
+    text = 'path_A,path_B,prompt,TA\r\na.mp4,b.mp4,"' + "long, " * 50_000 + '",A\r\n'
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert len(data.read_pairs(str(path))[0].prompt) > 200_000
+
+
+def bad_csv(tmp_path, says, dimension="TA", **changes):
+    row = {**FORMATS["videoalign"][0], **changes}
+    row = {k: v for k, v in row.items() if v is not None}
+    with pytest.raises(InputError, match=says):
+        data.read_pairs(write_rows(tmp_path / "x.csv", [row]), dimension)
+
+
+def test_bad_csv_names_the_place(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        data.read_pairs(str(tmp_path / "none.csv"))
+    bad_csv(tmp_path, "line 2: unknown label 'C'", TA="C")
+    bad_csv(tmp_path, "line 2: the prompt is empty", prompt="  ")
+    bad_csv(tmp_path, "fit none of the known formats", path_B=None)
+    bad_csv(tmp_path, "can be one of: TA, VQ, MQ", dimension="Overall")
+    code = {**FORMATS["rl"][0], "videos": "__import__('os').system('x')"}
+    with pytest.raises(InputError, match="line 2"):
+        data.read_pairs(write_rows(tmp_path / "x.csv", [code]))
+    (tmp_path / "latin.csv").write_bytes("path_A,path_B,prompt,TA\na,b,caf\xe9,A\n".encode("latin-1"))
+    with pytest.raises(InputError, match="UTF-8"):
+        data.read_pairs(str(tmp_path / "latin.csv"))
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(InputError, match="known formats"):
+        data.read_pairs(str(tmp_path / "empty.csv"))
+
+
+@pytest.mark.parametrize("scores, says", [
+    ({**TRUTH, "colour": "2"}, "line 2: unknown dimension 'colour'"),
+    ({**TRUTH, "style": "good"}, "line 2: the verdict on style is 'GOOD'"),
+])
+def test_annotations_that_no_cot_could_match(tmp_path, scores, says):
+    answer = json.dumps({"video_1_scores": TRUTH, "video_2_scores": scores, "gsb_result": "A"})
+    row = {**FORMATS["rl"][0], "answer": f"<answer>{answer}</answer>"}
+    with pytest.raises(InputError, match=says):
+        data.read_pairs(write_rows(tmp_path / "x.csv", [row]))
+
+
+def rewards_of(scores, pairs_csv):
+    pairs = data.read_pairs(pairs_csv)
+    return read_scores(scores, pairs_csv, pairs, os.path.dirname(pairs_csv)).tolist()
+
+
+def test_scores_row_by_row_count_invalid_rows_too(tmp_path, pairs_csv):
+    rows = [[k, -k] for k in range(5)]
+    scores = write_csv(tmp_path / "s.csv", ["reward_A", "reward_B"], rows)
+    assert rewards_of(scores, pairs_csv) == [[0, 0], [1, -1], [3, -3], [4, -4]]  # row 2 is invalid
+    with pytest.raises(InputError, match="4 rows but .* has 5"):
+        rewards_of(write_csv(tmp_path / "short.csv", ["reward_A", "reward_B"], rows[1:]), pairs_csv)
+    shuffled = [[f"prompt {4 - k}", 1, 2] for k in range(5)]
+    other = write_csv(tmp_path / "p.csv", ["prompt", "reward_A", "reward_B"], shuffled)
+    with pytest.raises(InputError, match="another prompt"):
+        rewards_of(other, pairs_csv)
+
+
+def test_scores_by_path_are_looked_up(tmp_path, pairs_csv):
+    rows = [[f"{k}{side}.mp4", k + (side == "a")] for k in (4, 3, 1, 0) for side in "ab"]
+    scores = write_csv(tmp_path / "s.csv", ["path", "reward"], rows)
+    assert rewards_of(scores, pairs_csv) == [[1, 0], [2, 1], [4, 3], [5, 4]]
+    with pytest.raises(InputError, match="second reward"):
+        rewards_of(write_csv(tmp_path / "t.csv", ["path", "reward"], [*rows, ["0a.mp4", 9]]), pairs_csv)
+    assert np.isnan(rewards_of(write_csv(tmp_path / "u.csv", ["path", "reward"], rows[1:]), pairs_csv)[3][0])

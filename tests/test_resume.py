@@ -1,0 +1,77 @@
+"""A run that ends and goes on: Ctrl-C, checkpoints, a kill while saving, a loss that is not finite."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+import cold_start
+import data
+import parallel
+from plumbing import resume
+from plumbing.resume import StopSignal
+
+
+@pytest.fixture
+def stop():
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield StopSignal()
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("under_torchrun", [True, False])
+def test_ctrl_c_asks_once_and_tells_of_torchruns_limit(stop, under_torchrun, monkeypatch, capsys):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    if under_torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    signal.raise_signal(signal.SIGINT)
+    assert stop.requested
+    text = capsys.readouterr().err
+    assert "stopping after this step" in text
+    assert ("torchrun --shutdown-timeout SECONDS" in text) == under_torchrun
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_other_ranks_stop_silently(stop, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    signal.raise_signal(signal.SIGINT)
+    assert stop.requested and not capsys.readouterr().err
+
+
+def test_what_is_not_finite_is_kept_with_its_rows(tmp_path):
+    stage, ranks = cold_start.Settings(data="pairs.csv", out=str(tmp_path)), parallel.Ranks()
+    rows = [{"line": 12, "prompt": "a cat"}, {"line": 3, "prompt": "a dog"}]
+    resume.require_finite(1.5, "loss", rows, stage, ranks)
+    assert not os.listdir(tmp_path)
+    with pytest.raises(
+        data.InputError, match="pairs.csv: the gradient norm is nan at line 3, 12 .*not_finite.jsonl"
+    ):
+        resume.require_finite(float("nan"), "gradient norm", rows, stage, ranks)
+    assert [json.loads(line) for line in open(tmp_path / "not_finite.jsonl")] == rows
+
+
+def test_checkpoints_on_disk_are_bounded(model, tmp_path):
+    model.make_trainable("head", vision=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    for step in range(1, 5):
+        resume.save_checkpoint(str(tmp_path), step, model, optimizer, parallel.Ranks(), keep=2)
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-000003", "step-000004"]
+
+
+def test_a_kill_while_saving_leaves_the_checkpoint_before(model, tmp_path, monkeypatch):
+    model.make_trainable("head", vision=False)
+    optimizer, ranks = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), parallel.Ranks()
+    resume.save_checkpoint(str(tmp_path), 1, model, optimizer, ranks)
+    for breaks in ("torch.save", "os.rename", "json.dump"):
+        with monkeypatch.context() as patch, pytest.raises(BaseException):  # the library wraps some of them
+            patch.setattr(breaks, lambda *_, **__: (_ for _ in ()).throw(InterruptedError))
+            resume.save_checkpoint(str(tmp_path), 2, model, optimizer, ranks)
+        assert resume.load_checkpoint(str(tmp_path), model, optimizer, ranks)["step"] == 1
+    resume.save_checkpoint(str(tmp_path), 2, model, optimizer, ranks)  # what the kill left is no obstacle
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-000001", "step-000002"]
