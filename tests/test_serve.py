@@ -48,7 +48,7 @@ def served(scorer, client, token="", **flags):
     settings = serve.Settings(model="-", **{"think": False, "max_mb": 1.0, "timeout": 120.0, **flags})
 
     async def both():
-        runner = web.AppRunner(serve.make_app(scorer, settings, token))
+        runner = web.AppRunner(serve.make_app(scorer, settings, token), handler_cancellation=True)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
@@ -186,6 +186,22 @@ def test_limits_of_time_length_and_number(scorer, clips):
     assert status == 400 and body["error"]
 
 
+def test_a_client_that_leaves_is_not_scored_and_the_next_one_is(scorer, clips):
+    payload = {"prompt": PROMPT, "video": b64(next(iter(clips.values())))}
+
+    async def client(session, url):
+        leaving = asyncio.create_task(post(session, url, payload))
+        await asyncio.sleep(0.3)
+        leaving.cancel()
+        await asyncio.sleep(0.7)
+        stays = await post(session, url, payload)
+        async with session.get(f"{url}/metrics") as response:
+            return stays, await response.text()
+
+    (status, body), metrics = served(scorer, client, wait_ms=600.0)
+    assert status == 200 and body["errors"] == [None] and "descore_batches_total 1" in metrics, metrics
+
+
 def test_health_and_token(scorer, clips):
     payload = {"prompt": PROMPT, "video": b64(next(iter(clips.values())))}
 
@@ -208,9 +224,8 @@ def test_health_and_token(scorer, clips):
 
 def test_the_script_and_the_clients_of_the_docs(tiny_model_dir, clips, scorer):
     """A server as a user starts it; the client and flow_grpo's scorer as docs/reward.md prints them; Ctrl-C ends it."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "reward.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    names = {"torch": torch}
-    for block in blocks:
+    page, names = (ROOT / "docs" / "reward.md").read_text(encoding="utf-8"), {"torch": torch}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
         if "def rewards_of" in block or "def descore_score" in block:
             exec(block, names)
     command = [sys.executable, "-m", "lab.serve", "--model", tiny_model_dir, "--no-think", "--port", "0"]
@@ -258,6 +273,7 @@ def test_bad_flags(capsys, monkeypatch, tiny_model_dir):
         port = taken.getsockname()[1]
         refuses(capsys, serve.main, "--model", tiny_model_dir, "--port", port, says=f"--port {port}: cannot be")
     refuses(capsys, serve.main, "--model", "nowhere", "--port", "0", says="nowhere")
+    refuses(capsys, serve.main, "--model", tiny_model_dir, "--port", "0", "--normalize", says="--normalize")
     assert serve.is_loopback("127.0.0.1") and serve.is_loopback("::1") and serve.is_loopback("localhost")
     monkeypatch.setattr(serve, "web", None)
     refuses(capsys, serve.main, "--model", tiny_model_dir, says="requirements-serve.txt")
