@@ -16,7 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
-aiohttp = pytest.importorskip("aiohttp", reason="the reward server's library (requirements-serve.txt)")
+MISSING = "aiohttp is not installed; pip install -r requirements-serve.txt"
+aiohttp = pytest.importorskip("aiohttp", reason=MISSING)
 from aiohttp import web  # noqa: E402
 
 from conftest import ROOT, refuses  # noqa: E402

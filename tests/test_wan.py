@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-pytest.importorskip("diffusers", reason="Wan's library (requirements-wan.txt)")
+pytest.importorskip("diffusers", reason="diffusers is not installed; pip install -r requirements-wan.txt")
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel  # noqa: E402
 from diffusers import FlowMatchEulerDiscreteScheduler  # noqa: E402
 from transformers import UMT5Config, UMT5EncoderModel  # noqa: E402
