@@ -1,4 +1,4 @@
-# make demo   the whole pipeline on a laptop: data -> base -> stage 1 -> stage 2 -> evaluation (README, "Two commands")
+# make demo   the whole pipeline on a laptop: data -> base -> stage 1 -> stage 2 -> evaluation (README, "The commands")
 # make test   all CPU tests, offline
 # make lint   undefined, unused and shadowed names; nothing is reformatted
 # make road   every command of docs/road.md on made-up files, with a tiny model
@@ -37,7 +37,7 @@ STAGE1 = --overwrite --model $(RUNS)/base --data $(D)/train_cots.csv --val $(D)/
 STAGE2 = --overwrite --model $(RUNS)/stage1/model --data $(D)/train_rl.csv --seed $(SEED) --batch-pairs 6 --mini-pairs 6 --epochs 9 --max-steps 40 \
 	--lr 2e-4 --bt-coef 0.05 --length-low 10 --length-high 40 --no-gradient-checkpointing --rows-per-batch 96 --save-every 0 \
 	--max-new-tokens 72
-EVAL = $(PY) evaluate.py --root $(D) --benchmark in-domain genai-bench videogen-rewardbench --batch-size 220 $(THINK)
+EVAL = --root $(D) --benchmark in-domain genai-bench videogen-rewardbench --batch-size 220 $(THINK)
 
 demo: setup
 	$(PY) -m lab.toy data --out $(D) --seed $(SEED)
@@ -48,9 +48,9 @@ demo: setup
 	$(PY) cold_start.py $(STAGE1) --out $(RUNS)/stage1
 	$(PY) cold_start.py $(STAGE1) --out $(RUNS)/discriminative --mask-probability 1
 	$(PY) grpo.py $(STAGE2) --out $(RUNS)/stage2
-	$(EVAL) --model $(RUNS)/discriminative/model --out $(RUNS)/eval/discriminative --no-think
-	$(EVAL) --model $(RUNS)/stage1/model --out $(RUNS)/eval/stage1
-	$(EVAL) --model $(RUNS)/stage2/model --out $(RUNS)/eval/stage2 --score-from head text
+	$(PY) evaluate.py $(EVAL) --model $(RUNS)/discriminative/model --out $(RUNS)/eval/discriminative --no-think
+	$(PY) evaluate.py $(EVAL) --model $(RUNS)/stage1/model --out $(RUNS)/eval/stage1
+	$(PY) evaluate.py $(EVAL) --model $(RUNS)/stage2/model --out $(RUNS)/eval/stage2 --score-from head text
 	$(PY) -m lab.compare --out $(RUNS) --training $(RUNS) $(call TABLE,$(RUNS))
 
 TABLE = --runs "discriminative=$(1)/eval/discriminative/*/report.json" "stage 2, its own text=$(1)/eval/stage2/*/text/report.json" \

@@ -1,6 +1,6 @@
 """Evaluation: think, then score, then count how often the rewards agree with people.
 
-    python evaluate.py --model DIR --data pairs.csv --out eval/run     pairs in any format of README, "Data formats"
+    python evaluate.py --model DIR --data pairs.csv --out eval/run     pairs in any format of docs/data.md
     torchrun --nproc_per_node 8 evaluate.py --model DIR --benchmark videogen-rewardbench --root DIR --out eval/vgrb
     python evaluate.py --model DIR --video clip.mp4 --prompt "a red circle rises"        one video: its CoT and reward
     python evaluate.py --data pairs.csv --scores scores.csv             somebody else's rewards, judged by this code
@@ -153,7 +153,7 @@ def read_job(s: Settings, benchmark: str | None = None) -> Job:
     if benchmark:
         names = [n for n in BENCHMARKS[benchmark] if os.path.isfile(os.path.join(s.root, n))]
         if not names:
-            raise InputError(f"{s.root}: holds none of {', '.join(BENCHMARKS[benchmark])} (README, 'Benchmarks').")
+            raise InputError(f"{s.root}: holds none of {', '.join(BENCHMARKS[benchmark])} (docs/benchmarks.md).")
         path = os.path.join(s.root, names[0])
         out = os.path.join(s.out, benchmark) if len(s.benchmark) > 1 else s.out
     pairs = data.read_pairs(path, s.dimension, s.root or None)

@@ -2,7 +2,7 @@
 
     CSV with true verdicts + OUT of stage 1   ->   OUT/model, a DeScore folder; metrics.jsonl, samples.jsonl, curves.png
 
-    laptop   python grpo.py --model runs/stage1/model --data runs/data/train_rl.csv --out runs/stage2 --lr 1e-4 ...
+    laptop   python grpo.py --data runs/data/train_rl.csv --model runs/stage1/model ...   (STAGE2 in the Makefile)
     8 GPUs   torchrun --nproc_per_node 8 grpo.py --model runs/stage1/model --data train_rl.csv --engine vllm
 
 The defaults are the paper's. The loop in `train` is the paper's algorithm, step by step:
@@ -134,7 +134,7 @@ def rollout_reward(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# One pair's rollouts, kept together so that nothing can land on the wrong rollout (README, difference 5)
+# One pair's rollouts, kept together so that nothing can land on the wrong rollout (docs/differences.md, row 5)
 # ---------------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Rollouts:
@@ -266,8 +266,9 @@ def losses_of(output, mask, rollouts: Rollouts, settings, counts) -> tuple[torch
     kl = torch.zeros((), device=mask.device)
     if rollouts.reference is not None:
         kl = (kl_to_reference(log_probs, rollouts.reference) * mask).sum() / counts["tokens"]
-    reward_a, reward_b = output.rewards.view(2, -1)  # (G,) each: the head's rewards of videos A and B
-    if rollouts.pair.label > 0:  # Eq. 10: rollout i of the winner against rollout i of the loser
+    # Eq. 10: rollout i of the winner against rollout i of the loser. Rows are A_1..A_G, B_1..B_G, so i is i in both.
+    reward_a, reward_b = output.rewards.view(2, -1)  # (G,) each
+    if rollouts.pair.label > 0:
         bt = bt_loss(reward_a, reward_b, denominator=counts["bt"])
     elif rollouts.pair.label < 0:
         bt = bt_loss(reward_b, reward_a, denominator=counts["bt"])

@@ -96,12 +96,12 @@ def group_advantages(rollout_rewards: torch.Tensor, epsilon: float = 1e-6) -> to
     for all eight, and a push against every token of a group in which no CoT is better than another. So equal rewards
     are found by comparing, not by subtracting.
     """
-    assert rollout_rewards.ndim == 2, f"(N, G) expected, got {tuple(rollout_rewards.shape)}"
+    assert rollout_rewards.ndim == 2, f"(S, G) expected, got {tuple(rollout_rewards.shape)}"
     rewards = rollout_rewards.float()
-    flat = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)  # (N, 1)
+    flat = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)  # (S, 1)
     if flat.all():  # groups of one too: their std would be nan
         return torch.zeros_like(rewards)
-    centred = rewards - rewards.mean(dim=1, keepdim=True)  # (N, G)
+    centred = rewards - rewards.mean(dim=1, keepdim=True)  # (S, G)
     return torch.where(flat, 0.0, centred / (rewards.std(dim=1, keepdim=True) + epsilon))
 
 

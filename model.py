@@ -52,8 +52,8 @@ class DeScore(nn.Module):
     """Qwen3-VL backbone + learnable query + linear head without bias. Rewards are unbounded; only differences count.
 
     The query is a parameter put into `inputs_embeds`, not a row of the vocabulary: nothing is resized, no 1.2 GB
-    embedding gets an optimizer state for one row (README, difference 1), the sampler can never emit it, and a prompt
-    that contains the letters `<Reward>` is only text.
+    embedding gets an optimizer state for one row (difference 1), the sampler can never emit it, and a prompt that
+    contains the letters `<Reward>` is only text. ("Difference n" is row n of docs/differences.md.)
     """
 
     def __init__(self, backbone: Qwen3VLForConditionalGeneration, processor=None, settings: dict | None = None):
@@ -128,7 +128,7 @@ class DeScore(nn.Module):
         train = "full": all of the LLM, `lm_head` included (paper, stage 2); train = "head": nothing of the LLM.
         lm_head=False leaves `lm_head` as it is: no loss of stage 1 reaches it, and a parameter without a gradient has
         no Adam state, so a checkpoint could not be loaded. (Tied to the embeddings, it is trained as those.)
-        Trained parameters are held in fp32: in bf16 an update of 1e-6 rounds away (README, difference 6).
+        Trained parameters are held in fp32: in bf16 an update of 1e-6 rounds away (difference 6).
         """
         if train not in ("lora", "full", "head"):
             raise InputError(f"--train {train}: choose lora, full or head.")
@@ -261,7 +261,7 @@ class DeScore(nn.Module):
     def save_pretrained(self, path: str, whole=lambda tensor: tensor, write=True) -> None:
         """Writes a folder that transformers and vLLM open as a plain Qwen3-VL, plus the query and the head.
 
-        LoRA is folded into the weights, in fp32, so the next stage cannot lose it (README, difference 17). A sharded
+        LoRA is folded into the weights, in fp32, so the next stage cannot lose it (difference 17). A sharded
         model (`save_model`): `whole` gathers one tensor; `write=False` only takes part in gathering.
         """
         write_model(self, path, whole, write)
@@ -277,7 +277,7 @@ class DeScore(nn.Module):
         """Opens a DeScore folder, or, with `new_head=True`, a plain Qwen3-VL to start stage 1 from.
 
         Strict: a missing or extra weight, another size, or a base model without a head is an InputError, never a random
-        head (README, difference 16). In evaluation mode, as transformers does it. `empty=True`: the backbone stays on
+        head (difference 16). In evaluation mode, as transformers does it. `empty=True`: the backbone stays on
         the meta device, without memory, until `fill`; parallel.shard does that block by block. `random_init=True`: only
         config.json and the processor are read, to measure the speed and memory of a size without its weights.
         """

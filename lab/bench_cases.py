@@ -161,7 +161,7 @@ def update_ours(world, rollouts: grpo.Rollouts, settings: grpo.Settings) -> floa
 
 
 def update_released(world, rollouts: grpo.Rollouts, settings: grpo.Settings) -> float:
-    """The released code's passes, from their description (README, "Where we differ"), with our losses.
+    """The released code's passes, from their description (docs/differences.md), with our losses.
 
     Per micro-batch of rollouts, a row per CoT, the whole video in each: forwards for old and reference log-probs, then
     a forward and backward for the policy's log-probs and another for the query's state. The optimizer, its pure bf16

@@ -241,7 +241,7 @@ def make_pair(rng, tie: bool, max_gap: int, unseen: bool):
 
 
 def _row(kind: str, rng, a: str, b: str, prompt: str, truth: list[dict], fps: int, frames: int) -> dict:
-    """One CSV row in the columns and label words of a public format (README, "Data formats"); a, b are the paths."""
+    """One CSV row in the columns and label words of a public format (docs/data.md); a, b are the paths."""
 
     def better(names=DIMENSIONS, words=("A", "same", "B")):
         return words[1 - int(np.sign(points(truth[0], names) - points(truth[1], names)))]

@@ -30,7 +30,7 @@ def annotated_pairs(pairs: list, path: str) -> None:
         if not pair.annotation_a or not pair.annotation_b:
             raise InputError(
                 f"{path}, line {pair.line}: has no video_1_scores / video_2_scores in `answer`; stage 2 "
-                "rewards CoTs by them (README, 'Data formats')."
+                "rewards CoTs by them (docs/data.md)."
             )
 
 

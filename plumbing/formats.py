@@ -15,7 +15,7 @@ LABELS = {
     "a": 1, "video 1 is better": 1, "leftvote": 1, "left": 1,
     "b": -1, "video 2 is better": -1, "rightvote": -1, "right": -1,
     "same": 0, "tie": 0, "tievote": 0, "bothbad_vote": 0, "bothbad": 0,
-    "invalid": None,  # annotators could not judge: the row is dropped. NOT the same as "same" (README, difference 9)
+    "invalid": None,  # annotators could not judge: the row is dropped. NOT the same as "same" (difference 9)
 }
 
 
@@ -101,7 +101,7 @@ def _format_of(csv_path, columns, dimension):
             return reader
     raise InputError(
         f"{csv_path}: columns {sorted(have)} fit none of the known formats, which need e.g. path_A, path_B, prompt "
-        "and a label column (README, 'Data formats')."
+        "and a label column (docs/data.md)."
     )
 
 

@@ -24,7 +24,7 @@ class CommonSettings:
     lora_r: int = arg(64, "LoRA rank, with --train lora (paper, stage 1: 64)", at_least=1)
     lora_alpha: int = arg(128, "LoRA alpha; the update is scaled by alpha / r (paper, stage 1: 128)", at_least=1)
     gradient_checkpointing: bool = arg(True, "recompute activations in backward: less memory, a third more time")
-    max_steps: int | None = arg(None, "stop after this many steps", at_least=1)
+    max_steps: int | None = arg(None, "stop after this many steps, if --epochs gives as many", at_least=1)
     lr_head: float | None = arg(None, "learning rate of query and head; default --lr (paper: the same)", at_least=0)
     max_grad_norm: float = arg(
         1.0, "gradients of each part (LLM, vision, head) are scaled down to this L2 norm (paper: 1.0 in all)", above=0)
@@ -74,6 +74,9 @@ class Run:
         self.num_pairs = num_pairs
         self.steps_per_epoch, self.local_pairs = divide(num_pairs, settings, ranks)
         self.total = min(settings.max_steps or 10**9, settings.epochs * self.steps_per_epoch)
+        if settings.max_steps and self.total < settings.max_steps:
+            ranks.print(f"{name}: {self.total} steps, not --max-steps {settings.max_steps}: --epochs {settings.epochs} "
+                        f"over {num_pairs} pairs, --batch-pairs {settings.batch_pairs} at a time, give no more")
         self.warmup_steps = max(1, round(settings.warmup * self.total))
         position = load_checkpoint(settings.out, model, optimizer, ranks) if settings.resume else {"step": 0}
         self.first = position["step"]

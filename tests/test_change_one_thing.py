@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 from plumbing.checkpoint import HEAD_FILE, read_tensors
 
-SOURCES = ("*.py", "plumbing/*.py", "docs/*.diff")
+SOURCES = ("*.py", "plumbing/*.py", "docs/*.diff", "docs/*.md")
 
 
 @pytest.fixture
@@ -85,16 +85,18 @@ def test_new_rule(patched, world, tiny_model_dir, tmp_path):
     """A rule more: its value by hand, its weight in the total, and its mean in the log of a real step."""
     folder = patched("new_rule.diff")
     code = """
-import sys, grpo
+import json, sys, grpo
 
-reward = grpo.rollout_reward("A cat. A dog. a cat.", 500, {"style": "1"})
-print(round(reward.variety, 4), round(reward.total, 4))
+answer = {"dimensional_scores": {"subject": "2", "dynamics": "1", "camera": "N/A"}, "overall_score": 3.5}
+reward = grpo.rollout_reward(f"<answer>{json.dumps(answer)}</answer>", 500, {"style": "1"}, (0.7, 0.1, 0.2, 0.1))
+print(round(reward.agreement, 4), round(reward.total, 4), grpo.agreement_reward("no answer"))
 grpo.main(sys.argv[1:])
 """
     printed = run(folder, "-c", code, "--model", tiny_model_dir, "--data", world["train_rl"], "--out", tmp_path / "out",
                   "--rollouts", 2, "--batch-pairs", 1, "--mini-pairs", 1, "--max-new-tokens", 8, "--workers", 0,
-                  "--max-steps", 1)
-    assert printed.split()[:2] == ["0.6667", "0.0667"]  # two different sentences of three; weight .1
+                  "--max-steps", 1, "--weight-agreement", 0.1)
+    # Verdicts 2 and 1 are 1 + 4 * 3 / 4 = 4; stated is 3.5, half a point away. Weight .1; nothing else is right.
+    assert printed.split()[:3] == ["0.5", "0.05", "0.0"]
     metrics = json.loads((tmp_path / "out" / "metrics.jsonl").read_text())
-    parts = 0.7 * metrics["quality"] + 0.1 * metrics["format"] + 0.2 * metrics["length"] + 0.1 * metrics["variety"]
-    assert 0 < metrics["variety"] <= 1 and metrics["rollout_reward"] == pytest.approx(parts)
+    parts = 0.7 * metrics["quality"] + 0.1 * metrics["format"] + 0.2 * metrics["length"] + 0.1 * metrics["agreement"]
+    assert metrics["rollout_reward"] == pytest.approx(parts)

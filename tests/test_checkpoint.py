@@ -73,7 +73,7 @@ def test_what_was_trained_is_saved_in_fp32(base_dir, prefixes, tmp_path):
 
 
 def test_a_second_stage_keeps_the_first(model, prefixes, tmp_path):
-    """README, difference 17: stage 2 must start from stage 1's weights, not from the base model's."""
+    """docs/differences.md, row 17: stage 2 must start from stage 1's weights, not from the base model's."""
     model.make_trainable("lora", vision=False, lora_r=4, lora_alpha=8)
     disturb(model)
     batch = lay_out(model.backbone, prefixes[:1], [[[70, 71]]])

@@ -145,12 +145,12 @@ def test_make_targets_and_the_makefile_s_flags():
 def test_sources_point_to_places_that_exist():
     headings = set(re.findall(r"^#+ (.*)$", TEXT, flags=re.MULTILINE)) | set(re.findall(r"\[([^]]+)\]\(", TEXT))
     headings |= set(re.findall(r"^\*\*(.*?)\*\*", TEXT, flags=re.MULTILINE))
-    numbers = set(re.findall(r"^\| (\d+) \|", TEXTS["docs/differences.md"], flags=re.MULTILINE))
+    numbers = set(re.findall(r"^\| (\d+)(?: \*)? \|", TEXTS["docs/differences.md"], flags=re.MULTILINE))
     for path in [*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py"), *ROOT.glob("lab/*.py"), ROOT / "Makefile"]:
         text = path.read_text(encoding="utf-8")
         for _, place in re.findall(r"README,\s+([\"'])(.*?)\1", re.sub(r"\n\s*#? *", " ", text)):
             assert place in headings, (path.name, place)
-        for number in re.findall(r"README,\s+difference (\d+)", text):
+        for number in re.findall(r"(?:\bdifference|differences\.md, row) (\d+)\b", text):
             assert number in numbers, (path.name, number)
         for name in re.findall(r"\bdocs/\w+\.md\b", text):
             assert (ROOT / name).exists(), (path.name, name)

@@ -59,7 +59,7 @@ def test_format_details(tmp_path):
 
 
 def test_same_is_a_tie_and_invalid_is_dropped(tmp_path, capsys):
-    """README, difference 9: `same` must not be read as `invalid`."""
+    """docs/differences.md, row 9: `same` must not be read as `invalid`."""
     rows = [{**FORMATS["cold start"][0], "GSB": label} for label in ("same", "invalid", "A")]
     pairs = data.read_pairs(write_rows(tmp_path / "x.csv", rows))
     assert [p.label for p in pairs] == [0, 1]

@@ -133,7 +133,7 @@ def batch(items, model, settings):
 
 
 def test_rewards_land_on_their_own_rollouts(batch, items, model):
-    """README, difference 5: at G = 8 the released code gives 7 of 8 rollouts another one's reward."""
+    """docs/differences.md, row 5: at G = 8 the released code gives 7 of 8 rollouts another one's reward."""
     tokenizer, n = model.processor.tokenizer, 0
     for rollouts, (pair, _) in zip(batch, items):
         for video, truth in enumerate((pair.annotation_a, pair.annotation_b)):

@@ -186,7 +186,7 @@ def test_trained_parameters_are_fp32_masters(base_dir):
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     frozen = model.backbone.model.language_model.layers[0].mlp.up_proj.base_layer.weight
     assert frozen.dtype == torch.bfloat16
-    with torch.no_grad():  # the point of it (README, difference 6): 1e-6 survives in fp32, not in bf16
+    with torch.no_grad():  # the point of it (docs/differences.md, row 6): 1e-6 survives in fp32, not in bf16
         assert (torch.ones(1) + 1e-6 != 1).all() and (torch.ones(1, dtype=torch.bfloat16) + 1e-6 == 1).all()
 
 
