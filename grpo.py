@@ -28,7 +28,6 @@ import parallel
 from losses import bt_loss, group_advantages, grpo_loss, kl_to_reference
 from model import DeScore, lay_out, to_device
 from plumbing import checks
-from plumbing.answers import overall_score, read_verdicts, well_formed
 from plumbing.checkpoint import SETTINGS_FILE, save_model
 from plumbing.jobs import readable_pairs, task_seed
 from plumbing.logs import Sums, draw_curves, reward_scale
@@ -37,6 +36,7 @@ from plumbing.resume import claim_run, require_finite
 from plumbing.settings import arg, cli, parse
 from plumbing.training import CommonSettings, Run
 from rollout import decode_cot, make_engine
+from rules import RolloutReward, coupled_rewards, rollout_reward
 
 
 @dataclasses.dataclass
@@ -94,46 +94,6 @@ class Settings(CommonSettings):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Rollout reward: rules only. Not numbered here; R = 0.7 R_qual + 0.1 R_fmt + 0.2 R_len
-# ---------------------------------------------------------------------------------------------------------------
-@dataclasses.dataclass(frozen=True)
-class RolloutReward:
-    """What the rules give one CoT; each part in [0, 1], total is their weighted sum."""
-
-    total: float
-    quality: float
-    format: float
-    length: float
-
-
-def format_reward(text: str) -> float:
-    """R_fmt: 1 if the text is `<think>...</think>`, then an `<answer>` with JSON verdicts on all dimensions; else 0."""
-    return float(well_formed(text))
-
-
-def quality_reward(text: str, annotation: dict[str, str]) -> float:
-    """R_qual: right verdicts / annotated dimensions. A dimension that the answer leaves out is wrong."""
-    verdicts = read_verdicts(text)
-    return sum(verdicts.get(d) == truth for d, truth in annotation.items()) / len(annotation)
-
-
-def length_reward(num_tokens: int, low: int = 500, high: int = 2000) -> float:
-    """R_len: 0 up to `low` TOKENS, then linear, 1 from `high`. (The released code counts characters, in steps.)"""
-    return min(1.0, max(0.0, (num_tokens - low) / (high - low)))
-
-
-def rollout_reward(
-    text: str, num_tokens: int, annotation: dict[str, str], weights=(0.7, 0.1, 0.2), length_range=(500, 2000)
-) -> RolloutReward:
-    """R = w_q R_qual + w_f R_fmt + w_l R_len for one CoT. Rules only: the head's score never enters.
-
-    Worked: 4 of 5 verdicts right, good format, 1,250 tokens: .7 * .8 + .1 * 1 + .2 * .5 = .76.
-    """
-    parts = quality_reward(text, annotation), format_reward(text), length_reward(num_tokens, *length_range)
-    return RolloutReward(sum(w * part for w, part in zip(weights, parts, strict=True)), *parts)
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # One pair's rollouts, kept together so that nothing can land on the wrong rollout (docs/differences.md, row 5)
 # ---------------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
@@ -188,33 +148,12 @@ def rule_rewards(rollouts: Rollouts, tokenizer, settings) -> list[list[RolloutRe
     ]
 
 
-def win_shares(own: list[float], other: list[float]) -> list[float]:
-    """For each of `own` the share of `other` that it exceeds; equal counts 1/2. [4, 2], [3, 2] -> [1, .25]."""
-    return [sum((s > o) + 0.5 * (s == o) for o in other) / len(other) for s in own]
-
-
 def preference_rewards(rollouts: Rollouts, tokenizer, settings) -> list[list[RolloutReward]]:
-    """3, --objective preference: the COUPLED generative model of Fig. 1a, whose score is text and knows no gradient
-    but the policy's. Only R_qual differs from the rules; no verdict is needed, only who won:
-
-        R_qual = S_i R_fmt,  S_i = 1/G Σ_j [1(s_i^w > s_j^l) + ½ 1(s_i^w = s_j^l)]
-
-    for the winner's rollout i, mirrored for the loser's; s is the `overall_score` that a CoT states (none: 3, and
-    R_fmt is 0). A human tie has no winner: S is ½ for all, and teaches nothing. Not in the paper, which does not say
-    how its generative baseline was rewarded.
-    """
-    texts = [[decode_cot(tokenizer, cot) for cot in row] for row in rollouts.cots]
-    # Times the label: a winner wants the higher score, a loser the lower one, so that its -s exceeds the winner's.
-    a, b = ([rollouts.pair.label * overall_score(text) for text in row] for row in texts)
-    shares = win_shares(a, b), win_shares([-s for s in b], [-s for s in a])
-    rewards = []
-    for row, cots, wins in zip(texts, rollouts.cots, shares):
-        rewards.append([])
-        for text, cot, share in zip(row, cots, wins):
-            fmt, length = format_reward(text), length_reward(len(cot), settings.length_low, settings.length_high)
-            total = settings.weight_quality * share * fmt + settings.weight_format * fmt
-            rewards[-1].append(RolloutReward(total + settings.weight_length * length, share * fmt, fmt, length))
-    return rewards
+    """3, --objective preference: rollout rewards [2][G] by who won; no verdict is needed. See rules.coupled_rewards."""
+    weights = settings.weight_quality, settings.weight_format, settings.weight_length
+    span = settings.length_low, settings.length_high
+    texts = [[(decode_cot(tokenizer, cot), len(cot)) for cot in row] for row in rollouts.cots]
+    return coupled_rewards(*texts, rollouts.pair.label, weights, span)
 
 
 REWARDS = {"rules": rule_rewards, "preference": preference_rewards}  # --objective

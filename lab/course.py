@@ -62,7 +62,7 @@ def taught(lesson) -> str:
 def load_what_is_slow(exercises) -> None:
     """Imports the big packages once, here: a process that is made from this one has them already."""
     torch.set_num_threads(1)  # a fork keeps no threads
-    if any(file in ("grpo.py", "layout.py") for e in exercises for file in e.files):
+    if any(file == "layout.py" for e in exercises for file in e.files):
         import transformers.integrations.sdpa_attention  # noqa: F401
         import transformers.models.qwen3_vl.modeling_qwen3_vl  # noqa: F401
         import transformers.models.qwen3_vl.processing_qwen3_vl  # noqa: F401

@@ -13,17 +13,17 @@ import zipfile
 
 import pytest
 
-import grpo
 import layout
 import losses
 import metrics
+import rules
 from conftest import ROOT, refuses
 from lab import course
 from lab.lessons import copies, mistakes, prove
 from lab.lessons.exercises import EXERCISES, VARIANTS
 from plumbing import answers
 
-MODULES = {"losses.py": losses, "grpo.py": grpo, "layout.py": layout, "metrics.py": metrics,
+MODULES = {"losses.py": losses, "rules.py": rules, "layout.py": layout, "metrics.py": metrics,
            "plumbing/answers.py": answers}
 
 
@@ -203,7 +203,7 @@ def test_a_half_submission(graded):
     assert graded["half"][6]["output"] == (
         "lesson 2 of 9, the_larger_loss: Of the two losses take the LARGER: the clip may only take a gain away, "
         "never a loss. You took the smaller. (got 0.367879, expected 0.8)")
-    assert graded["half"][7]["output"] == "grpo.py was not handed in"
+    assert graded["half"][7]["output"] == "rules.py was not handed in"
 
 
 @pytest.mark.parametrize("number, says", [

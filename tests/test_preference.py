@@ -1,4 +1,4 @@
-"""--objective preference, the coupled generative model: win shares by hand, both ways round; the script from a base."""
+"""--objective preference, the coupled generative model: rewards by hand, both ways round; the script from a base."""
 
 import json
 
@@ -10,12 +10,6 @@ import grpo
 from conftest import refuses
 from plumbing import logs
 from test_answers import cot
-
-
-def test_win_shares_by_hand():
-    # 4 beats 3 and 2; 2 loses to 3 and meets its equal: (0 + 1/2) / 2
-    assert grpo.win_shares([4, 2], [3, 2]) == [1.0, 0.25]
-    assert grpo.win_shares([3, 2], [4, 2]) == [0.5, 0.25]
 
 
 def stating(score, good=True):

@@ -41,8 +41,8 @@ def _m(place, what, lesson, *changes, test=""):
 
 BT, BTT, MASK = "losses.py::bt_loss", "losses.py::btt_loss", "losses.py::draw_cot_mask"
 ADVANTAGES, KL, GRPO = "losses.py::group_advantages", "losses.py::kl_to_reference", "losses.py::grpo_loss"
-ANSWERS, QUALITY = "plumbing/answers.py::well_formed", "grpo.py::quality_reward"
-LENGTH, ROLLOUT = "grpo.py::length_reward", "grpo.py::rollout_reward"
+ANSWERS, QUALITY = "plumbing/answers.py::well_formed", "rules.py::quality_reward"
+LENGTH, ROLLOUT = "rules.py::length_reward", "rules.py::rollout_reward"
 HITS, CURVE, TIES = "metrics.py::_hits_by_ties", "metrics.py::accuracy_curve", "metrics.py::accuracy_with_ties"
 ATTENTION, BEHIND = "layout.py::shared_prefix_attention", "layout.py::attend_behind"
 
