@@ -1,5 +1,5 @@
 # make demo   the whole pipeline on a laptop: data -> base -> stage 1 -> stage 2 -> evaluation (README, "The commands")
-# make test   all CPU tests, offline
+# make test   all CPU tests, offline, a process per core
 # make lint   undefined, unused and shadowed names; nothing is reformatted
 # make road   every command of docs/road.md on made-up files, with a tiny model
 # make seeds  the demo with three seeds, and mean and spread over them
@@ -16,8 +16,9 @@ $(VENV)/.ready: requirements.txt
 	$(VENV)/bin/python -m pip install -q -r requirements.txt
 	touch $@
 
+# A test process per core, four at most; the tests of a file share its fixtures, so they stay together.
 test: setup
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadscope
 
 lint: setup
 	$(VENV)/bin/ruff check .
