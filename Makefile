@@ -1,23 +1,25 @@
 # make demo   the whole pipeline on a laptop: data -> base -> stage 1 -> stage 2 -> evaluation (README, "The commands")
-# make test   all CPU tests, offline
+# make test   all CPU tests, offline, a process per core
 # make lint   undefined, unused and shadowed names; nothing is reformatted
 # make road   every command of docs/road.md on made-up files, with a tiny model
 # make seeds  the demo with three seeds, and mean and spread over them
+# make study  the paper's claims, each with a verdict; SEEDS=0 for one seed (docs/study.md)
 # make post-train  a toy video generator, post-trained with the demo's DeScore; post-seeds: with three seeds
 PYTHON ?= python3
 VENV ?= .venv
 RUNS ?= runs
 PY = HF_HUB_OFFLINE=1 $(VENV)/bin/python
 
-.PHONY: demo seeds post-train post-seeds road test lint setup clean
+.PHONY: demo seeds study post-train post-seeds road test lint setup clean
 setup: $(VENV)/.ready
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q -r requirements.txt
 	touch $@
 
+# A test process per core, four at most; the tests of a file share its fixtures, so they stay together.
 test: setup
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadscope
 
 lint: setup
 	$(VENV)/bin/ruff check .
@@ -25,7 +27,8 @@ lint: setup
 # The demo in steps, each a line you can run by itself. SEED and RUNS can be set: make demo SEED=1 RUNS=runs/seed1
 SEED ?= 0
 D = $(RUNS)/data
-THINK = --max-new-tokens 112
+# A CoT that has not ended after 80 tokens runs on for ever, and its whole batch waits for it.
+THINK = --max-new-tokens 80
 COTS = --temperature 0 --batch-size 120 $(THINK)
 # A tiny model wants larger steps than an 8B, and its CoTs are about 55 tokens long: so the length reward has its own range.
 # LoRA dropout draws a mask for each of its layers: at this width a quarter of the step.
@@ -36,7 +39,7 @@ STAGE1 = --overwrite --model $(RUNS)/base --data $(D)/train_cots.csv --val $(D)/
 STAGE2 = --overwrite --model $(RUNS)/stage1/model --data $(D)/train_rl.csv --seed $(SEED) --batch-pairs 6 --mini-pairs 6 --epochs 9 --max-steps 40 \
 	--lr 2e-4 --bt-coef 0.05 --length-low 10 --length-high 40 --no-gradient-checkpointing --rows-per-batch 96 --save-every 0 \
 	--max-new-tokens 72
-EVAL = $(PY) evaluate.py --root $(D) --benchmark in-domain genai-bench videogen-rewardbench --batch-size 110 $(THINK)
+EVAL = --root $(D) --benchmark in-domain genai-bench videogen-rewardbench --batch-size 220 $(THINK)
 
 demo: setup
 	$(PY) -m lab.toy data --out $(D) --seed $(SEED)
@@ -47,12 +50,12 @@ demo: setup
 	$(PY) cold_start.py $(STAGE1) --out $(RUNS)/stage1
 	$(PY) cold_start.py $(STAGE1) --out $(RUNS)/discriminative --mask-probability 1
 	$(PY) grpo.py $(STAGE2) --out $(RUNS)/stage2
-	$(EVAL) --model $(RUNS)/discriminative/model --out $(RUNS)/eval/discriminative --no-think
-	$(EVAL) --model $(RUNS)/stage1/model --out $(RUNS)/eval/stage1
-	$(EVAL) --model $(RUNS)/stage2/model --out $(RUNS)/eval/stage2 --score-from head text
+	$(PY) evaluate.py $(EVAL) --model $(RUNS)/discriminative/model --out $(RUNS)/eval/discriminative --no-think
+	$(PY) evaluate.py $(EVAL) --model $(RUNS)/stage1/model --out $(RUNS)/eval/stage1
+	$(PY) evaluate.py $(EVAL) --model $(RUNS)/stage2/model --out $(RUNS)/eval/stage2 --score-from head text
 	$(PY) -m lab.compare --out $(RUNS) --training $(RUNS) $(call TABLE,$(RUNS))
 
-TABLE = --runs "discriminative=$(1)/eval/discriminative/*/report.json" "generative=$(1)/eval/stage2/*/text/report.json" \
+TABLE = --runs "discriminative=$(1)/eval/discriminative/*/report.json" "stage 2, its own text=$(1)/eval/stage2/*/text/report.json" \
 	"DeScore stage 1=$(1)/eval/stage1/*/report.json" "DeScore stage 2=$(1)/eval/stage2/*/report.json"
 
 # The demo with three seeds, and mean and spread over them.
@@ -60,9 +63,20 @@ seeds: setup
 	for k in 0 1 2; do $(MAKE) demo SEED=$$k RUNS=$(RUNS)/seed$$k || exit 1; done
 	$(PY) -m lab.compare --out $(RUNS) --training $(RUNS)/seed0 $(RUNS)/seed1 $(RUNS)/seed2 $(call TABLE,$(RUNS)/seed*)
 
+# The study: demos of the seeds that have none, two at a time on one core each, then what its claims need.
+SEEDS ?= 0 1 2
+study: setup
+	OMP_NUM_THREADS=1 $(MAKE) -j2 $(SEEDS:%=$(RUNS)/seed%/results.md)
+	$(PY) -m lab.study --runs $(RUNS) --seeds $(SEEDS)
+
+$(RUNS)/seed%/results.md:
+	rm -rf $(@D) && mkdir -p $(@D)
+	@echo "seed $*: a demo; what it prints is in $(@D).log"
+	$(MAKE) demo SEED=$* RUNS=$(RUNS)/seed$* > $(@D).log 2>&1
+
 # Post-training a toy video generator (docs/post_training.md). Started again, it goes on. The control with the random
 # reward shows what updates alone do, the one with gold what a perfect reward could. DeScore and gold judge are the same
-# for all seeds. After `make seeds` instead of `make demo`: REWARD=runs/seed0/stage2/model
+# for all seeds. After `make study` or `make seeds`: REWARD=runs/seed0/stage2/model
 REWARD ?= $(RUNS)/stage2/model
 POST = --out $(RUNS)/post --seed $(SEED)
 post-train: setup
@@ -74,7 +88,7 @@ post-train: setup
 	$(PY) -m lab.post_train measure $(POST) --reward $(REWARD)
 
 post-seeds: setup
-	for k in 0 1 2; do $(MAKE) post-train SEED=$$k || exit 1; done
+	for k in $(SEEDS); do $(MAKE) post-train SEED=$$k || exit 1; done
 
 # Needs two packages more, which the tests of lab/datasets.py and lab/annotate.py then use, too.
 road: setup

@@ -2,8 +2,7 @@
 
     CSV row -> PreferencePair -> Video (decord, 2 fps) -> prompt ids + pixel patches (the Hugging Face processor)
 
-    python -m lab.look --show 3 --data pairs.csv --model Qwen/Qwen3-VL-8B-Instruct
-        prints three examples with prompt, CoT and query in colour and draws their sampled frames to a PNG.
+    python -m lab.look --show 3 --data pairs.csv --model Qwen/Qwen3-VL-8B-Instruct     prints examples, draws frames
 
 Shapes: F frames, H x W pixels, P prompt tokens (video tokens included), T CoT tokens.
 Labels everywhere: +1 video A is better, -1 video B is better, 0 the same.

@@ -10,6 +10,7 @@ In: a checkpoint folder, a CSV. Out, in --out: thoughts*.jsonl and rewards*.json
 one file per rank; the same command goes on where it was killed), scores.csv, skipped.jsonl, settings.json, and
 report.json, report.md, report.png (report.py). --html FILE adds one page with the clips, CoTs, rewards and labels.
 Memory: the model and one batch; the 8B in bf16 wants a GPU of 24 GB. Time: nearly all of it is thinking.
+--sanity asks instead what the model reads: rewards after the prompt or the clip was changed (plumbing/sanity.py).
 No CoT is masked here. --no-think leaves all of them out, which random CoT masking has trained the head for.
 
 Symbols: r_A, r_B rewards of a pair; margin = r_A - r_B; label +1 (A is better), -1 (B), 0 (the same); n pairs; k CoTs.
@@ -29,8 +30,8 @@ from metrics import (
     calibration, checked, paired_difference, right, videoalign_compatible,
 )
 from model import DeScore
-from plumbing import checks, page, report
-from plumbing.answers import stated_score
+from plumbing import checks, page, report, sanity
+from plumbing.answers import overall_score
 from plumbing.checkpoint import trained_settings
 from plumbing.formats import open_table, read_scores, refuse_outside
 from plumbing.jobs import Item, Phase, claim_out, write_skipped
@@ -74,6 +75,7 @@ class Settings(ThinkingSettings):
     max_pixels: int = arg(None, "pixels per frame at most (default: the checkpoint's; paper: 200704)", at_least=1024)
     dtype: str = arg("auto", "auto: bfloat16 on a GPU, else float32", ["auto", "float32", "bfloat16"])
     batch_size: int = arg(8, "videos at once; changes speed, not results", at_least=1)
+    sanity: bool = arg(False, "what does the model read? rewards after changed prompts and clips, in OUT/sanity.md")
     videoalign_compatible: bool = arg(False, "also show accuracy with ties as VideoAlign's script computes it")
     out: str = arg("evaluation", "folder for everything that is written")
     html: str = arg(None, "page to write: clips, CoTs, rewards and labels of each pair")
@@ -214,16 +216,6 @@ def score_phase(items: list[Item], thoughts: dict, out: str, s: Settings, ranks,
     return phase.finish()
 
 
-def overall_score(text: str) -> float:
-    """The score that a CoT's answer states itself, 1 to 5: what a GENERATIVE reward model would return (Fig. 1a).
-
-    A malformed answer gets 3, the middle. Few different values, hence many exact ties: where the head tells two videos
-    apart by a hair, the text says 3.50 twice, and an equal score is wrong wherever people decided.
-    """
-    score = stated_score(text)
-    return 3.0 if score is None else score
-
-
 def text_rewards(thoughts: dict) -> dict:
     """The rewards that the CoTs state, as score_phase returns the head's."""
     return {key: {"reward": float(np.mean([overall_score(text) for text in record["thoughts"]]))}
@@ -298,6 +290,8 @@ def make_folders(out: str, s: Settings) -> None:
 def resolve(s: Settings, ranks) -> Settings:
     """Settings with what was left to the checkpoint (it knows how its training sampled frames) and to the device."""
     trained = trained_settings(s.model)
+    if trained.get("score") == "text" and "head" in s.score_from:
+        raise InputError(f"{s.model}: its head is not trained, its score stands in the text; use --score-from text.")
     # Greedy for one CoT, so that a report can be made again; several greedy ones would all be the same.
     temperature = float(s.thoughts > 1) if s.temperature is None else s.temperature
     dtype = s.dtype if s.dtype != "auto" else "bfloat16" if ranks.device.type == "cuda" else "float32"
@@ -336,6 +330,8 @@ def main(argv=None) -> None:
         make_folders(job.out, s)
     if s.video:
         one_video(s, ranks, judge)
+    elif s.sanity:
+        sanity.run(jobs[0], s, ranks, judge, think_phase, score_phase, text_rewards)
     elif not ready_made:
         for job in jobs:  # 1 think: over all sets first, so that the model that scores finds the engine's memory free
             claim_out(job.out, s, ranks)
@@ -347,7 +343,7 @@ def main(argv=None) -> None:
                 job.rewards, unscored = score_phase(job.items, job.thoughts, job.out, s, ranks, judge)
                 job.skipped += unscored
             write_skipped(job.out, job.skipped, ranks)
-    if ranks.is_main:
+    if ranks.is_main and not s.sanity:
         for job in jobs:  # 3 compare with people
             if ready_made:
                 scored = {file: read_scores(file, job.path, job.pairs, job.root) for file in ready_made}

@@ -28,8 +28,7 @@ import parallel
 from losses import bt_loss, group_advantages, grpo_loss, kl_to_reference
 from model import DeScore, lay_out, to_device
 from plumbing import checks
-from plumbing.answers import read_verdicts, well_formed
-from plumbing.checkpoint import save_model
+from plumbing.checkpoint import SETTINGS_FILE, save_model
 from plumbing.jobs import readable_pairs, task_seed
 from plumbing.logs import Sums, draw_curves, reward_scale
 from plumbing.monitor import GRPO_PANELS, engine_gap, grpo_line, grpo_metrics, note_update, write_samples
@@ -37,6 +36,7 @@ from plumbing.resume import claim_run, require_finite
 from plumbing.settings import arg, cli, parse
 from plumbing.training import CommonSettings, Run
 from rollout import decode_cot, make_engine
+from rules import RolloutReward, coupled_rewards, rollout_reward
 
 
 @dataclasses.dataclass
@@ -47,7 +47,7 @@ class Settings(CommonSettings):
     data: str = arg(None, "training pairs with true verdicts: a CSV in DeScore's RL format")
     max_pixels: int = arg(307_200, "pixels per frame at most (paper, stage 2: 307,200)", at_least=1024)
     # model
-    model: str = arg(None, "a DeScore folder: OUT/model of stage 1")
+    model: str = arg(None, "a DeScore folder: OUT/model of stage 1; with --objective preference also a base model")
     train: str = arg("full", "what of the LLM is trained (paper: full)", choices=["lora", "full"])
     # rollouts
     rollouts: int = arg(8, "G, CoTs sampled per video (paper: 8)", at_least=1)
@@ -60,6 +60,9 @@ class Settings(CommonSettings):
     engine_max_len: int = arg(12288, "prompt + CoT tokens that vLLM takes at most; more is an error", at_least=1)
     rows_per_batch: int = arg(64, "CoTs the transformers engine samples at a time", at_least=1)
     # rollout reward
+    objective: str = arg(
+        "rules", "R_qual: rules (the paper's verdicts), or preference: the stated score ranks the pair as people did; "
+        "a coupled generative model, with --bt-coef 0, from the base model", ["rules", "preference"])
     weight_quality: float = arg(0.7, "weight of R_qual (paper: .7)", at_least=0)
     weight_format: float = arg(0.1, "weight of R_fmt (paper: .1)", at_least=0)
     weight_length: float = arg(0.2, "weight of R_len (paper: .2)", at_least=0)
@@ -88,46 +91,6 @@ class Settings(CommonSettings):
     # output
     out: str = arg("runs/stage2", "output folder")
     save_every: int = arg(10, "rollout batches between checkpoints; 0: only at the end", at_least=0)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Rollout reward: rules only. Not numbered here; R = 0.7 R_qual + 0.1 R_fmt + 0.2 R_len
-# ---------------------------------------------------------------------------------------------------------------
-@dataclasses.dataclass(frozen=True)
-class RolloutReward:
-    """What the rules give one CoT; each part in [0, 1], total is their weighted sum."""
-
-    total: float
-    quality: float
-    format: float
-    length: float
-
-
-def format_reward(text: str) -> float:
-    """R_fmt: 1 if the text is `<think>...</think>`, then an `<answer>` with JSON verdicts on all dimensions; else 0."""
-    return float(well_formed(text))
-
-
-def quality_reward(text: str, annotation: dict[str, str]) -> float:
-    """R_qual: right verdicts / annotated dimensions. A dimension that the answer leaves out is wrong."""
-    verdicts = read_verdicts(text)
-    return sum(verdicts.get(d) == truth for d, truth in annotation.items()) / len(annotation)
-
-
-def length_reward(num_tokens: int, low: int = 500, high: int = 2000) -> float:
-    """R_len: 0 up to `low` TOKENS, then linear, 1 from `high`. (The released code counts characters, in steps.)"""
-    return min(1.0, max(0.0, (num_tokens - low) / (high - low)))
-
-
-def rollout_reward(
-    text: str, num_tokens: int, annotation: dict[str, str], weights=(0.7, 0.1, 0.2), length_range=(500, 2000)
-) -> RolloutReward:
-    """R = w_q R_qual + w_f R_fmt + w_l R_len for one CoT. Rules only: the head's score never enters.
-
-    Worked: 4 of 5 verdicts right, good format, 1,250 tokens: .7 * .8 + .1 * 1 + .2 * .5 = .76.
-    """
-    parts = quality_reward(text, annotation), format_reward(text), length_reward(num_tokens, *length_range)
-    return RolloutReward(sum(w * part for w, part in zip(weights, parts, strict=True)), *parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -183,6 +146,17 @@ def rule_rewards(rollouts: Rollouts, tokenizer, settings) -> list[list[RolloutRe
         [rollout_reward(decode_cot(tokenizer, cot), len(cot), truth, weights, span) for cot in row]
         for row, truth in zip(rollouts.cots, annotations, strict=True)
     ]
+
+
+def preference_rewards(rollouts: Rollouts, tokenizer, settings) -> list[list[RolloutReward]]:
+    """3, --objective preference: rollout rewards [2][G] by who won; no verdict is needed. See rules.coupled_rewards."""
+    weights = settings.weight_quality, settings.weight_format, settings.weight_length
+    span = settings.length_low, settings.length_high
+    texts = [[(decode_cot(tokenizer, cot), len(cot)) for cot in row] for row in rollouts.cots]
+    return coupled_rewards(*texts, rollouts.pair.label, weights, span)
+
+
+REWARDS = {"rules": rule_rewards, "preference": preference_rewards}  # --objective
 
 
 def lay_out_pair(model, rollouts: Rollouts, settings) -> dict:
@@ -310,7 +284,8 @@ def train(model, reference, engine, pairs, settings: Settings, ranks) -> None:
         drawn = run.seconds()
         batch = generate(items, engine, settings, step)  # 2 generate
         for rollouts in batch:
-            rollouts.rule_rewards = rule_rewards(rollouts, tokenizer, settings)  # 3 rollout rewards, by rules only
+            reward = REWARDS[settings.objective]  # 3 rollout rewards, by rules only
+            rollouts.rule_rewards = reward(rollouts, tokenizer, settings)
             rollouts.advantages = group_advantages(rollouts.totals())  # 4 group advantages: (2, G)
         generated = run.seconds()
         for rollouts in batch:
@@ -338,10 +313,14 @@ def main(argv=None) -> None:
     claim_run(settings, ranks)
     pairs = data.read_pairs(settings.data, video_root=settings.video_root)
     pairs = readable_pairs(pairs, settings, ranks, data.sample_frames)
-    checks.annotated_pairs(pairs, settings.data)
-    how = {"empty": ranks.world > 1, "random_init": settings.random_init}
+    if settings.objective == "rules":
+        checks.annotated_pairs(pairs, settings.data)
+    from_base = settings.objective == "preference" and not os.path.isfile(os.path.join(settings.model, SETTINGS_FILE))
+    how = {"empty": ranks.world > 1, "random_init": settings.random_init, "new_head": from_base}
     model = DeScore.from_pretrained(settings.model, dtype=parallel.load_dtype(settings.train, ranks), **how)
     model.settings.update(fps=settings.fps, max_pixels=settings.max_pixels)
+    if from_base and settings.bt_coef == 0:  # its score is in the text, and nothing trains the head
+        model.settings["score"] = "text"
     # The vision tower rests (paper), and no dropout: π_θ must equal π_old at the first update, or the ratio is not 1.
     model.make_trainable(settings.train, False, settings.lora_r, settings.lora_alpha, lora_dropout=0.0)
     if settings.gradient_checkpointing:

@@ -26,6 +26,7 @@ from plumbing import checks
 from plumbing.checkpoint import load_backbone
 from plumbing.formats import write_cots
 from plumbing.jobs import Item, Phase, claim_out, readable_pairs, task_seed, write_skipped
+from plumbing.sanity import changed_video
 from plumbing.settings import arg, cli, parse
 from plumbing.vllm_engine import VLLMEngine, require_room
 
@@ -218,7 +219,7 @@ class Thinker:
 def frames_or_error(item: Item, s) -> data.Video | InputError:
     """The item's sampled frames, or what is wrong with its file."""
     try:
-        return data.sample_frames(item.video, s.fps, s.max_pixels)
+        return changed_video(data.sample_frames(item.video, s.fps, s.max_pixels), item)
     except InputError as error:
         return error
 

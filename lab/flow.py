@@ -28,7 +28,7 @@ import math
 
 import torch
 
-from losses import bt_loss
+from losses import bt_loss, group_advantages
 
 
 def odds(t: float, t_next: float) -> float:
@@ -118,12 +118,14 @@ def shared_spread(rewards: torch.Tensor) -> torch.Tensor:
     equal spreads, both are the same. Worked: (0, 1) and (0, .1): -.707, .707 and -.0707, .0707.
     Several rewards: add weighted ADVANTAGES, Σ w_k A_k, never rewards; the one of the largest scale would rule.
     """
-    rewards = rewards.float()
-    flat = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)  # (S, 1), exactly 0: see losses
-    if flat.all():
-        return torch.zeros_like(rewards)
-    centred = rewards - rewards.mean(dim=1, keepdim=True)
-    return torch.where(flat, 0.0, centred / (rewards.std(dim=1).max() + 1e-6))
+    assert rewards.shape[1] > 1, "a group of one clip has no spread"
+    spread = rewards.float().std(dim=1, keepdim=True)  # (S, 1)
+    return group_advantages(rewards) * spread / (spread.max() + 1e-6)
+
+
+def noised(clip: torch.Tensor, noise: torch.Tensor, t: float) -> torch.Tensor:
+    """x_t = (1 − t) x₀ + t ε, what the generator sees in training. Not numbered. Its slope in t is v*."""
+    return (1 - t) * clip + t * noise
 
 
 def flow_error(velocity: torch.Tensor, clip: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:

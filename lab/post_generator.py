@@ -131,12 +131,6 @@ def draw_times(rng_name: tuple, n: int) -> torch.Tensor:
     return torch.sigmoid(0.6 + noise_of(n, *rng_name)).clamp(0.02, 0.999)
 
 
-def mix_noise(clip: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """x_t = (1 − t) x₀ + t ε. t (N,)"""
-    t = t[:, None, None]
-    return (1 - t) * clip + t * noise
-
-
 def train_base(seed: int, steps: int, wrong: float, pool: int, batch: int = 64, progress=True):
     """-> the generator, its last loss, and the share of variance that its latents keep.
 
@@ -155,7 +149,7 @@ def train_base(seed: int, steps: int, wrong: float, pool: int, batch: int = 64, 
         replaced = torch.from_numpy(rng.random((batch, len(ATTRIBUTES))) < wrong)
         asked = torch.where(replaced, torch.from_numpy(rng.integers(6, size=replaced.shape)), shown[picks])
         t, noise = draw_times((seed, "t", step), batch), noise_of((batch, P, C), seed, "noise", step)
-        v = generator(mix_noise(latents[picks], noise, t), t, asked)
+        v = generator(flow.noised(latents[picks], noise, t[:, None, None]), t, asked)
         loss = flow.flow_error(v, latents[picks], noise).mean()
         loss.backward()
         update()

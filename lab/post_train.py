@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from lab import flow, post_report
-from lab.post_generator import C, Generator, P, draw_times, mix_noise, sample, step_mean, train_base
+from lab.post_generator import C, Generator, P, draw_times, sample, step_mean, train_base
 from lab.post_world import Reward, draw_asked, gold_judge, noise_of, rng_of
 from losses import clipped_tokens, group_advantages, grpo_loss
 from plumbing.files import write_json, write_jsonl, written_whole
@@ -184,8 +184,8 @@ def dpo_update(policy: Generator, base: Generator, optimizer, score, s: Settings
 
 def pair_errors(generator: Generator, chosen, rejected, t, noise, asked) -> tuple[torch.Tensor, torch.Tensor]:
     """Flow-matching error of winners and of losers, (B,) each, in one forward pass."""
-    clips, noise = torch.cat([chosen, rejected]), noise.repeat(2, 1, 1)
-    v = generator(mix_noise(clips, noise, t.repeat(2)), t.repeat(2), asked.repeat(2, 1))
+    clips, noise, t = torch.cat([chosen, rejected]), noise.repeat(2, 1, 1), t.repeat(2)
+    v = generator(flow.noised(clips, noise, t[:, None, None]), t, asked.repeat(2, 1))
     return flow.flow_error(v, clips, noise).chunk(2)
 
 

@@ -183,7 +183,7 @@ class Reward:
         frames = ((clips.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         frames = frames.repeat_interleave(2, 2).repeat_interleave(2, 3)  # the toy DeScore watches 64 x 64 pixels
         prompts = [toy.prompt_text(wish(row)) for row in asked]
-        rewards = self.model.reward(list(frames.numpy()), prompts, source_fps=FPS, max_new_tokens=112)  # as in the demo
+        rewards = self.model.reward(list(frames.numpy()), prompts, source_fps=FPS, max_new_tokens=80)  # as in the demo
         if rewards.shape != (len(asked),) or not rewards.isfinite().all():
             bad = next((p for p, r in zip(prompts, rewards.flatten()) if not r.isfinite()), prompts[0])
             raise InputError(f"a clip of {bad!r} has no finite reward; nothing is trained on it.")

@@ -267,7 +267,10 @@ def main(argv=None) -> None:
         raise InputError(f"--host {s.host} --port {s.port}: cannot be listened on ({error.strerror}).") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = s.dtype if s.dtype != "auto" else {"cuda": "bfloat16", "cpu": "float32"}[device]
-    app = make_app(DeScore.from_pretrained(s.model, device, getattr(torch, dtype)).eval(), s, token)
+    model = DeScore.from_pretrained(s.model, device, getattr(torch, dtype)).eval()
+    if s.normalize and not model.settings.get("reward_std"):
+        raise InputError(f"--normalize: {s.model} holds no reward_mean and reward_std; train it with this code.")
+    app = make_app(model, s, token)
     print(f"http://{s.host}:{listener.getsockname()[1]}/compute answers now", flush=True)
     web.run_app(app, sock=listener, print=None, handler_cancellation=True)  # a client that left is not scored
 

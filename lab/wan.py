@@ -185,7 +185,7 @@ class Wan:
         t = self.s.shift * u / (1 + (self.s.shift - 1) * u)
         noise, errors = self.draw(seed), []
         for latents in (chosen, rejected):
-            x = (1 - t) * latents + t * noise
+            x = flow.noised(latents, noise, t)
             with self.reference():
                 ref_error = flow.flow_error(self.velocity(x, t, prompt), latents, noise)
             errors += [flow.flow_error(self.velocity(x, t, prompt), latents, noise), ref_error]
@@ -323,7 +323,7 @@ def open_pipeline(path: str, dtype: torch.dtype):
     except ImportError:
         raise InputError("lab.wan needs diffusers: pip install -r requirements-wan.txt.") from None
     try:
-        return WanPipeline.from_pretrained(path, torch_dtype={"vae": torch.float32, "default": dtype})
+        return WanPipeline.from_pretrained(path, dtype={"vae": torch.float32, "default": dtype})
     except (OSError, ValueError) as error:
         raise InputError(f"--wan {path}: cannot be opened ({first_line(error)}).") from error
 

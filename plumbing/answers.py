@@ -71,3 +71,13 @@ def stated_score(text: str) -> float | None:
     except ValueError:
         return None
     return score if math.isfinite(score) else None
+
+
+def overall_score(text: str) -> float:
+    """The score that a CoT's answer states itself, 1 to 5: what a GENERATIVE reward model would return (Fig. 1a).
+
+    A malformed answer gets 3, the middle. Few different values, hence many exact ties: where the head tells two videos
+    apart by a hair, the text says 3.50 twice, and an equal score is wrong wherever people decided.
+    """
+    score = stated_score(text)
+    return 3.0 if score is None else score

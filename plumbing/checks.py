@@ -55,6 +55,8 @@ def evaluation_flags(s) -> None:
         "--score-from text needs CoTs, so not --no-think": "text" in s.score_from and not s.think,
         "--thoughts above 1 and --no-think exclude each other": s.thoughts > 1 and not s.think,
         "--video thinks with transformers, so leave out --engine vllm": s.video and s.engine == "vllm",
+        "--sanity takes one set of pairs and one --score-from, and writes no page":
+        s.sanity and (chosen or max(len(s.benchmark or []), len(s.score_from)) > 1 or s.html),
         "give --model DIR": not s.model and not (s.scores or s.compare),
     }
     for problem, is_so in problems.items():

@@ -20,11 +20,15 @@ def task_seed(*parts) -> int:
 
 
 class Item(typing.NamedTuple):
-    """A video, its prompt, and the CSV line that asks for it first. The key of everything kept is item[:2]."""
+    """A video, its prompt, and the CSV line that asks for it first. The key of everything kept is item[:2].
+
+    change: what is done to the frames first; only plumbing/sanity.py asks for that.
+    """
 
     video: str
     prompt: str
     line: int
+    change: str = ""
 
 
 def read_log(out: str, name: str) -> dict[tuple[str, str], dict]:

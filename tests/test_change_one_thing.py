@@ -85,11 +85,11 @@ def test_new_rule(patched, world, tiny_model_dir, tmp_path):
     """A rule more: its value by hand, its weight in the total, and its mean in the log of a real step."""
     folder = patched("new_rule.diff")
     code = """
-import json, sys, grpo
+import json, sys, grpo, rules
 
 answer = {"dimensional_scores": {"subject": "2", "dynamics": "1", "camera": "N/A"}, "overall_score": 3.5}
-reward = grpo.rollout_reward(f"<answer>{json.dumps(answer)}</answer>", 500, {"style": "1"}, (0.7, 0.1, 0.2, 0.1))
-print(round(reward.agreement, 4), round(reward.total, 4), grpo.agreement_reward("no answer"))
+reward = rules.rollout_reward(f"<answer>{json.dumps(answer)}</answer>", 500, {"style": "1"}, (0.7, 0.1, 0.2, 0.1))
+print(round(reward.agreement, 4), round(reward.total, 4), rules.agreement_reward("no answer"))
 grpo.main(sys.argv[1:])
 """
     printed = run(folder, "-c", code, "--model", tiny_model_dir, "--data", world["train_rl"], "--out", tmp_path / "out",

@@ -165,7 +165,7 @@ def test_encode_cot(processor):
 
 def test_conversation_layout():
     turns = data.build_conversation("a cat", cot="<think>")
-    assert [t["role"] for t in turns] == ["user", "assistant"]  # the CoT is the assistant's (docs/differences.md, row 2)
+    assert [t["role"] for t in turns] == ["user", "assistant"]  # the CoT is the assistant's (difference 2)
     assert [part["type"] for part in turns[0]["content"]] == ["video", "text"]
     text = turns[0]["content"][1]["text"]
     for word in (*data.DIMENSIONS, "N/A", "<think>", "</think>", "<answer>", '"dimensional_scores"', '"overall_score"'):

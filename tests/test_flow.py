@@ -130,8 +130,15 @@ def test_shared_spread():
     assert torch.allclose(flow.shared_spread(rewards), expected, atol=1e-4)
     assert flow.shared_spread(rewards)[2].tolist() == [0.0, 0.0]
     one = torch.randn(1, 6)
-    assert torch.allclose(flow.shared_spread(one), losses.group_advantages(one))
+    assert torch.allclose(flow.shared_spread(one), losses.group_advantages(one), atol=1e-5)
     assert not flow.shared_spread(torch.full((2, 4), 0.3)).any()
+
+
+def test_noised_runs_from_clip_to_noise_along_the_velocity():
+    clip, noise, _ = a_step()
+    assert torch.equal(flow.noised(clip, noise, 0.0), clip) and torch.equal(flow.noised(clip, noise, 1.0), noise)
+    slope = (flow.noised(clip, noise, 0.75) - flow.noised(clip, noise, 0.25)) / 0.5
+    assert torch.allclose(flow.flow_error(slope, clip, noise), torch.zeros(3), atol=1e-10)
 
 
 def test_flow_error_is_zero_for_the_right_velocity():

@@ -1,4 +1,4 @@
-"""Stage 2: the rules, rewards landing on their own rollouts, packed = plain, and the script itself."""
+"""Stage 2: rewards landing on their own rollouts, packed = plain, and the script itself."""
 
 import dataclasses
 import json
@@ -13,38 +13,12 @@ from plumbing.monitor import write_samples
 import data
 import grpo
 import parallel
+import rules
 from conftest import judge, refuses
 from data import InputError
 from model import DeScore, Output
 from rollout import TransformersEngine
-from test_answers import MALFORMED, TRUTH, cot
-
-# -- the rules --------------------------------------------------------------------------------------------------------
-def test_rollout_reward_by_hand():
-    # 4 of 5 right, well formed, 1,250 tokens: .7 * .8 + .1 * 1 + .2 * (750 / 1500) = .56 + .1 + .1 = .76
-    reward = grpo.rollout_reward(cot(style="2"), 1250, TRUTH)
-    assert (reward.quality, reward.format, reward.length) == (0.8, 1.0, 0.5)
-    assert reward.total == pytest.approx(0.76)
-    assert grpo.rollout_reward(cot(), 2000, TRUTH).total == pytest.approx(1.0)
-    assert grpo.rollout_reward("gibberish", 100, TRUTH).total == 0.0
-
-
-@pytest.mark.parametrize("tokens, expected", [(0, 0), (500, 0), (501, 1 / 1500), (1250, 0.5), (2000, 1), (4096, 1)])
-def test_length_reward_is_linear_in_tokens(tokens, expected):
-    assert grpo.length_reward(tokens) == pytest.approx(expected)
-
-
-def test_quality_counts_what_is_left_out_as_wrong():
-    text = '<think>x</think><answer>{"dimensional_scores": {"subject": 2}}</answer>'
-    assert grpo.quality_reward(text, TRUTH) == pytest.approx(1 / 5)
-    assert grpo.quality_reward(cot(), {"subject": "2"}) == 1.0  # only annotated dimensions count
-    assert grpo.quality_reward(cot(camera="n/a"), TRUTH) == 1.0
-
-
-def test_what_is_malformed_loses_the_format_reward_only():
-    assert [grpo.format_reward(text) for text in (cot(), *MALFORMED)] == [1.0] + [0.0] * len(MALFORMED)
-    # style "3" is no verdict: not well formed, and 4 of 5 right: .7 * .8 + 0 + .2 * 1 = .76
-    assert grpo.rollout_reward(cot(style="3"), 2000, TRUTH).total == pytest.approx(0.76)
+from test_answers import cot
 
 
 # -- the three losses of one pair, without a model ---------------------------------------------------------------------
@@ -140,7 +114,7 @@ def test_rewards_land_on_their_own_rollouts(batch, items, model):
             for i in range(3):
                 text = rollout.decode_cot(tokenizer, rollouts.cots[video][i])
                 assert text == (f"<think>{'x' * n}</think>" if n % 4 else cot())  # the engine's n-th answer
-                assert rollouts.rule_rewards[video][i].quality == grpo.quality_reward(text, truth)
+                assert rollouts.rule_rewards[video][i].quality == rules.quality_reward(text, truth)
                 n += 1
             totals = torch.tensor([r.total for r in rollouts.rule_rewards[video]])
             expected = (totals - totals.mean()) / (totals.std() + 1e-6)

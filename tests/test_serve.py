@@ -5,7 +5,10 @@ import base64
 import io
 import json
 import re
+import signal
 import socket
+import subprocess
+import sys
 import tempfile
 
 import numpy as np
@@ -13,10 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
-aiohttp = pytest.importorskip("aiohttp", reason="the reward server's library (requirements-serve.txt)")
+MISSING = "aiohttp is not installed; pip install -r requirements-serve.txt"
+aiohttp = pytest.importorskip("aiohttp", reason=MISSING)
 from aiohttp import web  # noqa: E402
 
-from conftest import refuses  # noqa: E402
+from conftest import ROOT, refuses  # noqa: E402
 from lab import serve, uploads  # noqa: E402
 from model import DeScore  # noqa: E402
 from plumbing.settings import InputError  # noqa: E402
@@ -45,7 +49,7 @@ def served(scorer, client, token="", **flags):
     settings = serve.Settings(model="-", **{"think": False, "max_mb": 1.0, "timeout": 120.0, **flags})
 
     async def both():
-        runner = web.AppRunner(serve.make_app(scorer, settings, token))
+        runner = web.AppRunner(serve.make_app(scorer, settings, token), handler_cancellation=True)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
@@ -183,6 +187,22 @@ def test_limits_of_time_length_and_number(scorer, clips):
     assert status == 400 and body["error"]
 
 
+def test_a_client_that_leaves_is_not_scored_and_the_next_one_is(scorer, clips):
+    payload = {"prompt": PROMPT, "video": b64(next(iter(clips.values())))}
+
+    async def client(session, url):
+        leaving = asyncio.create_task(post(session, url, payload))
+        await asyncio.sleep(0.3)
+        leaving.cancel()
+        await asyncio.sleep(0.7)
+        stays = await post(session, url, payload)
+        async with session.get(f"{url}/metrics") as response:
+            return stays, await response.text()
+
+    (status, body), metrics = served(scorer, client, wait_ms=600.0)
+    assert status == 200 and body["errors"] == [None] and "descore_batches_total 1" in metrics, metrics
+
+
 def test_health_and_token(scorer, clips):
     payload = {"prompt": PROMPT, "video": b64(next(iter(clips.values())))}
 
@@ -201,6 +221,31 @@ def test_health_and_token(scorer, clips):
     assert health == (200, {"status": "ok"}) and metrics == 401 and other[0] == 404 and "error" in other[1]
     assert [status for status, _ in answers] == [401, 401, 401, 200]
     assert "results" not in answers[0][1] and answers[3][1]["errors"] == [None]
+
+
+def test_the_script_and_the_clients_of_the_docs(tiny_model_dir, clips, scorer):
+    """A server as a user starts it; the client and flow_grpo's scorer as docs/reward.md prints them; Ctrl-C ends it."""
+    page, names = (ROOT / "docs" / "reward.md").read_text(encoding="utf-8"), {"torch": torch}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        if "def rewards_of" in block or "def descore_score" in block:
+            exec(block, names)
+    command = [sys.executable, "-m", "lab.serve", "--model", tiny_model_dir, "--no-think", "--port", "0"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            url = server.stdout.readline().split("/compute")[0]
+            names["rewards_of"].__defaults__ = (url, "")
+            paths, tensors = list(clips)[:2], torch.rand(2, 16, 3, 32, 32)
+            wanted = scorer.reward(paths, [PROMPT] * 2, think=False).tolist()
+            assert names["rewards_of"]([clips[p] for p in paths], [PROMPT] * 2) == pytest.approx(wanted, abs=1e-4)
+            scores, more = names["descore_score"]("cpu")(tensors, (PROMPT, PROMPT), {})
+            frames = [(t.permute(0, 2, 3, 1) * 255).round().byte() for t in tensors]
+            wanted = scorer.reward(frames, [PROMPT] * 2, think=False, source_fps=16.0).tolist()
+            assert scores == pytest.approx(wanted, abs=1e-4) and more == {}
+            with pytest.raises(RuntimeError, match="no mp4"):
+                names["rewards_of"]([b"junk", clips[paths[0]]], [PROMPT] * 2)
+        finally:
+            server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=30) == 0
 
 
 def test_no_file_of_the_server_is_opened(tmp_path):
@@ -229,6 +274,7 @@ def test_bad_flags(capsys, monkeypatch, tiny_model_dir):
         port = taken.getsockname()[1]
         refuses(capsys, serve.main, "--model", tiny_model_dir, "--port", port, says=f"--port {port}: cannot be")
     refuses(capsys, serve.main, "--model", "nowhere", "--port", "0", says="nowhere")
+    refuses(capsys, serve.main, "--model", tiny_model_dir, "--port", "0", "--normalize", says="--normalize")
     assert serve.is_loopback("127.0.0.1") and serve.is_loopback("::1") and serve.is_loopback("localhost")
     monkeypatch.setattr(serve, "web", None)
     refuses(capsys, serve.main, "--model", tiny_model_dir, says="requirements-serve.txt")

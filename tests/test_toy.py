@@ -138,3 +138,8 @@ def test_command_line(arguments, code):
     with pytest.raises(SystemExit) as stopped:
         toy.main(arguments)
     assert stopped.value.code == code
+
+
+def test_each_test_set_has_300_decided_pairs():
+    for split, (_, pairs, ties, *_) in toy.SPLITS.items():
+        assert not split.startswith("test_") or pairs - int(pairs * ties) >= 300, split

@@ -1,0 +1,46 @@
+"""What lessons are made of: two ways to be wrong, and the submission's answer in the message."""
+
+import torch
+
+
+class Wrong(Exception):
+    """What a lesson found: the message is for the student."""
+
+
+class Raised(Wrong):
+    """The submission's function raised instead of returning a value, or changed what it was given."""
+
+
+class Ended(Wrong):
+    """The submission's process is gone: too slow, too large, exited, or never started."""
+
+
+def near(got, expected, tolerance=1e-5):
+    """Numbers, lists or tensors that must agree. Wrong with both values otherwise."""
+    got, expected = plain(got), plain(expected)
+    try:
+        a, b = (torch.tensor(x, dtype=torch.float64) for x in (got, expected))
+        same = a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+    except (TypeError, ValueError, RuntimeError):
+        same = False
+    if not same:
+        raise Wrong(f"got {shown(got)}, expected {shown(expected)}")
+
+
+def expect(condition, got):
+    if not condition:
+        raise Wrong(f"got {shown(got)}")
+
+
+def plain(value):
+    """Tensors and arrays as lists, at any depth."""
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def shown(value) -> str:
+    value = plain(value)
+    if isinstance(value, list):
+        return f"[{', '.join(map(shown, value))}]"[:160]
+    return f"{value:.6g}" if isinstance(value, float) else str(value)[:160]

@@ -1,0 +1,177 @@
+"""The study's figures: one panel per claim and one for the ladder, each from study.json alone."""
+
+import pathlib
+
+import numpy as np
+
+COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple")
+
+
+def intervals(axis, rows: dict, bold=()) -> None:
+    """A dot and its 95 % interval per row, a line at 0; what decides is darker."""
+    rows = {name: row for name, row in rows.items() if row["mean"] is not None}
+    for place, (name, row) in enumerate(reversed(rows.items())):
+        colour = "black" if name in bold else "tab:blue"
+        axis.plot([row["low"], row["high"]], [place, place], color=colour)
+        axis.plot(row["mean"], place, "o", color=colour)
+    axis.set_yticks(range(len(rows)), list(rows)[::-1], fontsize=7)
+    axis.axvline(0, color="grey", linestyle="--", linewidth=1)
+
+
+def lines(axis, xs, curves: dict, chance: bool = True) -> None:
+    """Curves of the mean over seeds, a dot for each seed. curves: {label: one list of seeds' values per x}."""
+    for colour, (label, values) in zip(COLOURS, curves.items()):
+        axis.plot(xs[: len(values)], [np.mean(v) for v in values], color=colour, label=label)
+        for x, dots in zip(xs, values):
+            axis.plot([x] * len(dots), dots, ".", color=colour, markersize=4)
+    if chance:
+        axis.axhline(0.5, color="grey", linestyle="--", linewidth=1)
+    axis.legend(fontsize=7, frameon=False)
+
+
+def bars(axis, groups: dict[str, dict[str, list[float]]]) -> None:
+    """{label: {group: each seed's value}} -> a bar per label in each group, with a dot for each seed."""
+    names, width = list(next(iter(groups.values()))), 0.8 / len(groups)
+    for k, (label, found) in enumerate(groups.items()):
+        places = np.arange(len(names)) - 0.4 + width * (k + 0.5)
+        axis.bar(places, [np.mean(found[n]) for n in names], width * 0.92, label=label, color=COLOURS[k % 5])
+        for place, name in zip(places, names):
+            axis.plot([place] * len(found[name]), found[name], "o", color="black", markersize=2)
+    axis.set_xticks(range(len(names)), names, fontsize=8)
+    axis.axhline(0.5, color="grey", linestyle="--", linewidth=1)
+    axis.set_ylim(0, 1.15)
+    axis.legend(fontsize=6.5, frameon=False, ncols=2, loc="upper center")
+
+
+def paradigms(axis, claim) -> None:
+    bars(axis, claim["more"]["accuracy"])
+    axis.set_ylabel("accuracy, equal scores count half")
+
+
+def gradient_noise(axis, claim) -> None:
+    found = claim["more"]["gradients"]
+    for place, (name, row) in enumerate(found.items()):
+        axis.bar(place, np.mean(row["cosine"]), 0.6, color=COLOURS[place])
+        axis.plot([place] * len(row["cosine"]), row["cosine"], "o", color="black", markersize=3)
+        noise = [n for n in row["noise_to_signal"] if n is not None]
+        text = f"noise / signal\n{np.mean(noise):.2f}" if noise else "no signal\nfound"
+        axis.text(place, max(row["cosine"]) + 0.04, text, ha="center", fontsize=7)
+    axis.set_xticks(range(len(found)), [name.replace(", ", "\n") for name in found], fontsize=8)
+    axis.set(ylim=(0, 1.1), ylabel="cosine of two draws' gradients")
+
+
+def masking(axis, claim) -> None:
+    curve = claim["more"]["curve"]
+    kinds = next(iter(curve.values()))
+    lines(axis, [float(p) for p in curve], {f"{kind} CoT": [curve[p][kind] for p in curve] for kind in kinds})
+    axis.set(xlabel="masking probability p in training", ylabel="accuracy", ylim=(0, 1))
+
+
+def reward_drift(axis, claim) -> None:
+    for colour, (weight, found) in zip(COLOURS, claim["more"]["weights"].items()):
+        runs = [np.array(run) for run in found["reward_mean"]]
+        for k, run in enumerate(runs):
+            label = f"BT weight {weight}" if k == 0 else None
+            axis.plot(np.arange(1, len(run) + 1), run - run[0], color=colour, alpha=0.8, linewidth=1, label=label)
+    axis.set(xlabel="step of stage 2", ylabel="mean reward minus that of step 1")
+    axis.axhline(0, color="grey", linestyle="--", linewidth=1)
+    axis.legend(fontsize=7, frameon=False)
+
+
+def data_efficiency(axis, claim) -> None:
+    curve = {label: found for label, found in claim["more"]["curve"].items() if found}
+    shares = list(max(curve.values(), key=len))
+    lines(axis, [1 / int(s) for s in shares], {label: list(found.values()) for label, found in curve.items()})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks([1 / int(s) for s in shares], [f"1/{s}" if s != "1" else "all" for s in shares])
+    axis.set(xlabel="share of the training pairs", ylabel="accuracy", ylim=(0.3, 1))
+
+
+def error_tolerance(axis, claim) -> None:
+    more = claim["more"]
+    lines(axis, list(range(len(more["head"]))), {"head": more["head"], "score in the text": more["text"]})
+    axis.axhline(np.mean(more["no_think"]), color="tab:green", linestyle=":", label="head, no CoT")
+    axis.set(xlabel="corrupted verdicts in the true CoT", ylabel="accuracy", ylim=(0, 1.02))
+    axis.legend(fontsize=7, frameon=False)
+
+
+def fine_grained(axis, claim) -> None:
+    intervals(axis, claim["parts"], claim["decides"])
+    axis.set(xlabel="head's hits minus 1/2", ylim=(-1, 2))
+    axis.set_yticks(axis.get_yticks(), [f"{row['n']} pairs,\n{name.split('scores ')[1]}"
+                                        for name, row in list(claim["parts"].items())[::-1] if row["mean"] is not None])
+
+
+def reads_both(axis, claim) -> None:
+    intervals(axis, {name.removeprefix("lost by: "): row for name, row in claim["parts"].items()},
+              [name.removeprefix("lost by: ") for name in claim["decides"]])
+    axis.set(xlabel="accuracy lost")
+
+
+PANELS = (paradigms, gradient_noise, masking, reward_drift, data_efficiency, error_tolerance, fine_grained, reads_both)
+TITLES = ("1 three paradigms", "2 BT smooth, GRPO noisy", "3 masking", "4 reward drift", "5 data efficiency",
+          "6 errors in the CoT", "7 equal stated scores", "8 reads prompt and video")
+
+
+def ladder(axis, result) -> None:
+    """Accuracy over the three sets, rung by rung."""
+    rungs = {name: sets["all"] for name, sets in result["ladder"].items()}
+    intervals(axis, rungs)
+    axis.axvline(0.5, color="grey", linestyle="--", linewidth=1)
+    axis.set(xlabel="accuracy, mean of the three toy sets", xlim=(0.4, 1))
+    axis.set_yticks(axis.get_yticks(), [name.replace(", ", ",\n") for name in list(rungs)[::-1]])
+
+
+def panels(result: dict) -> dict:
+    """{title: function that draws it into an axis} of all that has been measured."""
+    found = {}
+    for claim, draw, title in zip(result["claims"], PANELS, TITLES):
+        if claim["parts"]:
+            found[f"{title}: {claim['verdict']}"] = (draw, claim)
+    if result["ladder"]:
+        found["the ladder"] = (ladder, result)
+    return found
+
+
+def _finish(plt, figure, path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _plot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def draw_all(folder: pathlib.Path, result: dict) -> list[str]:
+    """A file for each panel; returns their names."""
+    plt, names = _plot(), []
+    for title, (draw, what) in panels(result).items():
+        figure, axis = plt.subplots(figsize=(5.6, 3.6))
+        _panel(axis, title, draw, what)
+        names.append(f"study_{title.split()[0] if title[0].isdigit() else 'ladder'}.png")
+        _finish(plt, figure, folder / names[-1])
+    return names
+
+
+def draw_together(path: pathlib.Path, result: dict) -> None:
+    """All panels in one picture, three a row."""
+    plt, found = _plot(), panels(result)
+    rows = -(-len(found) // 3)
+    figure, axes = plt.subplots(rows, 3, figsize=(16, 3.7 * rows), squeeze=False)
+    for axis in axes.flat[len(found) :]:
+        axis.set_visible(False)
+    for axis, (title, (draw, what)) in zip(axes.flat, found.items()):
+        _panel(axis, title, draw, what)
+    _finish(plt, figure, path)
+
+
+def _panel(axis, title, draw, what) -> None:
+    draw(axis, what)
+    axis.set_title(title, fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,206 @@
+"""The study: verdicts on synthetic data, corrupted CoTs, noise by hand, commands that change what they say, and pages
+that hold no number of their own."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import cold_start
+import data
+import evaluate
+import grpo
+import rollout
+from conftest import ROOT
+from lab import study, study_models, study_pages, study_values, toy
+from lab.study_verdict import (
+    CANNOT_TELL, MARGIN, NOT_RUN, NOT_SEEN, SEEN, interquartile_mean, interval, pooled, summary, verdict, weakest,
+)
+from model import DeScore
+from plumbing.answers import read_verdicts, well_formed
+from plumbing.settings import parse
+
+
+# -- verdicts -------------------------------------------------------------------------------------
+def differences(rng, effect, n=300, seeds=3, spread=0.0):
+    """Paired differences of hits in {-1, 0, 1} whose mean is `effect` in the long run, in three sets of each seed."""
+    values = {}
+    for seed in range(seeds):
+        shift = effect + spread * rng.standard_normal()
+        drawn = rng.choice([-1, 0, 1], (3, n), p=[0.2 - shift / 2, 0.6, 0.2 + shift / 2])
+        values[seed] = dict(zip("abc", drawn))
+    return values
+
+
+def test_verdicts_of_effects_that_are_known():
+    rng = np.random.default_rng(0)
+    assert verdict(summary(differences(rng, 0.2))) == SEEN
+    assert verdict(summary(differences(rng, -0.1))) == NOT_SEEN  # the opposite is not the claim
+    assert verdict(summary(differences(rng, 0.0, n=3000))) == NOT_SEEN  # so many pairs rule an effect of .03 out
+    assert verdict(summary(differences(rng, 0.0, n=40))) == CANNOT_TELL
+    three_that_disagree = {0: {"a": np.full(900, 0.1)}, 1: {"a": np.full(900, -0.1)}, 2: {"a": np.full(900, 0.1)}}
+    assert verdict(summary(three_that_disagree)) == CANNOT_TELL  # however sure each of them is
+    nothing = summary({0: {"a": np.ones(5), "b": np.array([])}})  # five values, all alike: no interval
+    assert nothing["mean"] is None and nothing["n"] == 5 and verdict(nothing) == CANNOT_TELL
+
+
+def test_verdict_rules_by_hand():
+    row = {"mean": 0.0, "low": 0.01, "high": 0.02}
+    assert verdict(row) == SEEN  # small, but there
+    assert verdict(row | {"low": -0.02}) == NOT_SEEN and MARGIN == 0.03
+    assert verdict(row | {"low": -0.02, "high": 0.03}) == CANNOT_TELL
+    assert weakest([SEEN, SEEN]) == SEEN and weakest([SEEN, CANNOT_TELL]) == CANNOT_TELL
+    assert weakest([CANNOT_TELL, NOT_SEEN, SEEN]) == NOT_SEEN
+
+
+def test_means_by_hand():
+    values = {0: {"a": np.array([1.0, 0.0]), "b": np.array([1.0])}, 1: {"a": np.array([0.0, 0.0]), "b": np.array([])}}
+    assert pooled(values) == pytest.approx((0.75 + 0) / 2)  # a set of one pair counts as much as one of two
+    assert interquartile_mean([0, 1, 2, 3, 100]) == 2.0  # 5 // 4 = 1 at each end
+    assert interquartile_mean([1, 2, 3]) == 2.0
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    """95 % within chance; pairs alone (one seed), and seeds that really differ (with 8 of them; few are too few)."""
+    rng, inside, many = np.random.default_rng(1), 0, 0
+    for _ in range(60):
+        low, high = interval(differences(rng, 0.1, n=80, seeds=1), draws=200)
+        inside += low <= 0.1 <= high
+        low, high = interval(differences(rng, 0.1, n=40, seeds=8, spread=0.1), draws=200)
+        many += low <= 0.1 <= high
+    assert inside >= 52 and many >= 48
+    same = {0: {"a": np.zeros(50)}, 1: {"a": np.ones(50)}}
+    assert interval(same) == (0.0, 1.0)  # between seeds, not only between pairs
+
+
+# -- measurements -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("wrong", range(6))
+def test_corrupted_cots_are_wrong_where_they_should_be_and_agree_with_themselves(wrong):
+    rng = np.random.default_rng(wrong)
+    for _ in range(30):
+        wish = toy.random_wish(rng)
+        seen = toy.random_clip(rng, wish)
+        claimed = study_models.corrupt(wish, seen, wrong, rng)
+        truth, told = toy.annotate(wish, seen), toy.annotate(wish, claimed)
+        asked = sum(value is not None for value in wish.values())
+        assert sum(truth[n] != told[n] for n in truth) == min(wrong, asked)
+        text = toy.cot_text(wish, claimed, told)
+        assert well_formed(text) and read_verdicts(text) == told and toy.cot_text(wish, claimed) == text
+
+
+def test_corrupted_texts_start_with_the_true_cot(world):
+    pairs = data.read_pairs(world["test_in_domain"])
+    texts = study_models.corrupted_texts(world["test_in_domain"].replace(".csv", ".truth.jsonl"), 0)
+    for pair in pairs:
+        assert [read_verdicts(text) for text in texts[pair.line][0]] == [pair.annotation_a, pair.annotation_b]
+        assert all(read_verdicts(text) != pair.annotation_a for text, _ in texts[pair.line][1:])
+
+
+def test_signal_and_noise_by_hand():
+    # mean (1, 1); noise = (1 + 1) / 1 = 2; signal = 2 - 2 / 2 = 1; cosine of (1, 0) and (1, 2) = 1 / sqrt 5
+    found = study_models.signal_and_noise(torch.tensor([[1.0, 0.0], [1.0, 2.0]]))
+    assert (found["noise"], found["signal"], found["noise_to_signal"]) == pytest.approx((2, 1, 2))
+    assert found["cosine"] == pytest.approx([5**-0.5] * 2)
+    opposite = study_models.signal_and_noise(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
+    assert opposite["noise_to_signal"] is None and opposite["cosine"] == pytest.approx([-1, -1])
+    drawn = 3 * torch.eye(1, 200) + torch.randn(4000, 200, generator=torch.Generator().manual_seed(0))
+    assert study_models.signal_and_noise(drawn)["noise_to_signal"] == pytest.approx(200 / 9, rel=0.05)
+
+
+def test_scores_of_a_set_are_the_model_s_own(world, tiny_model_dir):
+    pairs = data.read_pairs(world["test_in_domain"])[:2]
+    pairs = [dataclasses.replace(pair, cot_a="seen left", cot_b="seen right, twice") for pair in pairs]
+    model = DeScore.from_pretrained(tiny_model_dir)
+    found = study_models.score_set({"m": model}, pairs, None, chunk=2)
+    assert found["kinds"] == ["own", "absent", "swapped"]
+    for pair, rewards in zip(pairs, np.array(found["rewards"]["m"])):
+        for kind, cots in enumerate((pair.cots, (None, None), pair.cots[::-1])):
+            expected = model.score(pair.videos, [pair.prompt] * 2, cots)
+            assert rewards[:, kind] == pytest.approx(expected.tolist(), abs=1e-4), found["kinds"][kind]
+
+
+def test_calibration_slope():
+    rng = np.random.default_rng(0)
+    margins = rng.normal(0, 2, 20_000)
+    labels = np.where(rng.random(20_000) < 1 / (1 + np.exp(-0.5 * margins)), 1, -1)  # margins twice too large
+    rewards = np.stack([margins, np.zeros(20_000)], 1)
+    assert study_values.calibration_slope(labels, rewards) == pytest.approx(0.5, abs=0.03)
+
+
+# -- commands -------------------------------------------------------------------------------------
+@pytest.fixture
+def finished(tmp_path):
+    """As far as the commands go: the settings and the number of steps of a demo's trainings."""
+    run = tmp_path / "seed0"
+    kinds = {"stage1": cold_start.Settings, "discriminative": cold_start.Settings, "stage2": grpo.Settings}
+    for stage, kind in kinds.items():
+        (run / stage).mkdir(parents=True)
+        own = kind(data="x/data/train.csv", model="x/base", out="x", seed=7, lr=0.3, gradient_checkpointing=False)
+        if stage == "discriminative":
+            own.mask_probability = 1.0
+        (run / stage / "settings.json").write_text(json.dumps(vars(own) | {"data_sha256": "0"}))
+        (run / stage / "metrics.jsonl").write_text("{}\n" * 5)
+    (run / "data").mkdir()
+    (run / "data/train_cots.csv").write_text("".join(f"{k}\n" for k in range(17)))
+    return str(run)
+
+
+SCRIPTS = {"cold_start.py": cold_start.Settings, "grpo.py": grpo.Settings, "evaluate.py": evaluate.Settings,
+           "rollout.py": rollout.Settings}
+
+
+def test_every_variant_is_the_demo_s_run_but_for_what_it_says(finished):
+    for name, (stage, changes, _) in study.VARIANTS.items():
+        command = study.again(finished, name, None).command
+        kind = SCRIPTS[command[0]]
+        got, own = parse(kind, "", command[1:]), study_models.settings_of(f"{finished}/{stage}", kind)
+        differ = {f.name for f in dataclasses.fields(kind) if getattr(got, f.name) != getattr(own, f.name)}
+        places = {"data", "video_root", "model", "out", "overwrite", "workers", "frame_cache", "max_steps", "val"}
+        assert differ <= places | changes.keys(), name
+        for key, value in changes.items():
+            assert getattr(got, key) == (value.format(run=finished) if isinstance(value, str) else value), (name, key)
+        assert got.max_steps == changes.get("max_steps", 5)
+    assert study.again(finished, "coupled", 2).command[-1] != "60"
+
+
+def test_every_claim_s_tasks_exist_and_every_command_is_known(finished):
+    wanted = {name for claim in study.CLAIMS for name in claim.needs}
+    phases = study.tasks(finished, True, wanted, None)
+    named = {task.name for phase in phases for task in phase}
+    assert wanted <= named
+    for task in [task for phase in phases for task in phase]:
+        if task.command[0] != "-m":
+            parse(SCRIPTS[task.command[0]], "", task.command[1:])
+        assert not study.is_done(task)
+    later = {task.name for phase in study.tasks(finished, False, wanted, None) for task in phase}
+    assert named - later == {"mask_25", "mask_75", "anchor_paper", "eval_anchor_paper"}  # on the first seed only
+    rows = open(f"{finished}/study/train_cots_8.csv").read().split()
+    assert rows == ["0", "1", "2"]  # the header, and 16 // 8 rows
+
+
+# -- pages -------------------------------------------------------------------------------------
+RESULT = study_pages.read(ROOT / "docs/study.json")
+
+
+@pytest.mark.parametrize("page", study_pages.PAGES)
+def test_what_a_page_shows_stands_in_study_json(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert study_pages.MARK.search(text), "nothing is marked"
+    assert study_pages.filled(text, RESULT) == text, "run `python -m lab.study --publish`"
+
+
+def test_study_json_belongs_to_this_code():
+    assert (ROOT / "docs/study.json").stat().st_size < 100_000
+    for claim, found in zip(study.CLAIMS, RESULT["claims"], strict=True):
+        known = study.entry(claim)
+        assert [found[key] for key in ("number", "claim", "paper", "rule", "decides")] == [
+            known[key] for key in ("number", "claim", "paper", "rule", "decides")]
+        if not found["parts"]:
+            assert found["verdict"] == NOT_RUN
+            continue
+        assert not found["trial"] and found["commit"] != "unknown"
+        for row in found["parts"].values():
+            assert row["verdict"] == verdict(row)
+        assert found["verdict"] == weakest([found["parts"][name]["verdict"] for name in claim.decides])
