@@ -44,7 +44,7 @@ class Settings:
     out: str | None = arg(None, "folder of all seeds and runs; holds the gold judge")
     seed: int = arg(0, "training seed: base, prompts, noise")
     reward: str | None = arg(None, "a DeScore folder, or a control: gold, random")
-    updates: int = arg(60, "updates, each on the clips of --prompts x --group", at_least=1)
+    updates: int = arg(50, "updates, each on the clips of --prompts x --group", at_least=1)
     prompts: int = arg(16, "prompts per update", at_least=1)
     group: int = arg(8, "clips per prompt", at_least=2)
     minis: int = arg(4, "optimizer steps per update; longcat: 1, it has one SDE step", at_least=1)
