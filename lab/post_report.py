@@ -19,6 +19,8 @@ from plumbing.report import table
 from plumbing.settings import InputError
 
 BESIDE = ("subject_consistency", "background_consistency", "sharpness", "dynamic_degree", "diversity")
+CURVES = {"proxy": "proxy: DeScore's reward", "gold": "gold: share of the asked attributes",
+          "agreement": "rank correlation of both within a prompt"}
 LOSS = 0.10  # a measure that loses more than this share of its value has fallen
 RULE = f"""The rule of the verdict, fixed before any run. Before and after are measured on the same prompts and noise.
   ROSE    the gold alignment rose in every training seed, its mean rise is over twice its standard error over the
@@ -173,24 +175,18 @@ def report(out: str, measured: dict[str, list[dict]], seeds: dict[str, list[int]
         if arm == "base" or arm.endswith("-random"):
             continue
         control = of.get(arm.rpartition("-")[0] + "-random") or of.get("grpo-random", {})
-        before = [of["base"][seed] for seed in seeds[arm]]
-        text += f"{arm}: {verdict(before, measured[arm], [control[k] for k in seeds[arm] if k in control])}\n"
+        starts = [of["base"][seed] for seed in seeds[arm]]
+        text += f"{arm}: {verdict(starts, measured[arm], [control[k] for k in seeds[arm] if k in control])}\n"
     with written_whole(os.path.join(out, "results.md")) as file:
         file.write(text)
-    draw_curves(os.path.join(out, "post_training.png"), measured, logs)
+    before = {arm: [of["base"][seed] for seed in seeds[arm]] for arm in measured}
+    draw_curves(os.path.join(out, "post_training.png"), measured, before, logs)
     return text
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Pictures
 # ---------------------------------------------------------------------------------------------------------------
-def smooth(values: list, span: int = 5) -> np.ndarray:
-    """Mean of the last `span` values; None counts as missing."""
-    numbers = np.array([np.nan if v is None else v for v in values], float)
-    parts = [numbers[max(0, k - span + 1) : k + 1] for k in range(len(numbers))]
-    return np.array([np.nan if np.isnan(part).all() else np.nanmean(part) for part in parts])
-
-
 def pyplot():
     """matplotlib without a screen."""
     import matplotlib
@@ -201,29 +197,31 @@ def pyplot():
     return plt
 
 
-def draw_curves(path: str, measured: dict[str, list[dict]], logs: dict[str, list[list[dict]]]) -> None:
+def draw_curves(path: str, measured: dict[str, list[dict]], before: dict[str, list[dict]], logs: dict) -> None:
     """Proxy, gold, and how far they agree, over updates: mean of the seeds, and a band from the lowest to the highest.
 
-    On the clips that were trained on, so all three are free. Where proxy goes on and gold does not, it is hacked.
+    On the prompts and start noise of the evaluation; at 0 the base's own numbers, `before`. Where the proxy goes on
+    rising and gold does not, the reward is hacked.
     """
     plt = pyplot()
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.9))
-    titles = {"reward": "proxy: DeScore's reward", "gold": "gold: share of the asked attributes",
-              "agreement": "rank correlation of both within a prompt"}
-    for axis, (name, title) in zip(axes, titles.items()):
+    for axis, (name, title) in zip(axes, CURVES.items()):
         for arm, runs in logs.items():
-            if not arm.endswith("-descore") and name != "gold":
-                continue  # a control's reward is no proxy, or has another scale
-            length = min(map(len, runs))
-            curves = np.array([smooth([line[name] for line in run[:length]]) for run in runs])
-            (line,) = axis.plot(range(1, length + 1), curves.mean(0), label=arm)
-            axis.fill_between(range(1, length + 1), curves.min(0), curves.max(0), color=line.get_color(), alpha=0.15)
+            if name != "gold" and not arm.endswith("-descore"):
+                continue  # a control's reward is no proxy
+            points = [[line for line in run if "fixed" in line] for run in runs]
+            length = min(map(len, points))
+            updates = [0, *(line["update"] + 1 for line in points[0][:length])]
+            curves = [[start[name], *(line["fixed"][name] for line in run[:length])]
+                      for start, run in zip(before[arm], points)]
+            curves = np.array(curves, float)  # None becomes nan
+            (line,) = axis.plot(updates, curves.mean(0), marker=".", label=arm)
+            axis.fill_between(updates, curves.min(0), curves.max(0), color=line.get_color(), alpha=0.15)
         axis.set(xlabel="update", title=title)
         axis.spines[["top", "right"]].set_visible(False)
-    for by, style in (("proxies", "--"), ("golds", ":")):
+    for by, word, style in (("proxies", "the reward", "--"), ("golds", "gold", ":")):
         level = np.mean([best_of(numbers, by)["gold"] for numbers in measured["base"]])
-        axes[1].axhline(level, color="grey", linestyle=style, linewidth=1,
-                        label=f"best of a group by {'the reward' if by == 'proxies' else 'gold'}")
+        axes[1].axhline(level, color="grey", linestyle=style, linewidth=1, label=f"best of a group by {word}")
     axes[1].legend(fontsize=7, frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

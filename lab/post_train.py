@@ -62,11 +62,12 @@ class Settings:
     wrong: float = arg(0.3, "base: share of asked attributes replaced by random ones", at_least=0, at_most=1)
     pool: int = arg(4096, "base, gold judge: rendered clips to learn from", at_least=32)
     judge_steps: int = arg(220, "gold judge: optimizer steps", at_least=1)
-    eval_prompts: int = arg(32, "measure: prompts, --group clips each", at_least=2)
+    eval_prompts: int = arg(32, "prompts of the evaluation, --group clips each", at_least=2)
+    curve_every: int = arg(10, "updates between two points of the figure's curves", at_least=1)
     save_every: int = arg(5, "updates between two savings", at_least=1)
 
 
-FREE = ("out", "updates", "save_every", "eval_prompts")  # these may change when a run goes on
+FREE = ("out", "updates", "save_every", "eval_prompts", "curve_every")  # these may change when a run goes on
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -253,12 +254,16 @@ def post_train(method: str, s: Settings, progress=True) -> None:
         print(f"{folder}: {len(log)} updates are done")
         return
     score = Reward(s.reward, gold_judge(s.out, s.judge_steps, s.pool), s.seed)
+    rendered = post_report.rendered_clips(s.eval_prompts)
     step = {"grpo": grpo_update, "dpo": dpo_update}[method]
     bar = tqdm(range(len(log), s.updates), desc=os.path.basename(folder), disable=not progress)
     for update in bar:
         begin = time.time()
         numbers = step(policy, base, optimizer, score, s, update, store)
         log.append({"update": update, **numbers, "seconds": time.time() - begin})
+        if (update + 1) % s.curve_every == 0:
+            fixed = post_report.evaluate(policy, score.judge, score, rendered, s.group, s.steps)
+            log[-1]["fixed"] = {name: fixed[name] for name in post_report.CURVES}
         bar.set_postfix({name: f"{np.mean([line[name] for line in log[-5:]]):.3f}" for name in ("reward", "gold")})
         if (update + 1) % s.save_every == 0 or update + 1 == s.updates:
             save_generator(path, policy, settings=settings, optimizer=optimizer.state_dict(), log=log, store=store)

@@ -211,7 +211,7 @@ def test_the_verdict_follows_the_rule():
 
 # -- the script --------------------------------------------------------------------------------------------------
 FLAGS = ["--pool", "32", "--base-steps", "1", "--judge-steps", "2", "--prompts", "2", "--group", "2", "--steps", "3",
-         "--eval-prompts", "2", "--minis", "2", "--batch-pairs", "2"]
+         "--eval-prompts", "2", "--minis", "2", "--batch-pairs", "2", "--curve-every", "2"]
 
 
 def state(out, arm):
