@@ -55,7 +55,7 @@ class Settings:
                      choices=["longcat", "flow-grpo"])
     clip: float = arg(1e-3, "range of the ratio, which is the D-th root of the true one", above=0)
     kl: float = arg(0.0, "weight of the KL to the base", at_least=0)
-    beta: float = arg(500.0, "dpo: weight of the implicit reward", above=0)
+    beta: float = arg(100.0, "dpo: weight of the implicit reward", above=0)
     pairs: int = arg(1, "dpo: pairs from each group: best and worst, second best and second worst, ...", at_least=1)
     batch_pairs: int = arg(32, "dpo: pairs per optimizer step", at_least=1)
     base_steps: int = arg(800, "base: optimizer steps", at_least=1)
