@@ -10,7 +10,7 @@ VENV ?= .venv
 RUNS ?= runs
 PY = HF_HUB_OFFLINE=1 $(VENV)/bin/python
 
-.PHONY: demo seeds study post-train post-seeds road test lint setup clean
+.PHONY: demo seeds study post-train post-seeds post-dpo post-grpo post-random post-gold road test lint setup clean
 setup: $(VENV)/.ready
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -74,18 +74,21 @@ $(RUNS)/seed%/results.md:
 	@echo "seed $*: a demo; what it prints is in $(@D).log"
 	$(MAKE) demo SEED=$* RUNS=$(RUNS)/seed$* > $(@D).log 2>&1
 
-# Post-training a toy video generator (docs/post_training.md). Started again, it goes on. The control with the random
-# reward shows what updates alone do, the one with gold what a perfect reward could. DeScore and gold judge are the same
-# for all seeds. After `make study` or `make seeds`: REWARD=runs/seed0/stage2/model
+# Post-training a toy video generator (docs/post_training.md), two runs at a time on one core each. Started again, it
+# goes on. The control with the random reward shows what updates alone do, the one with gold what a perfect reward could.
+# DeScore and gold judge are the same for all seeds. After `make study` or `make seeds`: REWARD=runs/seed0/stage2/model
 REWARD ?= $(RUNS)/stage2/model
 POST = --out $(RUNS)/post --seed $(SEED)
 post-train: setup
-	$(PY) -m lab.post_train base $(POST)
-	$(PY) -m lab.post_train grpo $(POST) --reward $(REWARD)
-	$(PY) -m lab.post_train dpo $(POST) --reward $(REWARD)
-	$(PY) -m lab.post_train grpo $(POST) --reward random
-	$(PY) -m lab.post_train grpo $(POST) --reward gold
-	$(PY) -m lab.post_train measure $(POST) --reward $(REWARD)
+	OMP_NUM_THREADS=1 $(PY) -m lab.post_train base $(POST)
+	OMP_NUM_THREADS=1 $(MAKE) -j2 post-dpo post-grpo post-random post-gold
+	OMP_NUM_THREADS=1 $(PY) -m lab.post_train measure $(POST) --reward $(REWARD)
+
+post-dpo post-grpo:
+	$(PY) -m lab.post_train $(@:post-%=%) $(POST) --reward $(REWARD)
+
+post-random post-gold:
+	$(PY) -m lab.post_train grpo $(POST) --reward $(@:post-%=%)
 
 post-seeds: setup
 	for k in $(SEEDS); do $(MAKE) post-train SEED=$$k || exit 1; done
