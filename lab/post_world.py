@@ -81,7 +81,7 @@ class Judge(nn.Module):
     """Reads the four attributes off a clip: colour, shape and environment from single frames, motion from all.
 
     The largest value over a frame finds the subject wherever it is, the mean over the frame is mostly background. A
-    3-D network alone read shapes with .75.
+    3-D network alone reads shapes badly.
     """
 
     def __init__(self):

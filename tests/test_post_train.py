@@ -233,6 +233,7 @@ def test_the_whole_script_resumes_to_the_bit(tmp_path, tiny_model_dir, capsys):
         again = state(out, arm)
         assert all(torch.equal(whole["weights"][name], again["weights"][name]) for name in whole["weights"])
         assert [line["reward"] for line in whole["log"]] == [line["reward"] for line in again["log"]]
+        assert ["fixed" in line for line in again["log"]] == [False, True]  # --curve-every 2
         with pytest.raises(InputError, match="--lr"):
             post_train.main([method, *flags, "--reward", reward, "--updates", "3", "--lr", "1e-3"])
     post_train.main(["grpo", *flags, "--reward", tiny_model_dir, "--updates", "1", "--prompts", "1"])
