@@ -217,7 +217,11 @@ def score_phase(items: list[Item], thoughts: dict, out: str, s: Settings, ranks,
 
 
 def text_rewards(thoughts: dict) -> dict:
-    """The rewards that the CoTs state, as score_phase returns the head's."""
+    """The rewards that the CoTs state, as score_phase returns the head's.
+
+    Scores have few different values, so two videos often get the same one. An equal score is wrong wherever people
+    decided, so texts look worse than they are: lab/study.py counts equal scores half.
+    """
     return {key: {"reward": float(np.mean([overall_score(text) for text in record["thoughts"]]))}
             for key, record in thoughts.items()}
 
