@@ -5,7 +5,7 @@ Pure functions of numpy arrays. labels (n,) in {+1: A is better, -1: B, 0: the s
 
 import numpy as np
 
-from data import InputError
+from plumbing.settings import InputError
 
 NOTHING_TIED = -1.0  # a threshold below every |margin|
 

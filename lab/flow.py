@@ -24,6 +24,7 @@ Sources: Flow-GRPO (arXiv 2505.05470), DanceGRPO (2505.07818), LongCat-Video (25
 (2501.13918). None of it is in the DeScore paper, which names the two methods and no formula.
 """
 
+import dataclasses
 import math
 
 import torch
@@ -67,6 +68,18 @@ def sde_mean(x: torch.Tensor, velocity: torch.Tensor, t: float, t_next: float, s
     x, velocity = x.float(), velocity.float()
     noise = x + (1 - t) * velocity
     return x - (t - t_next) * (velocity + sigma**2 / (2 * t) * noise)
+
+
+@dataclasses.dataclass
+class Step:
+    """One SDE step as it was sampled, of N clips: what GRPO goes through again under the policy as it is then."""
+
+    x: torch.Tensor  # (N, ...)
+    x_next: torch.Tensor  # (N, ...)
+    t: float
+    t_next: float
+    sigma: float
+    log_prob: torch.Tensor  # (N,): (3), when sampled
 
 
 def step_log_prob(

@@ -7,7 +7,6 @@ components of each patch (the toy's stand-in for a video autoencoder) it does.
 Shapes: N clips, P = 64 patches of 2 x 8 x 8 pixels, C = 32 components. x, velocities, noise: (N, P, C).
 """
 
-import dataclasses
 import itertools
 import math
 
@@ -161,18 +160,6 @@ def train_base(seed: int, steps: int, wrong: float, pool: int, batch: int = 64, 
 # ---------------------------------------------------------------------------------------------------------------
 # Sampling, and a step's log-prob
 # ---------------------------------------------------------------------------------------------------------------
-@dataclasses.dataclass
-class Step:
-    """One SDE step of all clips, as it was sampled: what GRPO goes through again. x, x_next (N, P, C)."""
-
-    x: torch.Tensor
-    x_next: torch.Tensor
-    t: float
-    t_next: float
-    sigma: float
-    log_prob: torch.Tensor  # (N,)
-
-
 def step_mean(generator: Generator, x: torch.Tensor, asked, t: float, t_next: float, sigma: float) -> torch.Tensor:
     """μ of one step under this generator: flow.py (2)."""
     return flow.sde_mean(x, generator.velocity(x, t, asked), t, t_next, sigma)
@@ -191,6 +178,6 @@ def sample(generator: Generator, asked: torch.Tensor, start: torch.Tensor, steps
         if sigma:
             x_next = mean + sigma * math.sqrt(t - t_next) * noise_of(x.shape, *name, k)
             log_prob = flow.step_log_prob(x_next, mean, sigma, t, t_next)
-            trail.append(Step(x, x_next, t, t_next, sigma, log_prob))
+            trail.append(flow.Step(x, x_next, t, t_next, sigma, log_prob))
         x = x_next
     return x, trail

@@ -71,18 +71,6 @@ class Settings:
     seed: int = arg(0, "of clips, order and LoRA")
 
 
-@dataclasses.dataclass
-class Step:
-    """One SDE step of one clip, as it was sampled: what GRPO goes through again. x and x_next (1, C, F', H', W')."""
-
-    x: torch.Tensor
-    x_next: torch.Tensor
-    t: float
-    t_next: float
-    sigma: float
-    log_prob: torch.Tensor  # (1,)
-
-
 class Wan:
     """The generator: Wan's pipeline with a LoRA, its text encoder used up at the start."""
 
@@ -134,7 +122,7 @@ class Wan:
             self.transformer.enable_adapters()
 
     @torch.no_grad()
-    def sample(self, prompt: str, start_seed: int, seed: int, noisy: set[int]) -> tuple[torch.Tensor, list[Step]]:
+    def sample(self, prompt: str, start_seed: int, seed: int, noisy: set[int]) -> tuple[torch.Tensor, list[flow.Step]]:
         """One clip's latents, and its SDE steps: those numbered in `noisy`; the others are Euler."""
         x = self.draw(start_seed)
         generator, trail = torch.Generator().manual_seed(seed), []
@@ -146,7 +134,7 @@ class Wan:
                 z = torch.randn(x.shape, generator=generator).to(x.device)
                 x_next = mean + sigma * math.sqrt(t - t_next) * z
                 log_prob = flow.step_log_prob(x_next, mean, sigma, t, t_next)
-                trail.append(Step(x, x_next, t, t_next, sigma, log_prob))
+                trail.append(flow.Step(x, x_next, t, t_next, sigma, log_prob))
             x = x_next
         return x, trail
 
@@ -159,7 +147,7 @@ class Wan:
         longcat = self.s.noise == "longcat"
         return flow.noise_scale(t, t_next, a=1.0, cap=0.45) if longcat else flow.noise_scale(t, t_next, a=0.7)
 
-    def grpo_step_loss(self, prompt: str, step: Step, advantage: torch.Tensor, count: int) -> torch.Tensor:
+    def grpo_step_loss(self, prompt: str, step: flow.Step, advantage: torch.Tensor, count: int) -> torch.Tensor:
         """Eq. 7 for one step of one clip: advantage (1,). `count`: clips x steps of the whole update."""
         at = (step.sigma, step.t, step.t_next)
         weight = flow.step_weight(step.t, step.t_next) if self.s.noise == "longcat" else 1.0

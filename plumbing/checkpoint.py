@@ -70,8 +70,7 @@ def open_model(cls, path: str, device, dtype: torch.dtype, new_head: bool, empty
     settings_path = os.path.join(path, SETTINGS_FILE)
     settings = {"base_model": str(path)}
     if os.path.isfile(settings_path):
-        with open(settings_path, encoding="utf-8") as file:
-            settings = json.load(file)
+        settings = trained_settings(path)
     elif not new_head and not random_init:
         raise InputError(
             f"{path}: has no {SETTINGS_FILE}, so no reward head; give --model a folder that cold_start.py wrote."

@@ -52,12 +52,22 @@ def real_processor():
     return AutoProcessor.from_pretrained(os.environ["QWEN3_VL"])
 
 
+TINY = {"hidden": 64, "layers": 2, "heads": 2, "vision_hidden": 48, "vision_layers": 2}
+
+
+def fresh_model(base: str, seed: int) -> DeScore:
+    """A DeScore on a plain Qwen3-VL folder, with a head whose rewards differ visibly."""
+    torch.manual_seed(seed)
+    model = DeScore.from_pretrained(base, new_head=True)
+    torch.nn.init.normal_(model.head.weight, std=0.5)
+    return model.eval()
+
+
 @pytest.fixture(scope="session")
 def base_dir(tmp_path_factory, processor):
     """A plain Hugging Face folder: a tiny Qwen3-VL with random weights."""
     folder = tmp_path_factory.mktemp("base")
-    sizes = {"hidden": 64, "layers": 2, "heads": 2, "vision_hidden": 48, "vision_layers": 2}
-    toy_model.build_model(processor, **sizes).save_pretrained(folder)
+    toy_model.build_model(processor, **TINY).save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
 
@@ -65,20 +75,14 @@ def base_dir(tmp_path_factory, processor):
 @pytest.fixture
 def model(base_dir):
     """A fresh DeScore on the tiny base, with a head whose rewards differ visibly."""
-    torch.manual_seed(0)
-    model = DeScore.from_pretrained(base_dir, new_head=True)
-    torch.nn.init.normal_(model.head.weight, std=0.5)
-    return model.eval()
+    return fresh_model(base_dir, 0)
 
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(base_dir, tmp_path_factory):
     """A DeScore checkpoint folder."""
-    torch.manual_seed(1)
     folder = str(tmp_path_factory.mktemp("descore"))
-    model = DeScore.from_pretrained(base_dir, new_head=True)
-    torch.nn.init.normal_(model.head.weight, std=0.5)
-    model.save_pretrained(folder)
+    fresh_model(base_dir, 1).save_pretrained(folder)
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -37,31 +38,44 @@ def test_collecting_cots_writes_a_cold_start_csv_and_resumes(world, base_dir, tm
     assert len(known) == len(set(known)) == 14
 
 
-def test_what_is_kept_of_a_thought(world, base_dir, tmp_path):
+@pytest.fixture
+def val_csv(world, monkeypatch):
+    """A CSV by a relative path: its videos' names, which name the random streams, are then the same in every run."""
+    folder, name = os.path.split(world["val_cold_start"])
+    monkeypatch.chdir(folder)
+    return name
+
+
+def of_video(path, prompt):
+    """What tells a thought, however its video's path is written."""
+    return os.path.realpath(path), prompt
+
+
+def test_what_is_kept_of_a_thought(val_csv, base_dir, tmp_path):
     """thoughts.jsonl tells which CoT of which video, how many TOKENS, and whether EOS came before the limit."""
-    out, more, flags = {}, {}, ["--model", base_dir, "--data", world["val_cold_start"], "--max-new-tokens", "6"]
+    out, more, flags = {}, {}, ["--model", base_dir, "--data", val_csv, "--max-new-tokens", "6"]
     runs = {"sampled": [], "again": [], "seed 1": ["--seed", "1"], "greedy": ["--temperature", "0"]}
     for name, flag in runs.items():
         rollout.main([*flags, *flag, "--out", str(tmp_path / f"{name}.csv")])
         lines = (tmp_path / f"{name}.csv.thoughts" / "thoughts.jsonl").read_text().splitlines()
-        out[name] = {(r["video"], r["prompt"]): r["thoughts"][0] for r in map(json.loads, lines)}
+        out[name] = {of_video(r["video"], r["prompt"]): r["thoughts"][0] for r in map(json.loads, lines)}
         more[name] = [(r["tokens"][0], r["ended"][0], len(r["thoughts"][0])) for r in map(json.loads, lines)]
     assert out["sampled"] == out["again"] and out["seed 1"] != out["sampled"] != out["greedy"]
     for pair in data.read_pairs(str(tmp_path / "sampled.csv")):
-        assert pair.cots == tuple(out["sampled"][video, pair.prompt] for video in pair.videos)
+        assert pair.cots == tuple(out["sampled"][of_video(video, pair.prompt)] for video in pair.videos)
     # random weights hardly ever say EOS: all six tokens, cut off, and far more characters than tokens
     assert {tokens for tokens, _, _ in more["sampled"]} == {6} and not any(ended for _, ended, _ in more["sampled"])
     assert max(characters for _, _, characters in more["sampled"]) > 6
 
 
-def test_stage_1_trains_on_what_was_sampled(world, base_dir, model, tmp_path, capsys):
+def test_stage_1_trains_on_what_was_sampled(val_csv, base_dir, model, tmp_path, capsys):
     """Ids from sampling to stage 1's forward: no EOS where the CoT was cut off, and not what the text encodes to."""
     out, tokenizer = tmp_path / "cots.csv", model.processor.tokenizer
-    rollout.main(["--model", base_dir, "--data", world["val_cold_start"], "--out", str(out), "--max-new-tokens", "9"])
-    records = read_log(f"{out}.thoughts", "thoughts")
+    rollout.main(["--model", base_dir, "--data", val_csv, "--out", str(out), "--max-new-tokens", "9"])
+    records = {of_video(*key): record for key, record in read_log(f"{out}.thoughts", "thoughts").items()}
     pairs = data.read_pairs(str(out))
     for pair in pairs:
-        sampled = [records[video, pair.prompt] for video in pair.videos]
+        sampled = [records[of_video(video, pair.prompt)] for video in pair.videos]
         assert list(pair.cot_ids(tokenizer)) == [record["token_ids"][0] for record in sampled]
         assert not any(record["ended"][0] for record in sampled)  # all cut off: no EOS, though encode_cot would add one
         assert all(ids[-1] != tokenizer.eos_token_id for ids in pair.cot_ids(tokenizer))

@@ -12,7 +12,7 @@ import cold_start
 import grpo
 import parallel
 import rollout
-from conftest import run
+from conftest import TINY, fresh_model, run
 from lab import import_released, toy_model
 from layout import lay_out
 from model import DeScore
@@ -33,8 +33,7 @@ def is_tied(backbone) -> bool:
 def base(tmp_path_factory, processor):
     """A plain Qwen3-VL folder with tied embeddings."""
     folder = tmp_path_factory.mktemp("tied_base")
-    sizes = dict(hidden=64, layers=2, heads=2, vision_hidden=48, vision_layers=2)
-    model = toy_model.build_model(processor, **sizes, tied=True)
+    model = toy_model.build_model(processor, **TINY, tied=True)
     assert is_tied(model)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -45,20 +44,14 @@ def base(tmp_path_factory, processor):
 @pytest.fixture
 def tied(base):
     """A fresh DeScore on it, with a head whose rewards differ visibly."""
-    torch.manual_seed(0)
-    model = DeScore.from_pretrained(base, new_head=True)
-    torch.nn.init.normal_(model.head.weight, std=0.5)
-    return model.eval()
+    return fresh_model(base, 0)
 
 
 @pytest.fixture(scope="module")
 def folder(base, tmp_path_factory):
     """A DeScore checkpoint folder with tied embeddings."""
-    torch.manual_seed(1)
     path = str(tmp_path_factory.mktemp("tied"))
-    model = DeScore.from_pretrained(base, new_head=True)
-    torch.nn.init.normal_(model.head.weight, std=0.5)
-    model.save_pretrained(path)
+    fresh_model(base, 1).save_pretrained(path)
     return path
 
 
