@@ -129,7 +129,7 @@ def score_pairs(model, items, settings, masks=None):
 @torch.no_grad()
 def validate(model, dataset, settings, ranks) -> float:
     """COLLECTIVE: accuracy without ties over all pairs. Never masked: masking is for training."""
-    model.eval()
+    model.eval()  # no dropout
     size, mine = len(dataset), []
     rounds = math.ceil(size / ranks.world)  # the same number of forwards on every rank, or FSDP deadlocks
     order = [min(i * ranks.world + ranks.rank, size - 1) for i in range(rounds)]
@@ -151,6 +151,8 @@ def draw(run: Run, settings) -> list[tuple[int, bool]]:
 
     One coin per pair and epoch, from (seed, epoch) alone, so that every rank and a resumed run toss the same.
     """
+    # Why per pair and not per video: a video with its CoT against one without would teach the head about masking, not
+    # about the videos. Why at all: a head that always has the CoT may stop looking at the video.
     drawn = []
     for epoch, indices in run.draws():
         coins = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch + 500_009)
@@ -183,6 +185,8 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
         waited = run.seconds()  # a large share of the step means: more --workers, or --frame-cache
         batch.sort(key=longest)  # only within the batch: the sum of its gradients does not depend on the order
         sums = Sums()
+        # Micro-batches: as many pairs as memory holds at a time. Gradients add up, and each loss is already divided by
+        # the whole batch, so their number changes nothing.
         for i in range(0, run.local_pairs, settings.micro_pairs):
             items, masks = zip(*batch[i : i + settings.micro_pairs])  # 2 mask CoTs
             with ranks.autocast():

@@ -98,7 +98,7 @@ def measure(name: str, pairs: list[PreferencePair], rewards: np.ndarray) -> repo
     # The model never says "the same". A pair counts as called a tie if |margin| <= threshold, the one that does best.
     accuracy, threshold = accuracy_with_ties(labels, margins)
     hits = {"without_ties": right(labels, margins), "with_ties": right(labels, margins, threshold)}
-    decided = labels != 0
+    decided = labels != 0  # human ties have no right side: accuracy without ties leaves them out
     numbers = {
         "name": name, "pairs": len(pairs), "human_ties": int((~decided).sum()), "prompts": len(prompts),
         "accuracy_without_ties": accuracy_without_ties(labels, margins) if decided.any() else None,
@@ -201,6 +201,7 @@ def score_phase(items: list[Item], thoughts: dict, out: str, s: Settings, ranks,
     """
     if s.think:
         items = [item for item in items if item[:2] in thoughts]  # the others were skipped while thinking
+    # What a former run of the same command has scored is not scored again.
     phase = Phase("rewards", items, out, s.skip_bad_videos, ranks)
     if phase.to_do:
         model = judge.open_model()
@@ -231,7 +232,7 @@ def text_rewards(thoughts: dict) -> dict:
 # ---------------------------------------------------------------------------------------------------------------
 def pair_rewards(pairs: list[PreferencePair], rewards: dict) -> np.ndarray:
     """{(video, prompt): record} -> (n, 2) rewards of A and B; nan where a video has none."""
-    none = {"reward": float("nan")}
+    none = {"reward": float("nan")}  # not 0: a missing reward must never look like one
     return np.array([[rewards.get((video, p.prompt), none)["reward"] for video in p.videos] for p in pairs])
 
 
@@ -305,6 +306,7 @@ def resolve(s: Settings, ranks) -> Settings:
 
 def one_video(s: Settings, ranks, judge: Judge) -> None:
     """Prints CoT and reward of --video."""
+    # The same two steps as for many: think, then score.
     model, k = judge.open_model(), s.thoughts
     require_short(s.prompt, model.processor.tokenizer)
     video = data.sample_frames(s.video, s.fps, s.max_pixels)

@@ -284,8 +284,8 @@ def train(model, reference, engine, pairs, settings: Settings, ranks) -> None:
         drawn = run.seconds()
         batch = generate(items, engine, settings, step)  # 2 generate
         for rollouts in batch:
-            reward = REWARDS[settings.objective]  # 3 rollout rewards, by rules only
-            rollouts.rule_rewards = reward(rollouts, tokenizer, settings)
+            # 3 rollout rewards: by rules only, never by the head (--objective preference: by who won)
+            rollouts.rule_rewards = REWARDS[settings.objective](rollouts, tokenizer, settings)
             rollouts.advantages = group_advantages(rollouts.totals())  # 4 group advantages: (2, G)
         generated = run.seconds()
         for rollouts in batch:

@@ -140,6 +140,7 @@ def stage1(world) -> list[dict]:
     no_limit = cold_start.Settings(max_length=10**9)
 
     def step(together: bool) -> float:
+        """One forward and backward of a pair: both videos in a batch, or one after the other."""
         model.zero_grad()
         with world.ranks.autocast():
             if together:
@@ -206,6 +207,7 @@ def decode(world) -> list[dict]:
         results = {"target size": data.sample_frames(path).frames}
 
         def full_size():
+            """The other way: decode whole frames, then make them small."""
             reader = VideoReader(path, ctx=cpu(0), num_threads=1)
             indices = data.sample_indices(len(reader), reader.get_avg_fps(), 2.0)
             full = reader.get_batch(indices).asnumpy()  # (T, 720, 1280, 3)

@@ -204,6 +204,7 @@ def report(results: list[Result]) -> None:
 
 
 def main(argv=None) -> None:
+    """Writes a copy, checks it, grades a submission, builds the zip, or grades the grader."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", help="write a student's copy into this new folder")
     parser.add_argument("--variant", type=int, default=0, help="constants of this variant; 0: the paper's (default 0)")

@@ -109,6 +109,7 @@ def stage_1(model, item, settings: cold_start.Settings, ranks):
     parallel.set_learning_rate(optimizer, 1, 1)
 
     def update():
+        """One step of stage 1, as cold_start.train makes it."""
         with ranks.autocast():
             chosen, rejected = cold_start.score_pairs(model, [item], settings)
         loss = bt_loss(chosen, rejected)

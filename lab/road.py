@@ -103,6 +103,7 @@ def video_feedback(folder, clips: Clips, prompts: int = 12) -> None:
 
 
 def rapidata(folder, clips: Clips, pairs: int = 6) -> None:
+    """Rapidata's parquet: weighted shares of the votes for each side, videos found by their names."""
     rows = []
     for k in range(pairs):
         prompt, a, b = clips.pair(folder / "Videos", f"{k}_wan.mp4", f"{k}_sora.mp4")
@@ -114,6 +115,7 @@ def rapidata(folder, clips: Clips, pairs: int = 6) -> None:
 
 
 def mj_bench_video(folder, clips: Clips, pairs: int = 10) -> None:
+    """MJ-Bench-Video's JSON: a preference, and labels per aspect in its own polarity."""
     rows, theirs = [], {"2": 1, "1": 1, "0": 2, "N/A": 0}  # 1 good, 2 bad, 0 irrelevant
     for k in range(pairs):
         prompt, a, b = clips.pair(folder / "videos" / "test", f"{k}_0.mp4", f"{k}_1.mp4")
@@ -128,6 +130,7 @@ def mj_bench_video(folder, clips: Clips, pairs: int = 10) -> None:
 
 
 def rewardbench(folder, clips: Clips, pairs: int = 6) -> None:
+    """VideoGen-RewardBench's CSV: four label columns, and the models that made the videos."""
     rows = []
     for k in range(pairs):
         prompt, a, b = clips.pair(folder / "videos", f"{k}_A.mp4", f"{k}_B.mp4")

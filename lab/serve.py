@@ -177,7 +177,7 @@ class RewardServer:
                 *zip(*batch), think=self.s.think, max_new_tokens=self.s.max_new_tokens, normalize=self.s.normalize,
                 with_thoughts=True,
             )
-        except Exception as error:
+        except Exception as error:  # whatever it is, it must not take the batch's other videos along: one by one then
             if len(batch) == 1:
                 return [error]
             return [self.score([one])[0] for one in batch]
@@ -222,6 +222,7 @@ def make_app(model: DeScore, s: Settings, token: str = ""):
 
     @web.middleware
     async def guard(request, handler):
+        """Around every request: asks for the token, turns every failure into JSON, counts the answer."""
         given = request.headers.get("Authorization", "")
         if token and request.path != "/health" and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
             response = web.json_response({"error": "send the header `Authorization: Bearer TOKEN`."}, status=401)

@@ -49,6 +49,7 @@ def paradigms(axis, claim) -> None:
 
 
 def gradient_noise(axis, claim) -> None:
+    """Claim 2: how alike two draws' gradients are (cosine), bars over seeds; above them noise / signal."""
     found = claim["more"]["gradients"]
     for place, (name, row) in enumerate(found.items()):
         axis.bar(place, np.mean(row["cosine"]), 0.6, color=COLOURS[place])
@@ -68,6 +69,7 @@ def masking(axis, claim) -> None:
 
 
 def reward_drift(axis, claim) -> None:
+    """Claim 4: the mean reward over stage 2, minus that of its first step, for each weight of BT."""
     for colour, (weight, found) in zip(COLOURS, claim["more"]["weights"].items()):
         runs = [np.array(run) for run in found["reward_mean"]]
         for k, run in enumerate(runs):
@@ -79,6 +81,7 @@ def reward_drift(axis, claim) -> None:
 
 
 def data_efficiency(axis, claim) -> None:
+    """Claim 5: accuracy against the share of the training pairs, thinking and not."""
     curve = {label: found for label, found in claim["more"]["curve"].items() if found}
     shares = list(max(curve.values(), key=len))
     lines(axis, [1 / int(s) for s in shares], {label: list(found.values()) for label, found in curve.items()})

@@ -318,7 +318,7 @@ def serve(request: dict, functions: dict, send, lines, folder: str) -> dict:
         if not total.requires_grad:
             raise Wrong(f"{request['call']} returns a value without a gradient: something in it is detached")
         return {"value": pack(list(torch.autograd.grad(total, [args[i] for i in of], allow_unused=True)))}
-    except Exception as error:
+    except Exception as error:  # a student's code may raise anything; it becomes what the lesson says
         return {"wrong": explain(error, folder)}
 
 
@@ -336,6 +336,6 @@ def accepts(test, own, send, lines) -> bool:
         test(own or theirs)
     except NotImplementedError:
         raise
-    except Exception:
+    except Exception:  # a failed assertion, or any error: the test did not accept what it was given
         return False
     return True
