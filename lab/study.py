@@ -204,9 +204,8 @@ def is_done(task: Task) -> bool:
     return asked <= study_values.load(task.run, "heads.json")["in-domain"]["rewards"].keys()
 
 
-def run_task(task: Task) -> None:
-    """Runs one command on one core. Its output goes to RUN/study/logs/NAME.log, its minutes to RUN/study/minutes.jsonl.
-    """
+def run_task(task: Task, now: str) -> None:
+    """Runs one command on one core: output to RUN/study/logs/NAME.log, minutes and commit to RUN/study/minutes.jsonl."""
     os.makedirs(f"{task.run}/study/logs", exist_ok=True)
     began, log = time.time(), f"{task.run}/study/logs/{task.name}.log"
     with open(log, "w", encoding="utf-8") as file:
@@ -217,11 +216,11 @@ def run_task(task: Task) -> None:
         raise InputError(f"{task.run}: {task.name} ended with code {code}; read {log}, then run the command again.")
     minutes = (time.time() - began) / 60
     with open(f"{task.run}/study/minutes.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({"task": task.name, "minutes": round(minutes, 2)}) + "\n")
+        file.write(json.dumps({"task": task.name, "minutes": round(minutes, 2), "commit": now}) + "\n")
     print(f"{task.run}: {task.name} done, {minutes:.1f} min", flush=True)
 
 
-def run_all(runs: dict[int, str], claims: list[Claim], jobs: int, steps: int | None) -> None:
+def run_all(runs: dict[int, str], claims: list[Claim], jobs: int, steps: int | None, now: str) -> None:
     """All that the claims need and that is not there, `jobs` at a time."""
     wanted = {name for claim in claims for name in claim.needs}
     first = next(iter(runs))
@@ -229,7 +228,7 @@ def run_all(runs: dict[int, str], claims: list[Claim], jobs: int, steps: int | N
     for phase in zip(*phases):
         open_tasks = [task for one in phase for task in one if not is_done(task)]
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            for future in [pool.submit(run_task, task) for task in open_tasks]:
+            for future in [pool.submit(run_task, task, now) for task in open_tasks]:
                 future.result()
 
 
@@ -291,7 +290,7 @@ def main(argv=None) -> None:
     claims = [claim for claim in CLAIMS if not args.only or claim.number in args.only]
     now = commit()
     announce(claims, args.seeds, now)
-    run_all(runs, claims, args.jobs, args.steps)
+    run_all(runs, claims, args.jobs, args.steps, now)
     result = study_pages.read(path) or {"claims": []}
     known = {found["number"]: found for found in result["claims"] if found["parts"]}
     result["claims"] = [known.get(claim.number, entry(claim)) for claim in CLAIMS]

@@ -112,6 +112,13 @@ def gradients(result: dict) -> str:
     return table(["gradient of", "noise / signal, each seed", "mean cosine of two draws, each seed"], rows)
 
 
+def training(result: dict) -> str:
+    """Claim 2, as Fig. 1c draws it: accuracy on a step's own pairs, late in training; means over seeds."""
+    found = result["claims"][1]["more"].get("training_accuracy", {})
+    rows = [[name, f"{np.mean(row['mean']):.3f}", f"{np.mean(row['step_to_step']):.3f}"] for name, row in found.items()]
+    return table(["trained by", "accuracy, last 40 steps", "its spread from step to step"], rows)
+
+
 def ends(curve: list[float]) -> tuple[float, float]:
     """Means of the first five and of the last ten steps of a training."""
     return float(np.mean(curve[:5])), float(np.mean(curve[-10:]))
@@ -149,13 +156,15 @@ def runs(result: dict) -> str:
 
 
 def minutes(result: dict) -> str:
-    """What each task took."""
-    rows = [[task, f"{np.mean(spent):.1f}", str(len(spent))] for task, spent in result["minutes"].items()]
-    return table(["task", "minutes, mean", "runs"], rows)
+    """What each task took, and which code ran."""
+    rows = [[task, f"{np.mean(one['minutes']):.1f}", str(len(one["minutes"])), ", ".join(sorted(set(one["commits"])))]
+            for task, one in result["minutes"].items()]
+    total = sum(sum(one["minutes"]) for one in result["minutes"].values())
+    return table(["task", "minutes, mean", "runs", "commit"], [*rows, ["all", f"{total:.0f} in sum", "", ""]])
 
 
 TABLES = {"verdicts": verdicts, "parts": parts, "ladder": ladder, "paradigms": paradigms, "gradients": gradients,
-          "drift": drift, "errors": errors, "runs": runs, "minutes": minutes}
+          "training": training, "drift": drift, "errors": errors, "runs": runs, "minutes": minutes}
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -128,7 +128,35 @@ def gradient_noise(runs):
     more = {name: {"noise_to_signal": [rows[name]["noise_to_signal"] for rows in found.values()],
                    "cosine": [float(np.mean(rows[name]["cosine"])) for rows in found.values()]}
             for name in ("BT", *names)}
-    return parts, {"gradients": more}
+    return parts, {"gradients": more, "training_accuracy": training_accuracy(runs)}
+
+
+# trained by -> (folder, what its metrics.jsonl calls its accuracy on the step's own pairs)
+ACCURACIES = {"BT, stage 1": ("stage1", "accuracy"), "BT, discriminative": ("discriminative", "accuracy"),
+              "BT, stage 2": ("stage2", "pair_accuracy"), "GRPO, preference": ("study/coupled", "quality")}
+
+
+def training_accuracy(runs) -> dict:
+    """2, as Fig. 1c draws it: {trained by: each seed's mean over its last 40 steps, and its step-to-step spread}.
+
+    Stage 1 counts 8 pairs a step, stage 2 and the preference reward 6 pairs and several CoTs of each video: a finer
+    mean, for which the same noise looks smaller.
+    """
+    found = {}
+    for name, (folder, metric) in ACCURACIES.items():
+        curves = [[line[metric] for line in read_metrics(f"{run}/{folder}")][-40:] for run in runs.values()]
+        found[name] = {"mean": [float(np.mean(curve)) for curve in curves],
+                       "step_to_step": [step_to_step(curve) for curve in curves]}
+    return found
+
+
+def step_to_step(curve: list[float]) -> float:
+    """Standard deviation of a step's value around its trend: that of the differences of neighbours, over √2.
+
+    >>> step_to_step([1.0, 2.0, 3.0]), round(step_to_step([0.0, 1.0, 0.0]), 3)   # a trend is no noise
+    (0.0, 0.707)
+    """
+    return float(np.std(np.diff(curve)) / np.sqrt(2))
 
 
 def masking(runs):
@@ -265,12 +293,14 @@ def first_rows(path: str, out: str, share: int) -> None:
     write_csv(out, head, rows[: len(rows) // share])
 
 
-def minutes(runs: dict) -> dict[str, list[float]]:
-    """{task: minutes in each run of it}, in all seeds."""
+def minutes(runs: dict) -> dict[str, dict]:
+    """{task: its minutes and commits, one of each per run of it}, in all seeds."""
     spent = {}
     for run in runs.values():
         if os.path.exists(f"{run}/study/minutes.jsonl"):
             with open(f"{run}/study/minutes.jsonl", encoding="utf-8") as file:
                 for line in map(json.loads, file):
-                    spent.setdefault(line["task"], []).append(line["minutes"])
+                    one = spent.setdefault(line["task"], {"minutes": [], "commits": []})
+                    one["minutes"].append(line["minutes"])
+                    one["commits"].append(line.get("commit", "unknown"))
     return spent

@@ -121,6 +121,21 @@ def test_scores_of_a_set_are_the_model_s_own(world, tiny_model_dir):
             assert rewards[:, kind] == pytest.approx(expected.tolist(), abs=1e-4), found["kinds"][kind]
 
 
+def test_step_to_step_spread_by_hand():
+    assert study_values.step_to_step([1.0, 2.0, 3.0]) == 0.0  # a trend is no noise
+    assert study_values.step_to_step([0.0, 1.0, 0.0]) == pytest.approx(2**-0.5)
+    rng = np.random.default_rng(0)
+    curve = np.linspace(0, 5, 4000) + 0.3 * rng.standard_normal(4000)  # noise that is known, on a trend
+    assert study_values.step_to_step(curve) == pytest.approx(0.3, rel=0.05)
+
+
+def test_minutes_name_the_commit_that_ran(tmp_path):
+    task = study.Task("one", str(tmp_path), ["-c", f"open({str(tmp_path / 'done')!r}, 'w')"], str(tmp_path / "done"))
+    study.run_task(task, "abc1234")
+    found = study_values.minutes({0: str(tmp_path)})
+    assert list(found) == ["one"] and found["one"]["commits"] == ["abc1234"] and len(found["one"]["minutes"]) == 1
+
+
 def test_calibration_slope():
     rng = np.random.default_rng(0)
     margins = rng.normal(0, 2, 20_000)
