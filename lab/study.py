@@ -205,7 +205,7 @@ def is_done(task: Task) -> bool:
 
 
 def run_task(task: Task, now: str) -> None:
-    """Runs one command on one core: output to RUN/study/logs/NAME.log, minutes and commit to RUN/study/minutes.jsonl."""
+    """Runs one command on one core: output to RUN/study/logs/NAME.log, minutes and commit to minutes.jsonl."""
     os.makedirs(f"{task.run}/study/logs", exist_ok=True)
     began, log = time.time(), f"{task.run}/study/logs/{task.name}.log"
     with open(log, "w", encoding="utf-8") as file:

@@ -68,15 +68,20 @@ def masking(axis, claim) -> None:
     axis.set(xlabel="masking probability p in training", ylabel="accuracy", ylim=(0, 1))
 
 
-def reward_drift(axis, claim) -> None:
-    """Claim 4: the mean reward over stage 2, minus that of its first step, for each weight of BT."""
+def reward_drift(axis, claim, window: int = 5) -> None:
+    """Claim 4: the rewards' spread over stage 2, as a share of where it began; thin: seeds, thick: their mean.
+
+    The spread, not the mean: BT sees differences only, so a shift of all rewards is nothing to it.
+    """
     for colour, (weight, found) in zip(COLOURS, claim["more"]["weights"].items()):
-        runs = [np.array(run) for run in found["reward_mean"]]
-        for k, run in enumerate(runs):
-            label = f"BT weight {weight}" if k == 0 else None
-            axis.plot(np.arange(1, len(run) + 1), run - run[0], color=colour, alpha=0.8, linewidth=1, label=label)
-    axis.set(xlabel="step of stage 2", ylabel="mean reward minus that of step 1")
-    axis.axhline(0, color="grey", linestyle="--", linewidth=1)
+        window = min(window, *map(len, found["reward_std"]))  # a trial may be shorter
+        runs = [np.convolve(run, np.full(window, 1 / window), "valid") for run in found["reward_std"]]
+        runs = np.array([run / run[0] for run in runs])  # (seeds, steps - window + 1)
+        steps = np.arange(window, window + runs.shape[1])
+        axis.plot(steps, runs.T, color=colour, alpha=0.4, linewidth=0.7)
+        axis.plot(steps, runs.mean(0), color=colour, label=f"BT weight {weight}" + " (seed 0)" * (len(runs) == 1))
+    axis.set(xlabel=f"step of stage 2 (mean of {window})", ylabel="spread of the rewards / at the start")
+    axis.axhline(1, color="grey", linestyle="--", linewidth=1)
     axis.legend(fontsize=7, frameon=False)
 
 

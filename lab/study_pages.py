@@ -1,4 +1,4 @@
-"""The study's tables: study.json -> RUNS/study.md, and, with --publish, docs/study.json and the marked parts of docs/.
+"""The study's tables: study.json -> RUNS/study.md, and, with --publish, docs/study.json and the marked parts of PAGES.
 
 A page holds no number of its own: what stands between `<!-- FROM STUDY: name -->` and `<!-- END -->` is a table of
 TABLES, made from docs/study.json; a test makes it anew and compares.
@@ -18,7 +18,7 @@ from plumbing.report import table
 from plumbing.settings import InputError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PAGES = ("docs/study.md", "docs/ladder.md")
+PAGES = ("README.md", "docs/study.md", "docs/ladder.md")
 MARK = re.compile(r"(<!-- FROM STUDY: (\w+) -->\n)(.*?)(<!-- END -->)", flags=re.DOTALL)
 
 
@@ -185,7 +185,7 @@ def write(folder: str, result: dict) -> None:
 
 
 def publish(path: str) -> None:
-    """docs/study.json, docs/*.md and figures/study.png from a study.json."""
+    """docs/study.json, PAGES and figures/study.png from a study.json."""
     result = read(path)
     if result is None:
         raise InputError(f"{path}: no such file; run `make study` first.")

@@ -1,6 +1,7 @@
 """The study: verdicts on synthetic data, corrupted CoTs, noise by hand, commands that change what they say, and pages
 that hold no number of their own."""
 
+import collections
 import dataclasses
 import json
 
@@ -204,6 +205,15 @@ def test_what_a_page_shows_stands_in_study_json(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     assert study_pages.MARK.search(text), "nothing is marked"
     assert study_pages.filled(text, RESULT) == text, "run `python -m lab.study --publish`"
+
+
+def test_readme_counts_the_verdicts_right():
+    result = study_pages.read(ROOT / "docs/study.json")
+    found = collections.Counter(claim["verdict"] for claim in result["claims"])
+    word = dict(enumerate("none one two three four five six seven eight".split()))
+    said = "Of {} claims {} are seen here, {} are not, {} cannot be told"
+    counts = (word[found.total()], *(word[found[name]] for name in (SEEN, NOT_SEEN, CANNOT_TELL)))
+    assert said.format(*counts) in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_study_json_belongs_to_this_code():
