@@ -167,11 +167,11 @@ def draw_all(folder: pathlib.Path, result: dict) -> list[str]:
     return names
 
 
-def draw_together(path: pathlib.Path, result: dict) -> None:
-    """All panels in one picture, three a row."""
-    plt, found = _plot(), panels(result)
-    rows = -(-len(found) // 3)
-    figure, axes = plt.subplots(rows, 3, figsize=(16, 3.7 * rows), squeeze=False)
+def draw_together(path: pathlib.Path, result: dict, chosen: tuple[str, ...] = ("",)) -> None:
+    """The panels whose title begins with one of `chosen` in one picture, three a row; without `chosen` all."""
+    plt, found = _plot(), {title: panel for title, panel in panels(result).items() if title.startswith(chosen)}
+    rows, columns = -(-len(found) // 3), min(3, len(found))
+    figure, axes = plt.subplots(rows, columns, figsize=(5.3 * columns, 3.7 * rows), squeeze=False)
     for axis in axes.flat[len(found) :]:
         axis.set_visible(False)
     for axis, (title, (draw, what)) in zip(axes.flat, found.items()):

@@ -185,7 +185,7 @@ def write(folder: str, result: dict) -> None:
 
 
 def publish(path: str) -> None:
-    """docs/study.json, PAGES and figures/study.png from a study.json."""
+    """docs/study.json, PAGES, figures/study.png and figures/ladder.png from a study.json."""
     result = read(path)
     if result is None:
         raise InputError(f"{path}: no such file; run `make study` first.")
@@ -196,4 +196,5 @@ def publish(path: str) -> None:
         text = (ROOT / page).read_text(encoding="utf-8")
         (ROOT / page).write_text(filled(text, result), encoding="utf-8")
     study_figures.draw_together(ROOT / "figures/study.png", result)
-    print(f"wrote docs/study.json, {', '.join(PAGES)} and figures/study.png")
+    study_figures.draw_together(ROOT / "figures/ladder.png", result, ("the ladder", "4 reward drift"))
+    print(f"wrote docs/study.json, {', '.join(PAGES)}, figures/study.png and figures/ladder.png")
