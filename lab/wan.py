@@ -4,7 +4,8 @@
     python -m lab.wan --method dpo --data dpo.csv --out runs/wan           pairs of lab/best_of.py --make-pairs
     torchrun --nproc_per_node 8 -m lab.wan --method grpo --reward runs/stage2/model --data prompts.txt --out runs/wan
 
-Out: the LoRA, for `WanPipeline.load_lora_weights`, and metrics.jsonl. The equations are lab/flow.py's, the policy's
+Out: the LoRA, for `WanPipeline.load_lora_weights`, metrics.jsonl, and state.pt: the same line started again goes on
+after the last saving, with the result it would have had. The equations are lab/flow.py's, the policy's
 loss is Eq. 7. Each rank holds a whole Wan and a whole reward model, makes the clips of its own prompts, and only the
 LoRA's gradients are summed. One clip at a time, in sampling and in training: memory is that of one clip, and the same
 kernels run twice, so that the replayed ratio is exactly 1.
@@ -30,13 +31,15 @@ from lab import flow
 from losses import group_advantages, grpo_loss
 from model import DeScore
 from plumbing import checks
-from plumbing.files import write_jsonl
+from plumbing.files import write_jsonl, written_whole
 from plumbing.jobs import task_seed
-from plumbing.settings import arg, cli, first_line, parse
+from plumbing.logs import read_metrics
+from plumbing.settings import arg, cli, first_line, flag_of, parse
 from plumbing.video import read_clip, resize
 
 FPS = 16.0  # of Wan's clips
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+FREE = ("wan", "data", "reward", "out", "updates", "save_every")  # may change when a run goes on: length, and places
 
 
 @dataclasses.dataclass
@@ -53,10 +56,10 @@ class Settings:
     frames: int = arg(81, "frames of a clip: 4 n + 1", at_least=1)
     height: int = arg(480, "pixels, a multiple of 16", at_least=16)
     width: int = arg(832, "pixels, a multiple of 16", at_least=16)
-    steps: int = arg(10, "sampling steps *", at_least=1)
+    steps: int = arg(10, "sampling steps *", at_least=2)
     shift: float = arg(3.0, "how far the steps are moved towards noise; Wan: 3 at 480p, 5 at 720p", above=0)
     guidance: float = arg(5.0, "classifier-free guidance of the clips; 1: none, half the work", at_least=1)
-    noise: str = arg("flow-grpo", "flow-grpo: every step is an SDE step; longcat: one early step, shared start",
+    noise: str = arg("flow-grpo", "flow-grpo: all steps but the last are SDE steps; longcat: one early, shared start",
                      choices=["flow-grpo", "longcat"])
     group: int = arg(8, "clips per prompt", at_least=2)
     batch: int = arg(8, "prompts (grpo) or pairs (dpo) per update, over all ranks", at_least=1)
@@ -67,7 +70,7 @@ class Settings:
     beta: float = arg(500.0, "dpo: weight of the implicit reward", above=0)
     lr: float = arg(1e-4, "learning rate of the LoRA", above=0)
     lora_r: int = arg(32, "rank of the LoRA; its alpha is twice that *", at_least=1)
-    save_every: int = arg(20, "updates between savings of the LoRA", at_least=1)
+    save_every: int = arg(20, "updates between savings of LoRA and state", at_least=1)
     seed: int = arg(0, "of clips, order and LoRA")
 
 
@@ -142,6 +145,12 @@ class Wan:
         """Start noise, the same on every device."""
         return torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
 
+    def noisy_steps(self, number: int) -> set[int]:
+        """Which steps are SDE steps for this prompt: one early step (LongCat), or all but the last, whose noise stays."""
+        if self.s.noise == "longcat":
+            return {random.Random(task_seed(self.s.seed, number)).randrange(self.s.steps // 2)}
+        return set(range(self.s.steps - 1))
+
     def noise_scale(self, t: float, t_next: float) -> float:
         """σ by --noise: flow.py (1)."""
         longcat = self.s.noise == "longcat"
@@ -207,11 +216,27 @@ class Wan:
         mean, std = self.latent_scale()
         return (self.pipe.vae.encode(pixels).latent_dist.mode().float() - mean) / std
 
-    def save(self, out: str) -> None:
-        """The LoRA, as `WanPipeline.load_lora_weights` reads it."""
+    def save(self, out: str, optimizer, done: int) -> None:
+        """The LoRA, as `WanPipeline.load_lora_weights` reads it, and what a run needs to go on."""
         from peft import get_peft_model_state_dict
 
         self.pipe.save_lora_weights(out, transformer_lora_layers=get_peft_model_state_dict(self.transformer))
+        state = {"settings": dataclasses.asdict(self.s), "done": done, "optimizer": optimizer.state_dict()}
+        with written_whole(os.path.join(out, "state.pt"), "wb") as file:
+            torch.save({**state, "trained": [parameter.detach().cpu() for parameter in self.trained]}, file)
+
+    def resume(self, out: str, optimizer) -> int:
+        """Reads OUT/state.pt back, if it is there. -> how many updates are done."""
+        path = os.path.join(out, "state.pt")
+        if not os.path.exists(path):
+            return 0
+        state, now = torch.load(path, map_location="cpu"), dataclasses.asdict(self.s)
+        if changed := [flag_of(name) for name in now if name not in FREE and state["settings"].get(name) != now[name]]:
+            raise InputError(f"{path}: was run with other {', '.join(changed)}; give another --out.")
+        for parameter, kept in zip(self.trained, state["trained"], strict=True):
+            parameter.data.copy_(kept)
+        optimizer.load_state_dict(state["optimizer"])
+        return state["done"]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -224,9 +249,8 @@ def grpo_update(wan: Wan, items: list[tuple[int, str]], score, optimizer, s: Set
     """
     groups, rewards, longcat = [], [], s.noise == "longcat"
     for number, prompt in ranks.share(items):
-        # 1. G clips. LongCat: one start noise for all, and one SDE step, drawn among the early ones, for the group
-        early = random.Random(task_seed(s.seed, number)).randrange(max(1, s.steps // 2))
-        noisy = {early} if longcat else set(range(s.steps))
+        # 1. G clips. LongCat: one start noise for all of them
+        noisy = wan.noisy_steps(number)
         starts = [task_seed(s.seed, number, "start", 0 if longcat else k) for k in range(s.group)]
         clips = [wan.sample(prompt, start, task_seed(s.seed, number, k), noisy) for k, start in enumerate(starts)]
         groups.append([trail for _, trail in clips])
@@ -332,7 +356,10 @@ def main(argv=None) -> None:
         return model.reward(clips, prompts, s.think, s.max_new_tokens, source_fps=FPS).cpu()
 
     optimizer = torch.optim.AdamW(wan.trained, lr=s.lr, weight_decay=0.0)
-    for update in range(1, s.updates + 1):
+    done = wan.resume(s.out, optimizer)
+    if ranks.is_main:  # lines behind the last saving: those updates are made again
+        write_jsonl(os.path.join(s.out, "metrics.jsonl"), [m for m in read_metrics(s.out) if m["step"] <= done])
+    for update in range(done + 1, s.updates + 1):
         numbers = range((update - 1) * s.batch, update * s.batch)
         batch = [(number, items[number % len(items)]) for number in numbers]
         if s.method == "grpo":
@@ -341,9 +368,9 @@ def main(argv=None) -> None:
             metrics = dpo_update(wan, batch, optimizer, s, ranks)
         ranks.print(f"update {update}", *(f"{name} {value:.4g}" for name, value in metrics.items()))
         if ranks.is_main:
-            write_jsonl(os.path.join(s.out, "metrics.jsonl"), [{"step": update, **metrics}], add=update > 1)
+            write_jsonl(os.path.join(s.out, "metrics.jsonl"), [{"step": update, **metrics}], add=True)
             if update % s.save_every == 0 or update == s.updates:
-                wan.save(s.out)
+                wan.save(s.out, optimizer, update)
     ranks.finish()
 
 

@@ -115,6 +115,12 @@ def test_a_replayed_clip_has_ratio_one_and_the_gradient_goes_its_way(processor, 
     assert after[0] - after[1] > before[0] - before[1]  # towards the better clip, away from the worse
 
 
+def test_which_steps_are_noisy(processor):
+    assert tiny_wan(processor, noise="flow-grpo").noisy_steps(5) == {0, 1, 2}  # not the last of 4
+    early = [tiny_wan(processor, noise="longcat").noisy_steps(number) for number in range(12)]
+    assert {len(steps) for steps in early} == {1} and set.union(*early) == {0, 1}
+
+
 def test_kl_is_zero_at_the_start_and_pulls_back_later(processor):
     made = tiny_wan(processor, kl=1.0, noise="longcat")
     (step,) = made.sample(PROMPTS[0], 3, 4, {1})[1]
@@ -203,6 +209,27 @@ def test_dpo_script(wan_dir, world, tmp_path):
     wan.main(flags(wan_dir, tmp_path / "out", method="dpo", data=pairs, frames=5))
     (line,) = (json.loads(line) for line in open(tmp_path / "out" / "metrics.jsonl"))
     assert line["loss"] == pytest.approx(0.693147, abs=1e-4) and line["grad_norm"] > 0
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_bit(capsys, wan_dir, tiny_model_dir, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+
+    def train(out, updates, **more):
+        return flags(wan_dir, tmp_path / out, method="grpo", reward=tiny_model_dir, data=tmp_path / "prompts.txt",
+                     **{"lr": 1e-2, "save_every": 2, "updates": updates, **more})
+
+    wan.main(train("whole", 3))
+    wan.main(train("parts", 2))
+    with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "reward": 9}\n{"step": 4, "rew')  # it was killed during update 4
+    wan.main(train("parts", 3))
+    lines = [(tmp_path / out / "metrics.jsonl").read_text() for out in ("whole", "parts")]
+    assert lines[0] == lines[1] and lines[0].count("\n") == 3
+    loras = [torch.load(tmp_path / out / "state.pt")["trained"] for out in ("whole", "parts")]
+    assert all(torch.equal(a, b) for a, b in zip(*loras)) and any(p.abs().max() > 0 for p in loras[0])
+    wan.main(train("parts", 3))  # done: nothing changes
+    assert (tmp_path / "parts" / "metrics.jsonl").read_text() == lines[0]
+    refuses(capsys, wan.main, *train("parts", 4, lr=2e-2), says="other --lr")
 
 
 def test_bad_flags(capsys, wan_dir, tmp_path):
