@@ -4,8 +4,11 @@ Shapes: N = prompts x group clips, clips (N, T, S, S, 3) in [-1, 1].
 """
 
 import itertools
+import json
 import math
 import os
+import pathlib
+import shutil
 
 import numpy as np
 import torch
@@ -14,13 +17,16 @@ from lab.compare import mean_and_spread
 from lab.post_generator import C, Generator, P, sample
 from lab.post_world import ATTRIBUTES, Judge, draw_asked, noise_of, render, rng_of, to_unit, wish
 from lab.toy import prompt_text
-from plumbing.files import written_whole
+from lab.study_pages import rounded
+from plumbing.files import write_json, written_whole
 from plumbing.report import table
 from plumbing.settings import InputError
 
 BESIDE = ("subject_consistency", "background_consistency", "sharpness", "dynamic_degree", "diversity")
 CURVES = {"proxy": "proxy: DeScore's reward", "gold": "gold: share of the asked attributes",
           "agreement": "rank correlation of both within a prompt"}
+ROOT, PAGE = pathlib.Path(__file__).resolve().parent.parent, "docs/post_training.md"
+MARK, END = "<!-- FROM POST-TRAINING -->\n", "<!-- END -->"
 LOSS = 0.10  # a measure that loses more than this share of its value has fallen
 RULE = f"""The rule of the verdict, fixed before any run. Before and after are measured on the same prompts and noise.
   ROSE    the gold alignment rose in every training seed, its mean rise is over twice its standard error over the
@@ -100,15 +106,15 @@ def evaluate(generator: Generator, judge: Judge, score, rendered, group: int, st
         "subject_consistency": consistency(subject), "background_consistency": consistency(background),
         "sharpness": sharpness(clips) / sharpness(truth), "diversity": diversity(clips, group),
         "dynamic_degree": dynamic_degree(clips) / dynamic_degree(truth),
-        "proxies": rewards.view(prompts, group).tolist(), "golds": gold.view(prompts, group).tolist(),
+        "best": best_of({"proxy": rewards.view(prompts, group).numpy(), "gold": gold.view(prompts, group).numpy()}),
     }
 
 
-def best_of(numbers: dict, by: str) -> dict:
-    """Proxy and gold alignment of the best clip of each group, by "proxies" or by "golds"; ties go to the first."""
-    picks = [int(np.argmax(row)) for row in numbers[by]]
-    return {name: float(np.mean([row[k] for row, k in zip(numbers[key], picks)]))
-            for name, key in (("proxy", "proxies"), ("gold", "golds"))}
+def best_of(values: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    """{measure: (prompts, group)} -> {by: {measure: mean over the best clip of each group}}; ties go to the first."""
+    picks = {by: scores.argmax(1)[:, None] for by, scores in values.items()}
+    return {by: {name: float(np.take_along_axis(v, pick, 1).mean()) for name, v in values.items()}
+            for by, pick in picks.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -149,12 +155,11 @@ def find_runs(out: str) -> dict[int, dict[str, str]]:
     return runs
 
 
-def tables(measured: dict[str, list[dict]]) -> str:
+def tables(measured: dict[str, list[dict]], group: int) -> str:
     """{arm: the numbers of each seed} -> two tables: what was asked for, and what else there is."""
     rows = {"no training": measured["base"]}
-    group = len(measured["base"][0]["golds"][0])
-    for by, word in (("proxies", "the reward"), ("golds", "gold")):
-        rows[f"no training, best of {group} by {word}"] = [best_of(n, by) for n in measured["base"]]
+    for by, word in (("proxy", "the reward"), ("gold", "gold")):
+        rows[f"no training, best of {group} by {word}"] = [n["best"][by] for n in measured["base"]]
     rows |= {arm: numbers for arm, numbers in measured.items() if arm != "base"}
 
     def lines(names, chosen):
@@ -167,21 +172,51 @@ def tables(measured: dict[str, list[dict]]) -> str:
             + table(["", "seeds", *(name.replace("_", " ") for name in BESIDE)], lines(BESIDE, full)))
 
 
-def report(out: str, measured: dict[str, list[dict]], seeds: dict[str, list[int]], logs: dict) -> str:
-    """Writes OUT/results.md and OUT/post_training.png. seeds: of each arm; logs: {arm: [metrics of each seed]}."""
-    of = {arm: dict(zip(seeds[arm], numbers)) for arm, numbers in measured.items()}
-    text = RULE + "\n\n" + tables(measured) + "\n"
-    for arm in measured:
+def by_seed(result: dict) -> dict[str, dict[int, dict]]:
+    """{arm: {seed: numbers}}"""
+    return {arm: dict(zip(result["seeds"][arm], numbers)) for arm, numbers in result["measured"].items()}
+
+
+def summed_up(result: dict) -> str:
+    """The tables, and a verdict for each arm that is not itself the random control."""
+    of, text = by_seed(result), tables(result["measured"], result["group"]) + "\n"
+    for arm, found in of.items():
         if arm == "base" or arm.endswith("-random"):
             continue
         control = of.get(arm.rpartition("-")[0] + "-random") or of.get("grpo-random", {})
-        starts = [of["base"][seed] for seed in seeds[arm]]
-        text += f"{arm}: {verdict(starts, measured[arm], [control[k] for k in seeds[arm] if k in control])}\n"
-    with written_whole(os.path.join(out, "results.md")) as file:
-        file.write(text)
-    before = {arm: [of["base"][seed] for seed in seeds[arm]] for arm in measured}
-    draw_curves(os.path.join(out, "post_training.png"), measured, before, logs)
+        starts = [of["base"][seed] for seed in found]
+        text += f"- {arm}: {verdict(starts, [*found.values()], [control[k] for k in found if k in control])}\n"
     return text
+
+
+def report(out: str, result: dict, logs: dict) -> str:
+    """Writes OUT/results.json, results.md, post_training.png. result: `group`; `seeds` and `measured` numbers of each
+    arm; logs: {arm: [metrics of each seed]}.
+    """
+    of, text = by_seed(result), summed_up(result)
+    write_json(os.path.join(out, "results.json"), result)
+    with written_whole(os.path.join(out, "results.md")) as file:
+        file.write(f"{RULE}\n\n{text}")
+    before = {arm: [of["base"][seed] for seed in found] for arm, found in of.items()}
+    draw_curves(os.path.join(out, "post_training.png"), result["measured"], before, logs)
+    return text
+
+
+def publish(out: str) -> None:
+    """OUT's results -> docs/post_training.json, the table in docs/post_training.md, two figures."""
+    with open(os.path.join(out, "results.json"), encoding="utf-8") as file:
+        result = rounded(json.load(file))
+    write_json(str(ROOT / "docs/post_training.json"), result)
+    page = (ROOT / PAGE).read_text(encoding="utf-8")
+    (ROOT / PAGE).write_text(filled(page, result), encoding="utf-8")
+    for name, kept in (("post_training.png", "post_training.png"), ("strip.png", "post_training_clips.png")):
+        shutil.copy(os.path.join(out, name), ROOT / "figures" / kept)
+
+
+def filled(page: str, result: dict) -> str:
+    """The page with what stands between its two marks made anew."""
+    head, rest = page.split(MARK, 1)
+    return f"{head}{MARK}{summed_up(result)}{rest[rest.index(END) :]}"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -219,10 +254,10 @@ def draw_curves(path: str, measured: dict[str, list[dict]], before: dict[str, li
             axis.fill_between(updates, curves.min(0), curves.max(0), color=line.get_color(), alpha=0.15)
         axis.set(xlabel="update", title=title)
         axis.spines[["top", "right"]].set_visible(False)
-    for by, word, style in (("proxies", "the reward", "--"), ("golds", "gold", ":")):
-        level = np.mean([best_of(numbers, by)["gold"] for numbers in measured["base"]])
+    for by, word, style in (("proxy", "the reward", "--"), ("gold", "gold", ":")):
+        level = np.mean([numbers["best"][by]["gold"] for numbers in measured["base"]])
         axes[1].axhline(level, color="grey", linestyle=style, linewidth=1, label=f"best of a group by {word}")
-    axes[1].legend(fontsize=7, frameon=False)
+    axes[1].legend(fontsize=7, frameon=False, loc="upper right", bbox_to_anchor=(1, 0.95))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

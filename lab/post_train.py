@@ -65,9 +65,10 @@ class Settings:
     eval_prompts: int = arg(32, "prompts of the evaluation, --group clips each", at_least=2)
     curve_every: int = arg(10, "updates between two points of the figure's curves", at_least=1)
     save_every: int = arg(5, "updates between two savings", at_least=1)
+    publish: bool = arg(False, "measure: also write docs/post_training.* and its figures")
 
 
-FREE = ("out", "updates", "save_every", "eval_prompts", "curve_every")  # these may change when a run goes on
+FREE = ("out", "updates", "save_every", "eval_prompts", "curve_every", "publish")  # these may change when a run goes on
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -307,8 +308,12 @@ def measure(s: Settings) -> None:
             if arm != "base":
                 logs.setdefault(arm, []).append(state["log"])
             pictures.setdefault(arm, generator)  # of the first seed
-    print(post_report.report(s.out, measured, seeds, logs))
+    minutes = {arm: [round(sum(line["seconds"] for line in log) / 60, 1) for log in kept] for arm, kept in logs.items()}
+    result = {"group": s.group, "seeds": seeds, "measured": measured, "minutes": minutes}
+    print(post_report.report(s.out, result, logs))
     post_report.draw_strip(os.path.join(s.out, "strip.png"), pictures, s.steps)
+    if s.publish:
+        post_report.publish(s.out)
 
 
 def read_json(path: str) -> dict:

@@ -146,7 +146,7 @@ class Wan:
         return torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
 
     def noisy_steps(self, number: int) -> set[int]:
-        """Which steps are SDE steps for this prompt: one early (LongCat), or all but the last, whose noise would stay."""
+        """Which steps are SDE steps for this prompt: one early (LongCat), or all but the last: its noise stays."""
         if self.s.noise == "longcat":
             return {random.Random(task_seed(self.s.seed, number)).randrange(self.s.steps // 2)}
         return set(range(self.s.steps - 1))

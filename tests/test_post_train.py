@@ -1,9 +1,11 @@
 """lab/post_train.py and its parts: the updates push the right way, resume to the bit, and never eat a failed score."""
 
 import functools
+import json
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -186,9 +188,8 @@ def test_measures_by_hand():
     assert post_report.agreement(rewards, gold) == pytest.approx(0)
     assert post_report.agreement(rewards[2:], gold[2:]) is None
     assert post_report.ranks([5, 1, 5]).tolist() == [2.5, 1, 2.5]
-    numbers = {"proxies": [[1, 3], [2, 0]], "golds": [[0.5, 0.25], [0.0, 1.0]]}
-    assert post_report.best_of(numbers, "proxies") == {"proxy": 2.5, "gold": 0.125}
-    assert post_report.best_of(numbers, "golds") == {"proxy": 0.5, "gold": 0.75}
+    values = {"proxy": np.array([[1.0, 3.0], [2.0, 0.0]]), "gold": np.array([[0.5, 0.25], [0.0, 1.0]])}
+    assert post_report.best_of(values) == {"proxy": {"proxy": 2.5, "gold": 0.125}, "gold": {"proxy": 0.5, "gold": 0.75}}
 
 
 def numbers(gold, proxy=1.0, **beside):
@@ -241,6 +242,15 @@ def test_the_whole_script_resumes_to_the_bit(tmp_path, tiny_model_dir, capsys):
     text = (tmp_path / "post" / "results.md").read_text(encoding="utf-8")
     assert "| no training, best of 2 by gold | 1 |" in text and "grpo-descore: no verdict" in text
     assert {"post_training.png", "strip.png", "judge.pt"} <= set(os.listdir(out))
+
+
+def test_the_page_shows_what_its_json_holds():
+    with open(post_report.ROOT / "docs/post_training.json", encoding="utf-8") as file:
+        result = json.load(file)
+    page = (post_report.ROOT / post_report.PAGE).read_text(encoding="utf-8")
+    assert post_report.filled(page, result) == page
+    assert {"base", "grpo-descore", "dpo-descore", "grpo-random", "grpo-gold"} <= result["measured"].keys()
+    assert all(len(numbers) == 3 for numbers in result["measured"].values())  # seeds
 
 
 @pytest.mark.parametrize("words, message", [
