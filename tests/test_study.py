@@ -145,6 +145,136 @@ def test_calibration_slope():
     assert study_values.calibration_slope(labels, rewards) == pytest.approx(0.5, abs=0.03)
 
 
+# -- claims ---------------------------------------------------------------------------------------
+N, LABELS = 20, np.array([1, -1] * 10)  # decided pairs of each made-up test set; one more is a tie
+
+
+def scores_of(right: int, equal: int = 0) -> np.ndarray:
+    """(N, 2) scores of which the first `right` are right, the next `equal` equal, the others wrong."""
+    sign = np.array([1] * right + [0] * equal + [-1] * (N - right - equal)) * LABELS
+    return np.stack([3 + 0.25 * sign, 3 - 0.25 * sign], 1)
+
+
+def write_log(folder, pairs, heads=None, texts=None):
+    """What an evaluation leaves: rewards.jsonl, thoughts.jsonl, report.json. The tie's videos get 9 and 1."""
+    folder.mkdir(parents=True)
+    for name, scores in (("rewards", heads), ("thoughts", texts)):
+        if scores is None:
+            continue
+        lines = []
+        for pair, row in zip(pairs, [*scores.tolist(), (9, 1)]):
+            for video, score in zip(pair.videos, row):
+                said = {"reward": score} if name == "rewards" else {"thoughts": [f'<answer>{{"dimensional_scores": '
+                        f'{{"style": "0"}}, "overall_score": {min(score, 5):.2f}}}</answer>']}
+                lines.append(json.dumps({"video": str(video), "prompt": pair.prompt} | said) + "\n")
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    (folder / "report.json").write_text("{}")
+
+
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory):
+    """A finished study whose numbers are known: of N pairs in each set so many are right."""
+    run = tmp_path_factory.mktemp("study") / "seed0"
+    sets = {}
+    (run / "data").mkdir(parents=True)
+    for name, csv_name in study_models.CSVS.items():
+        rows = [f"{name}/{k}a.mp4,{name}/{k}b.mp4,prompt {k % 7},{'A' if k < N and LABELS[k] > 0 else 'B'}"
+                for k in range(N)] + [f"{name}/ta.mp4,{name}/tb.mp4,prompt 3,same"]
+        (run / f"data/{csv_name}.csv").write_text("path_A,path_B,prompt,TA\n" + "\n".join(rows) + "\n")
+        sets[name] = data.read_pairs(f"{run}/data/{csv_name}.csv")
+        for folder, heads, texts in (
+            ("eval/discriminative", scores_of(10), None), ("eval/stage1", scores_of(15), None),
+            ("eval/stage2", scores_of(17), scores_of(12, equal=4)), ("study/eval/no_anchor", scores_of(14), None),
+            ("study/eval/coupled", scores_of(0), scores_of(13, equal=2)),
+        ):
+            write_log(run / folder / name, sets[name], heads, texts)
+    right = {"discriminative": (4, 11, 9), "stage1": (16, 12, 5), "mask_0": (15, 9, 3), "stage1_4": (14, 8, 7),
+             "stage2": (17, 13, 6)}  # own, absent, swapped
+    found = {}
+    for name in sets:
+        kinds, wrong = ["own", "absent", "swapped"], [19, 14, 12, 8, 5, 2] if name == "in-domain" else []
+        rewards = {model: np.stack([scores_of(k) for k in (*counts, *wrong)], 2).tolist()
+                   for model, counts in right.items()}
+        found[name] = {"kinds": kinds + [f"wrong {k}" for k in range(len(wrong))], "labels": LABELS.tolist(),
+                       "rewards": rewards}
+    found["in-domain"]["stated"] = np.stack([scores_of(k) for k in (20, 15, 9, 9, 3, 1)], 2).tolist()
+    (run / "study/heads.json").write_text(json.dumps(found))
+    cosines = {"BT": 0.5, "GRPO, rules": 0.125, "GRPO, preference": 0.25}
+    (run / "study/gradients.json").write_text(json.dumps(
+        {name: {"cosine": [c] * 32, "noise_to_signal": 1 / c} for name, c in cosines.items()}))
+    for folder in ("stage1", "discriminative", "stage2", "study/coupled", "study/no_anchor"):
+        (run / folder).mkdir(parents=True, exist_ok=True)
+        line = dict.fromkeys(("accuracy", "pair_accuracy", "quality", "reward_mean", "reward_std"), 0.5)
+        (run / folder / "metrics.jsonl").write_text("".join(json.dumps(line | {"step": k}) + "\n" for k in range(12)))
+    place, pairs = run / "study/sanity/sanity", sets["in-domain"]
+    write_log(place / "as_it_is", pairs, scores_of(18))
+    unrelated = [dataclasses.replace(pair, prompt=prompt)
+                 for pair, prompt in zip(pairs, study_values.sanity.unrelated_prompts(pairs))]
+    for change, anew, kept in (("unrelated prompt", 9, 17), ("shuffled frames", 16, 18), ("frozen clip", 12, 15),
+                               ("black clip", 10, 13), ("videos swapped", None, 4)):
+        changed = unrelated if change == "unrelated prompt" else pairs
+        if change == "videos swapped":
+            changed = [dataclasses.replace(pair, video_a=pair.video_b, video_b=pair.video_a) for pair in pairs]
+        else:
+            write_log(place / change.replace(" ", "_"), changed, scores_of(anew))
+        write_log(place / change.replace(" ", "_") / "kept", changed, scores_of(kept))
+    return {0: str(run)}
+
+
+EXPECTED = {  # what decides, and what stands beside it: in pairs of N
+    1: {"DeScore - discriminative": 17 - 10, "DeScore - coupled generative": 17 - 14,
+        "DeScore - DeScore's own text": 17 - 14, "coupled generative - discriminative": 14 - 10,
+        "DeScore - coupled generative, equal scores wrong": 17 - 13,
+        "DeScore - DeScore's own text, equal scores wrong": 17 - 12},
+    2: {"cosine: BT - GRPO, rules": 0.375 * N, "cosine: BT - GRPO, preference": 0.25 * N},
+    3: {"own CoT: p .5 - p 0": 1, "absent CoT: p .5 - p 0": 3, "swapped CoT: p .5 - p 0": 2},
+    4: {"BT .05 - BT 0": 17 - 14},
+    5: {"stage 1 on a quarter - discriminative on all": 14 - 11},
+    6: {"head - text, 1 wrong": 14 - 15, "head - text, 2 wrong": 12 - 9, "head - text, 3 wrong": 8 - 9},
+    8: {"lost by: unrelated prompt, thought anew": 18 - 9, "lost by: shuffled frames, thought anew": 18 - 16,
+        "lost by: frozen clip, thought anew": 18 - 12, "lost by: black clip, thought anew": 18 - 10,
+        "lost by: videos swapped, thought anew": 18 - 2, "lost by: unrelated prompt, CoT kept": 18 - 17,
+        "lost by: shuffled frames, CoT kept": 0, "lost by: frozen clip, CoT kept": 18 - 15,
+        "lost by: black clip, CoT kept": 18 - 13, "lost by: videos swapped, CoT kept": 18 - 4},
+}
+
+
+@pytest.mark.parametrize("claim", [claim for claim in study.CLAIMS if claim.number in EXPECTED],
+                         ids=lambda claim: claim.number)
+def test_a_claim_measures_what_it_says(made_up, claim):
+    """Signs, models, kinds of CoT: each count of right pairs is another, so a mix-up changes a number."""
+    values, _ = claim.measure(made_up)
+    assert {name: pooled(v) * N for name, v in values.items()} == pytest.approx(EXPECTED[claim.number])
+    assert set(claim.decides) <= values.keys()
+
+
+def test_fine_grained_looks_at_equal_stated_scores_only(made_up):
+    """The texts are equal on pairs 12 to 15, of which the head has all right: it is right on the first 17."""
+    values, more = study_values.fine_grained(made_up)
+    two = values["head - 1/2, stated scores equal to two digits"]
+    assert pooled(two) == 0.5 and {len(array) for array in two[0].values()} == {4}
+    whole = values["head - 1/2, stated scores equal when rounded to 1-5"]  # 3.25 and 2.75 are both 3: all pairs
+    assert pooled(whole) == pytest.approx(17 / N - 0.5)
+    assert more["equal to two digits"]["pairs"] == {name: [4] for name in study_models.SETS}
+
+
+def test_ladder_and_curves(made_up):
+    rungs = {rung: pooled(values) * N for rung, values in study_values.ladder(made_up).items()}
+    assert list(rungs.values()) == pytest.approx([10, 15, 14, 17])
+
+    def counts(curve):
+        return {x: {kind: round(values[0] * N) for kind, values in row.items()} for x, row in curve.items()}
+
+    assert counts(study_values.masking(made_up)[1]["curve"]) == {
+        p: dict(zip(("own", "absent", "swapped"), numbers))
+        for p, numbers in (("0", (15, 9, 3)), ("0.5", (16, 12, 5)), ("1", (4, 11, 9)))}
+    assert counts(study_values.data_efficiency(made_up)[1]["curve"]) == {
+        "stage 1": {"4": 14, "1": 16}, "discriminative": {"1": 11}}
+    more = study_values.error_tolerance(made_up)[1]
+    assert [values[0] * N for values in more["head"]] == pytest.approx([19, 14, 12, 8, 5, 2])
+    assert more["meets_no_think_at"] == 2 and more["no_think"] == pytest.approx([0.65])  # 12 of 20 is below 13
+
+
 # -- commands -------------------------------------------------------------------------------------
 @pytest.fixture
 def finished(tmp_path):
@@ -157,7 +287,7 @@ def finished(tmp_path):
         if stage == "discriminative":
             own.mask_probability = 1.0
         (run / stage / "settings.json").write_text(json.dumps(vars(own) | {"data_sha256": "0"}))
-        (run / stage / "metrics.jsonl").write_text("{}\n" * 5)
+        (run / stage / "metrics.jsonl").write_text("{}\n" * 7)
     (run / "data").mkdir()
     (run / "data/train_cots.csv").write_text("".join(f"{k}\n" for k in range(17)))
     return str(run)
@@ -177,8 +307,18 @@ def test_every_variant_is_the_demo_s_run_but_for_what_it_says(finished):
         assert differ <= places | changes.keys(), name
         for key, value in changes.items():
             assert getattr(got, key) == (value.format(run=finished) if isinstance(value, str) else value), (name, key)
-        assert got.max_steps == changes.get("max_steps", 5)
+        assert got.max_steps == changes.get("max_steps", 7)
     assert study.again(finished, "coupled", 2).command[-1] != "60"
+
+
+def test_variants_are_what_their_names_say():
+    changes = {name: changed for name, (_, changed, _) in study.VARIANTS.items()}
+    assert [changes[f"mask_{p}"]["mask_probability"] for p in (0, 25, 75)] == [0, 0.25, 0.75]
+    assert changes["no_anchor"] == {"bt_coef": 0} and changes["anchor_paper"] == {"bt_coef": grpo.Settings().bt_coef}
+    coupled = changes["coupled"]  # the policy gradient alone, from the base
+    assert coupled["bt_coef"] == 0 and coupled["objective"] == "preference" and coupled["model"] == "{run}/base"
+    for share in (8, 4, 2):  # the demo reads all pairs three times: enough of the fewer ones for as many steps
+        assert {changes[f"{stage}_{share}"]["epochs"] > 3 * share for stage in ("stage1", "discriminative")} == {True}
 
 
 def test_every_claim_s_tasks_exist_and_every_command_is_known(finished):
