@@ -12,10 +12,12 @@ from plumbing import logs
 from plumbing.monitor import write_samples
 import data
 import grpo
+import losses
 import parallel
 import rules
 from conftest import judge, refuses
 from data import InputError
+from lab import study_models
 from model import DeScore, Output
 from rollout import TransformersEngine
 from test_answers import cot
@@ -225,6 +227,30 @@ def test_engine_gap_is_measured_and_can_be_weighed(batch, model, settings):
     name = "backbone.lm_head.weight"
     assert torch.allclose(weighed[name], plain[name] * 0.818731, atol=1e-6)  # e^-.2
     assert torch.allclose(capped[name], plain[name] * 0.5, atol=1e-6)
+
+
+def test_the_study_s_gradients_are_those_of_the_update(items, model, settings):
+    """lab/study_models.py::one_draw measures three losses of the same CoTs; each is what `update` would step along."""
+    plain = dataclasses.replace(settings, max_grad_norm=1e9, bt_coef=0.0, length_low=0, length_high=1)
+    tokenizer, name = model.processor.tokenizer, "backbone.model.language_model.layers.0.mlp.up_proj.weight"
+    texts = [cot(**{"style": n % 3, "subject": n % 2}).replace("3.5", f"{1 + n * 7 % 5}.{n % 10}") for n in range(12)]
+
+    def step(rewards, **changes):
+        batch = grpo.generate(items, Scripted(tokenizer, texts), plain, 0)
+        for rollouts in batch:
+            rollouts.rule_rewards = rewards(rollouts, tokenizer, plain)
+            rollouts.advantages = losses.group_advantages(rollouts.totals())
+        return update_gradients(model, batch, dataclasses.replace(plain, **changes))[0][name].flatten()
+
+    expected = {"GRPO, rules": step(grpo.rule_rewards), "GRPO, preference": step(grpo.preference_rewards)}
+    expected["BT"] = step(grpo.rule_rewards, bt_coef=1.0) - expected["GRPO, rules"]
+    parameters = [dict(model.named_parameters())[name]]
+    found = study_models.one_draw(model, items, Scripted(tokenizer, texts), plain, parameters, draw=0)
+    assert found.keys() == expected.keys()
+    for kind, gradient in found.items():
+        assert expected[kind].norm() > 0, kind
+        assert (gradient - expected[kind]).norm() <= 1e-4 * expected[kind].norm() + 1e-8, kind
+    assert (found["GRPO, rules"] - found["GRPO, preference"]).norm() > 0.1 * found["GRPO, rules"].norm()
 
 
 def test_seeds_differ_between_rollouts_videos_steps(items, model, settings):
