@@ -23,7 +23,7 @@ from plumbing.report import table
 from plumbing.settings import InputError
 
 BESIDE = ("subject_consistency", "background_consistency", "sharpness", "dynamic_degree", "diversity")
-CURVES = {"proxy": "proxy: DeScore's reward", "gold": "gold: share of the asked attributes",
+CURVES = {"proxy": "rise of the proxy: DeScore's reward", "gold": "rise of gold: share of the asked attributes",
           "agreement": "rank correlation of both within a prompt"}
 ROOT, PAGE = pathlib.Path(__file__).resolve().parent.parent, "docs/post_training.md"
 MARK, END = "<!-- FROM POST-TRAINING -->\n", "<!-- END -->"
@@ -235,7 +235,7 @@ def pyplot():
 def draw_curves(path: str, measured: dict[str, list[dict]], before: dict[str, list[dict]], logs: dict) -> None:
     """Proxy, gold, and how far they agree, over updates: mean of the seeds, and a band from the lowest to the highest.
 
-    On the prompts and start noise of the evaluation; at 0 the base's own numbers, `before`. Where the proxy goes on
+    On the prompts and start noise of the evaluation; at 0 the base, whose numbers are `before`. Where the proxy goes on
     rising and gold does not, the reward is hacked.
     """
     plt = pyplot()
@@ -249,13 +249,16 @@ def draw_curves(path: str, measured: dict[str, list[dict]], before: dict[str, li
             updates = [0, *(line["update"] + 1 for line in points[0][:length])]
             curves = [[start[name], *(line["fixed"][name] for line in run[:length])]
                       for start, run in zip(before[arm], points)]
-            curves = np.array(curves, float)  # None becomes nan
-            (line,) = axis.plot(updates, curves.mean(0), marker=".", label=arm)
-            axis.fill_between(updates, curves.min(0), curves.max(0), color=line.get_color(), alpha=0.15)
+            curves = np.array(curves, float)  # (seeds, points); None becomes nan
+            if name != "agreement":
+                curves -= curves[:, :1]  # each seed against its own base, as the verdict does
+            colour = f"C{list(logs).index(arm)}"
+            axis.plot(updates, curves.mean(0), marker=".", color=colour, label=arm)
+            axis.fill_between(updates, curves.min(0), curves.max(0), color=colour, alpha=0.15)
         axis.set(xlabel="update", title=title)
         axis.spines[["top", "right"]].set_visible(False)
     for by, word, style in (("proxy", "the reward", "--"), ("gold", "gold", ":")):
-        level = np.mean([numbers["best"][by]["gold"] for numbers in measured["base"]])
+        level = np.mean([numbers["best"][by]["gold"] - numbers["gold"] for numbers in measured["base"]])
         axes[1].axhline(level, color="grey", linestyle=style, linewidth=1, label=f"best of a group by {word}")
     axes[1].legend(fontsize=7, frameon=False, loc="upper right", bbox_to_anchor=(1, 0.95))
     figure.tight_layout()
