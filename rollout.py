@@ -91,7 +91,6 @@ def sample_cots(
     sampling = LogitsProcessorList([SeededSampling(flat_seeds, temperature)] if temperature > 0 else [])
     was_training = backbone.training
     backbone.eval()
-    backbone.model.rope_deltas = None  # generate caches it on the model; a stale one belongs to other videos
     cache = backbone(  # all of the prompt but its last token, from which generation starts
         input_ids=ids[:, :-1], attention_mask=mask[:, :-1], mm_token_type_ids=left_pad("mm_token_type_ids", 0)[:, :-1],
         pixel_values_videos=torch.cat([prefix["pixel_values_videos"] for prefix in prefixes]).to(device),

@@ -82,6 +82,56 @@ def test_validation_never_masks(pairs, model, processor, settings, monkeypatch):
     assert accuracy == pytest.approx(right / sum(p.label != 0 for p in pairs))
 
 
+@pytest.mark.parametrize("rank, counted", [(0, [0, 2]), (1, [1])])
+def test_a_round_that_repeats_a_pair_counts_it_once(pairs, processor, settings, monkeypatch, rank, counted):
+    """Three pairs on two ranks: rank 1 scores the last pair too, so that all ranks do as many forwards."""
+    told, scored = [], []
+
+    class Two(parallel.Ranks):
+        def gather_objects(self, items):
+            told.extend(items)
+            return items
+
+    ranks = Two()
+    ranks.world, ranks.rank = 2, rank
+
+    def score(model, items, settings, masks=None):
+        numbers = [pairs.index(pair) for pair, _ in items]
+        scored.extend(numbers)
+        return torch.tensor([float(n) for n in numbers]), torch.zeros(len(numbers))
+
+    monkeypatch.setattr(cold_start, "score_pairs", score)
+    model = torch.nn.Linear(1, 1)
+    cold_start.validate(model, data.EncodedPairs(pairs[:3], processor), settings, ranks)
+    assert len(scored) == 2 and [int(margin) for _, margin in told] == counted and model.training
+
+
+def test_coins_differ_from_epoch_to_epoch_and_not_from_run_to_run(settings):
+    class Epochs:
+        num_pairs = 64
+
+        def draws(self):
+            return [(epoch, list(range(64))) for epoch in range(3)]
+
+    coins = torch.tensor([masked for _, masked in cold_start.draw(Epochs(), settings)]).view(3, 64)
+    again = torch.tensor([masked for _, masked in cold_start.draw(Epochs(), settings)]).view(3, 64)
+    other = [masked for _, masked in cold_start.draw(Epochs(), dataclasses.replace(settings, seed=1))]
+    assert torch.equal(coins, again) and coins.flatten().tolist() != other
+    assert not torch.equal(coins[0], coins[1]) and not torch.equal(coins[1], coins[2])
+    assert 60 < coins.sum() < 132  # 192 tosses at .5
+
+
+def test_micro_batches_of_btt_are_the_batch(with_cots, base_dir, tmp_path):
+    """The loss is divided by the whole batch's pairs, so it does not matter in how many forwards they come."""
+    logs_of = []
+    for size in (1, 2):
+        out = tmp_path / str(size)
+        cold_start.main(arguments(with_cots, base_dir, out, max_steps=1, loss="btt", micro_pairs=size, lora_dropout=0))
+        logs_of.append(logs.read_metrics(str(out))[0])
+    for name in ("loss", "grad_norm_llm", "grad_norm_head"):
+        assert logs_of[0][name] == pytest.approx(logs_of[1][name], rel=1e-3), name
+
+
 def test_too_long_a_cot_names_its_row(pairs, model, processor, settings):
     settings = dataclasses.replace(settings, max_length=100)
     long = [dataclasses.replace(pairs[0], cot_a="very long " * 200)]

@@ -10,6 +10,7 @@ import pytest
 import safetensors.numpy
 
 import evaluate
+import parallel
 from conftest import refuses, run_here, write_csv
 from data import InputError, PreferencePair
 from plumbing import jobs
@@ -77,6 +78,10 @@ def test_difference_is_paired():
     first, second = (evaluate.measure(name, pairs, r) for name, r in (("good", good), ("worse", worse)))
     gap = evaluate.difference(second, first)
     assert gap["without_ties"] == pytest.approx(-0.2) and gap["without_ties_interval"][1] < 0
+    of_five = [PreferencePair("a", "b", f"prompt {k // 10}", 1, line=k) for k in range(50)]  # all ten of one are worse
+    first_5, second_5 = (evaluate.measure(name, of_five, r) for name, r in (("good", good), ("worse", worse)))
+    wide = evaluate.difference(second_5, first_5)["without_ties_interval"]  # pairs of a prompt are drawn together
+    assert wide[0] < gap["without_ties_interval"][0] - 0.1 and wide[1] == 0
     same = evaluate.difference(first, first)
     assert same["with_ties"] == 0 and same["with_ties_interval"] == (0, 0)  # paired: no spread at all
 
@@ -220,6 +225,14 @@ def test_other_settings_in_the_same_folder_are_refused(tmp_path, tiny_model_dir,
     tensors = safetensors.numpy.load_file(head)
     safetensors.numpy.save_file({name: 2 * value for name, value in tensors.items()}, head)
     refuses(capsys, evaluate.main, "--model", trained_on, *flags[2:], "--no-think", says="another model;")
+
+
+def test_one_cot_is_greedy_and_several_are_sampled(tiny_model_dir):
+    def temperature(**flags):
+        return evaluate.resolve(evaluate.Settings(model=tiny_model_dir, **flags), parallel.Ranks()).temperature
+
+    assert temperature() == 0 and temperature(thoughts=2) == 1
+    assert temperature(temperature=0.5) == 0.5 and temperature(thoughts=4, temperature=0.0) == 0
 
 
 def test_sampled_thoughts_average_and_do_not_depend_on_the_batch(tmp_path, tiny_model_dir, clips_csv):

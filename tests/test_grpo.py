@@ -229,6 +229,21 @@ def test_engine_gap_is_measured_and_can_be_weighed(batch, model, settings):
     assert torch.allclose(capped[name], plain[name] * 0.5, atol=1e-6)
 
 
+def test_denominators_count_tokens_and_decided_rollouts(batch, settings):
+    batch[1].pair = dataclasses.replace(batch[1].pair, label=0)
+    tokens = sum(len(cot) for rollouts in batch for row in rollouts.cots for cot in row)
+    found = grpo.denominators(batch, settings, parallel.Ranks())
+    assert found == {"tokens": tokens, "bt": 3}  # one pair has a winner, 3 rollouts each
+    assert grpo.denominators(batch[1:], settings, parallel.Ranks())["bt"] == 1  # never divided by 0
+
+
+def test_the_largest_ratio_is_that_of_all_ranks(batch, model, settings):
+    model.make_trainable("full", vision=False)
+    optimizer, ranks = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0), parallel.Ranks()
+    ranks.gather_objects = lambda items: [*items, 7.5]
+    assert grpo.update(model, optimizer, batch, settings, ranks)["ratio_max"] == 7.5
+
+
 def test_the_study_s_gradients_are_those_of_the_update(items, model, settings):
     """lab/study_models.py::one_draw measures three losses of the same CoTs; each is what `update` would step along."""
     plain = dataclasses.replace(settings, max_grad_norm=1e9, bt_coef=0.0, length_low=0, length_high=1)
@@ -260,6 +275,8 @@ def test_seeds_differ_between_rollouts_videos_steps(items, model, settings):
     assert len({tuple(c) for r in first for row in r.cots for c in row}) == 12
     reseeded = grpo.generate(items, engine, dataclasses.replace(settings, seed=1), 0)
     assert [r.cots for r in reseeded] != [r.cots for r in first]
+    (same,) = grpo.generate([(items[0][0], [items[0][1][0]] * 2)], engine, settings, 0)
+    assert same.cots[0] != same.cots[1]  # A and B of a pair draw for themselves, even if they are one clip
     twins = [items[0], (dataclasses.replace(items[0][0], line=99), items[0][1])]  # one clip in two lines of the CSV
     one, two = grpo.generate(twins, engine, settings, 0)
     assert one.cots != two.cots  # a line of the CSV has random streams of its own

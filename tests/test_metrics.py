@@ -117,6 +117,13 @@ def test_cross_fitting_takes_the_flattery_out():
     assert np.isnan(accuracy_with_ties_cross_fitted([1], [2.0]))
 
 
+def test_cross_fitting_splits_at_random_not_by_margin():
+    """B's wins have no tie near 0, A's margins below 1 are ties: eps learnt from one side is wrong on the other."""
+    labels = np.array([-1] * 50 + [0] * 40 + [1] * 10)
+    margins = np.concatenate([-np.linspace(2, 3, 50), np.linspace(0.1, 0.9, 40), np.linspace(2, 3, 10)])
+    assert accuracy_with_ties_cross_fitted(labels, margins) > 0.97
+
+
 def test_bootstrap_interval():
     hits = np.array([1] * 80 + [0] * 20)
     low, high = bootstrap_interval(hits)

@@ -139,3 +139,14 @@ def test_warm_up_is_a_function_of_the_step():
         parallel.set_learning_rate(optimizer, step, warmup_steps=4)
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == [0.5, 1.0, 2.0, 2.0, 2.0]
+
+
+def test_each_part_has_its_own_rate_and_0_is_one():
+    class Parts(torch.nn.Module):
+        def parameter_groups(self):
+            return {part: [torch.nn.Parameter(torch.zeros(1))] for part in ("llm", "vision", "head")}
+
+    settings = cold_start.Settings(lr=2.0, lr_vision=None, lr_head=0.0, weight_decay=0.5)
+    optimizer = parallel.make_optimizer(Parts(), settings)
+    assert [group["base_lr"] for group in optimizer.param_groups] == [2.0, 2.0, 0.0]  # 0 freezes; None is --lr
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.5}

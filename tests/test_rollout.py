@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -149,6 +150,18 @@ def test_sampling_reads_each_video_once(model, prefixes, processor):
     one_by_one = [[sample_cots(model.backbone, processor, [prefix], [[seed]], 8)[0][0] for seed in row]
                   for prefix, row in zip(prefixes, [[1, 2, 3], [4], [5, 6]])]
     assert many == one_by_one
+
+
+def test_clips_of_several_sizes_share_a_batch(model, processor):
+    """A CoT's positions start behind its OWN video, whose position count depends on its frames' number and size."""
+    rng, prefixes = np.random.default_rng(0), []
+    for count, height, width in ((2, 64, 64), (8, 128, 64), (4, 32, 192)):
+        frames = rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+        video = data.Video(frames, 2.0, count, tuple(range(count)))
+        prefixes.append(data.encode_prompt(processor, video, "a red square " * count))
+    many = sample_cots(model.backbone, processor, prefixes, [[1], [2], [3]], 24)
+    assert len(model.backbone.model.rope_deltas.unique()) == 3  # else nothing is tested here
+    assert many == [sample_cots(model.backbone, processor, [p], [[k]], 24)[0] for k, p in enumerate(prefixes, 1)]
 
 
 def test_sampling_follows_softmax_and_stops(model, prefixes, processor):
