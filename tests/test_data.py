@@ -186,3 +186,12 @@ def test_pairs_are_encoded_at_the_fps_and_size_asked_for(tmp_path, processor, ca
         _, (prefix, _) = data.EncodedPairs([pair], processor, fps, max_pixels, folder)[0]
         sizes.append(prefix["video_grid_thw"].tolist()[0])
     assert sizes == [[4, 6, 8], [2, 6, 8], [2, 4, 4], [4, 6, 8]]
+
+
+def test_frames_in_memory_keep_their_shape():
+    """Height and width are not the same number on any real video."""
+    frames = np.zeros((4, 96, 256, 3), np.uint8)
+    video = data.to_video(frames, fps=2.0, max_pixels=448 * 448, source_fps=2.0)
+    assert video.frames.shape == (4, 96, 256, 3)
+    small = data.to_video(frames, fps=2.0, max_pixels=64 * 128, source_fps=2.0)
+    assert small.frames.shape == (4, *data.target_size(96, 256, 64 * 128), 3) == (4, 64, 128, 3)

@@ -2,9 +2,22 @@
 
 import json
 
+import parallel
 from plumbing import logs
 
 
 def test_half_a_metrics_line_is_dropped(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2, "lo')
     assert logs.read_metrics(str(tmp_path)) == [{"step": 1}]
+
+
+def test_a_resume_keeps_the_lines_up_to_its_checkpoint_and_writes_the_missing_one(tmp_path):
+    lines = [json.dumps({"step": k, "seconds": 1.0, "val_accuracy": k / 10}) for k in (1, 2, 3)]
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    logs.Log(str(tmp_path), parallel.Ranks(), {"step": 2, "metrics": {"loss": 0.5}})
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert (tmp_path / name).read_text() == "\n".join(lines[:2]) + "\n"  # step 2's own line, not a new one
+    logs.Log(str(tmp_path), parallel.Ranks(), {"step": 3, "metrics": {"loss": 0.5}})  # killed before its line
+    assert [(line["step"], line.get("loss")) for line in logs.read_metrics(str(tmp_path))] == [(1, None), (2, None),
+                                                                                              (3, 0.5)]

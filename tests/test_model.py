@@ -234,6 +234,21 @@ def test_frames_in_memory_score_like_a_file(model, tiny_clips):
         reward(frames)
 
 
+def test_copies_of_a_video_think_differently_when_sampled(model, tiny_clips):
+    """`evaluate.py --video --thoughts 4` thinks about four copies: each has a random stream of its own."""
+    think = lambda **more: model.think([tiny_clips[0]] * 3, ["a red circle"] * 3, 12, as_tokens=True, **more)
+    sampled = think(temperature=1.0)
+    assert len(set(map(tuple, sampled))) == 3 and sampled == think(temperature=1.0) != think(temperature=1.0, seed=9)
+    assert len(set(map(tuple, think()))) == 1  # greedy
+
+
+def test_scoring_in_the_middle_of_training_has_no_dropout(model, tiny_clips):
+    model.make_trainable("lora", vision=False, lora_r=4, lora_dropout=0.5)
+    for layer in model.lora_layers().values():  # B starts at 0, and the adapter with its dropout would not show
+        torch.nn.init.normal_(layer.lora_B["default"].weight)
+    model.train()
+    scores = [model.score(tiny_clips[:1], ["a red circle"], ["<think>x</think>"]) for _ in range(3)]
+    assert torch.equal(scores[0], scores[1]) and torch.equal(scores[1], scores[2]) and model.training
 
 
 def test_query_is_bit_equal_to_a_vocabulary_row(model, prefixes):
