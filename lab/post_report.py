@@ -260,7 +260,7 @@ def draw_curves(path: str, measured: dict[str, list[dict]], before: dict[str, li
     for by, word, style in (("proxy", "the reward", "--"), ("gold", "gold", ":")):
         level = np.mean([numbers["best"][by]["gold"] - numbers["gold"] for numbers in measured["base"]])
         axes[1].axhline(level, color="grey", linestyle=style, linewidth=1, label=f"best of a group by {word}")
-    axes[1].legend(fontsize=7, frameon=False, loc="upper right", bbox_to_anchor=(1, 0.95))
+    axes[1].legend(fontsize=6.5, frameon=False, loc="upper right", bbox_to_anchor=(1, 0.95), ncols=2)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -284,5 +284,5 @@ def draw_strip(path: str, generators: dict[str, Generator], steps: int, prompts:
         if column == 0:
             line[column].text(0, -2, prompt_text(wish(asked[row])), fontsize=6)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
