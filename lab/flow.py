@@ -25,6 +25,7 @@ Sources: Flow-GRPO (arXiv 2505.05470), DanceGRPO (2505.07818), LongCat-Video (25
 """
 
 import dataclasses
+import itertools
 import math
 
 import torch
@@ -80,6 +81,34 @@ class Step:
     t_next: float
     sigma: float
     log_prob: torch.Tensor  # (N,): (3), when sampled
+
+
+NOISES = {"flow-grpo": {"a": 0.7}, "longcat": {"a": 1.0, "cap": 0.45}}  # --noise -> the arguments of (1)
+
+
+def noisy_steps(noise: str, steps: int, draw) -> set[int]:
+    """Which of the sampler's steps are SDE steps. LongCat: one early one, draw(n) below n; Flow-GRPO: all but the last.
+
+    The last never is: nothing would take its noise out of the clip again.
+    """
+    return {int(draw(max(1, steps // 2)))} if noise == "longcat" else set(range(steps - 1))
+
+
+@torch.no_grad()
+def sample(velocity, start: torch.Tensor, times, noisy, noise_args: dict, draw) -> tuple[torch.Tensor, list[Step]]:
+    """From noise (N, ...) to latents: steps numbered in `noisy` are SDE steps, kept for GRPO; the others are Euler.
+
+    velocity(x, t) -> v. times fall from 1 to 0. noise_args: those of (1). draw(k) -> z of step k, normal, shaped as x.
+    """
+    x, trail = start, []
+    for k, (t, t_next) in enumerate(itertools.pairwise(times)):
+        sigma = noise_scale(t, t_next, **noise_args) if k in noisy else 0.0
+        x_next = mean = sde_mean(x, velocity(x, t), t, t_next, sigma)
+        if sigma:
+            x_next = mean + sigma * math.sqrt(t - t_next) * draw(k)
+            trail.append(Step(x, x_next, t, t_next, sigma, step_log_prob(x_next, mean, sigma, t, t_next)))
+        x = x_next
+    return x, trail
 
 
 def step_log_prob(

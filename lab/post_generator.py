@@ -7,7 +7,6 @@ components of each patch (the toy's stand-in for a video autoencoder) it does.
 Shapes: N clips, P = 64 patches of 2 x 8 x 8 pixels, C = 32 components. x, velocities, noise: (N, P, C).
 """
 
-import itertools
 import math
 
 import torch
@@ -165,19 +164,14 @@ def step_mean(generator: Generator, x: torch.Tensor, asked, t: float, t_next: fl
     return flow.sde_mean(x, generator.velocity(x, t, asked), t, t_next, sigma)
 
 
-@torch.no_grad()
-def sample(generator: Generator, asked: torch.Tensor, start: torch.Tensor, steps: int, noisy=(), scale=None, name=()):
-    """start (N, P, C), noise -> latents (N, P, C), and the SDE steps: those numbered in `noisy`; the others are Euler.
+def sample(
+    generator: Generator, asked: torch.Tensor, start: torch.Tensor, steps: int, noisy=(),
+    noise=flow.NOISES["flow-grpo"], name=(),
+):
+    """start (N, P, C), noise -> latents (N, P, C), and the SDE steps: flow.sample, in equal steps from 1 to 0.
 
-    scale(t, t_next) -> σ of an SDE step; `name` seeds its noise.
+    noise: arguments of flow.noise_scale; `name` seeds what is drawn.
     """
-    x, trail = start, []
-    for k, (t, t_next) in enumerate(itertools.pairwise(1 - k / steps for k in range(steps + 1))):
-        sigma = scale(t, t_next) if k in noisy else 0.0
-        x_next = mean = step_mean(generator, x, asked, t, t_next, sigma)
-        if sigma:
-            x_next = mean + sigma * math.sqrt(t - t_next) * noise_of(x.shape, *name, k)
-            log_prob = flow.step_log_prob(x_next, mean, sigma, t, t_next)
-            trail.append(flow.Step(x, x_next, t, t_next, sigma, log_prob))
-        x = x_next
-    return x, trail
+    times = [1 - k / steps for k in range(steps + 1)]
+    return flow.sample(lambda x, t: generator.velocity(x, t, asked), start, times, noisy, noise,
+                       lambda k: noise_of(start.shape, *name, k))

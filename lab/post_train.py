@@ -17,7 +17,6 @@ Shapes: N = prompts x group clips, P patches, C components, A attributes, K SDE 
 
 import copy
 import dataclasses
-import functools
 import json
 import os
 import sys
@@ -52,7 +51,7 @@ class Settings:
     warm_up: int = arg(5, "updates until the full learning rate", at_least=1)
     steps: int = arg(10, "sampling steps", at_least=2)
     noise: str = arg("longcat", "longcat: one early SDE step, shared start noise; flow-grpo: all but the last are SDE",
-                     choices=["longcat", "flow-grpo"])
+                     choices=list(flow.NOISES))
     clip: float = arg(1e-3, "range of the ratio, which is the D-th root of the true one", above=0)
     kl: float = arg(0.0, "weight of the KL to the base", at_least=0)
     beta: float = arg(100.0, "dpo: weight of the implicit reward", above=0)
@@ -74,19 +73,6 @@ FREE = ("out", "updates", "save_every", "eval_prompts", "curve_every", "publish"
 # ---------------------------------------------------------------------------------------------------------------
 # The two updates. Both begin alike: clips of the policy, and their rewards
 # ---------------------------------------------------------------------------------------------------------------
-def noise_scale(s: Settings):
-    """σ(t, t_next) of an SDE step by --noise: flow.py (1)."""
-    longcat = s.noise == "longcat"
-    return functools.partial(flow.noise_scale, **({"a": 1.0, "cap": 0.45} if longcat else {"a": 0.7}))
-
-
-def noisy_steps(s: Settings, update: int) -> set[int]:
-    """Which sampling steps are SDE steps. The last never is: its noise would stay in the clip."""
-    if s.noise == "longcat":
-        return {int(rng_of(s.seed, "early", update).integers(max(1, s.steps // 2)))}
-    return set(range(s.steps - 1))
-
-
 def make_clips(policy: Generator, score: Reward, s: Settings, update: int, noisy):
     """-> asked (N, A), latents (N, P, C), the SDE steps, rewards (prompts, group), and numbers to log."""
     begin, name = time.time(), (s.seed, "update", update)
@@ -94,7 +80,7 @@ def make_clips(policy: Generator, score: Reward, s: Settings, update: int, noisy
     shared = s.noise == "longcat" and bool(noisy)
     start = noise_of((s.prompts if shared else len(asked), P, C), *name, "start")
     start = start.repeat_interleave(s.group, 0) if shared else start
-    latents, trail = sample(policy, asked, start, s.steps, noisy, noise_scale(s), name)
+    latents, trail = sample(policy, asked, start, s.steps, noisy, flow.NOISES[s.noise], name)
     clips, middle = policy.latents.decode(latents), time.time()
     rewards = score(asked, clips, update).view(s.prompts, s.group)
     right = score.judge.right(asked, clips).float().mean(1).view(s.prompts, s.group)
@@ -112,7 +98,8 @@ def grpo_update(policy: Generator, base: Generator, optimizer, score, s: Setting
     optimizer step the replayed ratio is exactly 1.
     """
     # 1. Clips and their rewards
-    asked, _, trail, rewards, log = make_clips(policy, score, s, update, noisy_steps(s, update))
+    noisy = flow.noisy_steps(s.noise, s.steps, rng_of(s.seed, "early", update).integers)
+    asked, _, trail, rewards, log = make_clips(policy, score, s, update, noisy)
     # 2. Advantages, within the clips of one prompt
     advantages = (flow.shared_spread if s.noise == "longcat" else group_advantages)(rewards).flatten()  # (N,)
     # 3. Eq. 7 with the clip's K steps in place of tokens

@@ -16,7 +16,6 @@ computed: docs/reward.md. Needs requirements-wan.txt.
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import os
 import random
@@ -60,7 +59,7 @@ class Settings:
     shift: float = arg(3.0, "how far the steps are moved towards noise; Wan: 3 at 480p, 5 at 720p", above=0)
     guidance: float = arg(5.0, "classifier-free guidance of the clips; 1: none, half the work", at_least=1)
     noise: str = arg("flow-grpo", "flow-grpo: all steps but the last are SDE steps; longcat: one early, shared start",
-                     choices=["flow-grpo", "longcat"])
+                     choices=list(flow.NOISES))
     group: int = arg(8, "clips per prompt", at_least=2)
     batch: int = arg(8, "prompts (grpo) or pairs (dpo) per update, over all ranks", at_least=1)
     updates: int = arg(100, "updates", at_least=1)
@@ -124,22 +123,13 @@ class Wan:
         finally:
             self.transformer.enable_adapters()
 
-    @torch.no_grad()
     def sample(self, prompt: str, start_seed: int, seed: int, noisy: set[int]) -> tuple[torch.Tensor, list[flow.Step]]:
         """One clip's latents, and its SDE steps: those numbered in `noisy`; the others are Euler."""
-        x = self.draw(start_seed)
-        generator, trail = torch.Generator().manual_seed(seed), []
-        for k, (t, t_next) in enumerate(itertools.pairwise(self.times)):
-            v = self.velocity(x, t, prompt, self.s.guidance)
-            sigma = self.noise_scale(t, t_next) if k in noisy else 0.0
-            x_next = mean = flow.sde_mean(x, v, t, t_next, sigma)
-            if sigma:
-                z = torch.randn(x.shape, generator=generator).to(x.device)
-                x_next = mean + sigma * math.sqrt(t - t_next) * z
-                log_prob = flow.step_log_prob(x_next, mean, sigma, t, t_next)
-                trail.append(flow.Step(x, x_next, t, t_next, sigma, log_prob))
-            x = x_next
-        return x, trail
+        generator = torch.Generator().manual_seed(seed)
+        return flow.sample(
+            lambda x, t: self.velocity(x, t, prompt, self.s.guidance), self.draw(start_seed), self.times, noisy,
+            flow.NOISES[self.s.noise], lambda _: torch.randn(self.shape, generator=generator).to(self.device),
+        )
 
     def draw(self, seed: int) -> torch.Tensor:
         """Start noise, the same on every device."""
@@ -147,14 +137,8 @@ class Wan:
 
     def noisy_steps(self, number: int) -> set[int]:
         """Which steps are SDE steps for this prompt: one early (LongCat), or all but the last: its noise stays."""
-        if self.s.noise == "longcat":
-            return {random.Random(task_seed(self.s.seed, number)).randrange(self.s.steps // 2)}
-        return set(range(self.s.steps - 1))
-
-    def noise_scale(self, t: float, t_next: float) -> float:
-        """σ by --noise: flow.py (1)."""
-        longcat = self.s.noise == "longcat"
-        return flow.noise_scale(t, t_next, a=1.0, cap=0.45) if longcat else flow.noise_scale(t, t_next, a=0.7)
+        draw = random.Random(task_seed(self.s.seed, number)).randrange
+        return flow.noisy_steps(self.s.noise, self.s.steps, draw)
 
     def grpo_step_loss(self, prompt: str, step: flow.Step, advantage: torch.Tensor, count: int) -> torch.Tensor:
         """Eq. 7 for one step of one clip: advantage (1,). `count`: clips x steps of the whole update."""

@@ -1,6 +1,5 @@
 """lab/post_train.py and its parts: the updates push the right way, resume to the bit, and never eat a failed score."""
 
-import functools
 import json
 import math
 import os
@@ -85,20 +84,18 @@ def test_sampling_without_noise_is_euler_to_the_last_bit(base):
             x = x + (t_next - t) * base.velocity(x, t, asked)
     out, trail = sample(base, asked, start, 4)
     assert torch.equal(out, x) and not trail
-    silent = functools.partial(flow.noise_scale, a=0.0)
-    out, trail = sample(base, asked, start, 4, noisy={0, 1, 2}, scale=silent)
+    out, trail = sample(base, asked, start, 4, noisy={0, 1, 2}, noise={"a": 0.0})
     assert torch.equal(out, x) and not trail
 
 
 def test_longcat_has_one_early_step_and_one_start_per_prompt(base, judge):
     s = post_train.Settings(**SMALL, noise="longcat")
-    assert {k for u in range(40) for k in post_train.noisy_steps(s, u)} == {0, 1}  # the first half of 4
-    assert all(len(post_train.noisy_steps(s, u)) == 1 for u in range(5))
+    early = [flow.noisy_steps("longcat", 4, rng_of(0, u).integers) for u in range(40)]
+    assert set.union(*early) == {0, 1} and {len(steps) for steps in early} == {1}  # the first half of 4
     asked, latents, trail, *_ = post_train.make_clips(base, Brightness("gold", judge, 0), s, 0, {1})
     assert len(trail) == 1 and torch.equal(trail[0].x[0], trail[0].x[3]) and not torch.equal(latents[0], latents[3])
     assert not torch.equal(trail[0].x[0], trail[0].x[4])  # another prompt, another start
-    plain = post_train.Settings(**SMALL, noise="flow-grpo")
-    assert post_train.noisy_steps(plain, 0) == {0, 1, 2}  # never the last
+    assert flow.noisy_steps("flow-grpo", 4, rng_of(0).integers) == {0, 1, 2}  # never the last
 
 
 # -- the updates -------------------------------------------------------------------------------------------------
