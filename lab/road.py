@@ -186,6 +186,7 @@ class Annotator(http.server.BaseHTTPRequestHandler):
     truth = {}
 
     def do_POST(self):
+        """One request of the annotator."""
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         status, headers, body = self.respond(request)
         with contextlib.suppress(ConnectionError):  # the client gave up

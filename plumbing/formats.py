@@ -31,6 +31,7 @@ def open_table(path: str, need: tuple[str, ...] = ()):
     csv.field_size_limit(2**31 - 1)  # a CoT can be longer than csv's default of 131,072 characters
 
     def records():
+        """(number of the record, the header being 1; its cells, none of them None)."""
         line = 1
         try:
             with open(path, newline="", encoding="utf-8-sig") as file:

@@ -161,6 +161,7 @@ def _reload(worker, named_weights, tied: bool) -> None:
     load = model.load_weights
 
     def noting():
+        """The weights as they come, their names noted: all must arrive."""
         for name, value in named_weights:
             sent.append(name)
             yield name, value
