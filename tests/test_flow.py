@@ -169,3 +169,12 @@ def test_flow_dpo_gradient_by_hand():
     size = v.numel()
     assert torch.allclose(chosen.grad, -50 * (noise - clip - v) / size, atol=1e-5)
     assert torch.allclose(rejected.grad, 50 * (noise - loser - v) / size, atol=1e-5)
+
+
+def test_a_noisy_step_goes_where_its_log_prob_says():
+    """From x = 0 with v = 0, t = 1 -> 1/2: μ = 0, σ = .7 √2, so z = 1 goes to σ √(1/2) = .7; then Euler stays there."""
+    x, (step,) = flow.sample(lambda x, t: 0 * x, torch.zeros(2, 3), [1.0, 0.5, 0.0], {0}, flow.NOISES["flow-grpo"],
+                             lambda k: torch.ones(2, 3))
+    assert step.x_next.flatten().tolist() == pytest.approx([0.7] * 6) and torch.equal(x, step.x_next)
+    expected = torch.distributions.Normal(0.0, 0.7).log_prob(torch.tensor(0.7)).item()
+    assert step.log_prob.tolist() == pytest.approx([expected] * 2)
