@@ -22,17 +22,23 @@ import torch
 
 import data
 import parallel
-from data import InputError
+from layout import lay_out
 from losses import bt_loss, btt_loss, draw_cot_mask
 from metrics import accuracy_without_ties
-from model import DeScore, lay_out, to_device
-from plumbing import checks
+from model import DeScore, to_device
 from plumbing.checkpoint import save_model
 from plumbing.jobs import fitting_pairs, readable_pairs
-from plumbing.logs import Sums, draw_curves, reward_scale
-from plumbing.monitor import COLD_START_PANELS, cold_start_line, cold_start_metrics, note_scores
+from plumbing.logs import (
+    COLD_START_PANELS,
+    Sums,
+    cold_start_line,
+    cold_start_metrics,
+    draw_curves,
+    note_scores,
+    reward_scale,
+)
 from plumbing.resume import claim_run, require_finite
-from plumbing.settings import arg, cli, parse
+from plumbing.settings import InputError, arg, cli, parse, require
 from plumbing.training import CommonSettings, Run
 
 
@@ -225,7 +231,7 @@ def rows_of(items) -> list[dict]:
 def main(argv=None) -> None:
     """Reads and checks everything that can be checked, builds the model, trains it, saves it."""
     settings = parse(Settings, __doc__, argv)
-    checks.require(settings, data="a CSV of preference pairs")
+    require(settings, data="a CSV of preference pairs")
     ranks = parallel.start(settings.seed, settings.cpu_offload)
     claim_run(settings, ranks)
     pairs = prepare_pairs(settings.data, settings, ranks, need_cots=True)

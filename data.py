@@ -2,7 +2,7 @@
 
     CSV row -> PreferencePair -> Video (decord, 2 fps) -> prompt ids + pixel patches (the Hugging Face processor)
 
-    python -m lab.look --show 3 --data pairs.csv --model Qwen/Qwen3-VL-8B-Instruct     prints examples, draws frames
+    python -m toy.look --show 3 --data pairs.csv --model Qwen/Qwen3-VL-8B-Instruct     prints examples, draws frames
 
 Shapes: F frames, H x W pixels, P prompt tokens (video tokens included), T CoT tokens.
 Labels everywhere: +1 video A is better, -1 video B is better, 0 the same.
@@ -16,12 +16,9 @@ import sys
 import numpy as np
 import torch
 
-from plumbing.answers import DIMENSIONS, extract_answer, parse_literal  # noqa: F401  public names of this file
 from plumbing.formats import read_records
-from plumbing.frame_cache import FrameCache
 from plumbing.settings import InputError
-from plumbing.stream import take  # noqa: F401  public name of this file
-from plumbing.video import read_clip, resize
+from plumbing.video import FrameCache, read_clip, resize
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -368,3 +365,17 @@ class EncodedPairs(torch.utils.data.Dataset):
             return pair, [encode_prompt(self.processor, video, pair.prompt) for video in videos]
         except InputError as error:
             return InputError(f"line {pair.line}: {error}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# take
+# ---------------------------------------------------------------------------------------------------------------
+def take(dataset: torch.utils.data.Dataset, order: list[int], workers: int = 0):
+    """Yields dataset[i] for i in `order`, read ahead by `workers` processes (0: in this one). Raises InputError."""
+    # A loader draws a seed when it starts: from a generator of its own, or a resumed run has other dropout masks.
+    own = torch.Generator()
+    loader = torch.utils.data.DataLoader(dataset, sampler=order, batch_size=None, num_workers=workers, generator=own)
+    for item in loader:
+        if isinstance(item, InputError):
+            raise item
+        yield item

@@ -10,7 +10,7 @@ In: a checkpoint folder, a CSV. Out, in --out: thoughts*.jsonl and rewards*.json
 one file per rank; the same command goes on where it was killed), scores.csv, skipped.jsonl, settings.json, and
 report.json, report.md, report.png (report.py). --html FILE adds one page with the clips, CoTs, rewards and labels.
 Memory: the model and one batch; the 8B in bf16 wants a GPU of 24 GB. Time: nearly all of it is thinking.
---sanity asks instead what the model reads: rewards after the prompt or the clip was changed (plumbing/sanity.py).
+--sanity asks instead what the model reads: rewards after the prompt or the clip was changed (lab/study/sanity.py).
 No CoT is masked here. --no-think leaves all of them out, which random CoT masking has trained the head for.
 
 Symbols: r_A, r_B rewards of a pair; margin = r_A - r_B; label +1 (A is better), -1 (B), 0 (the same); n pairs; k CoTs.
@@ -24,19 +24,29 @@ import torch
 
 import data
 import parallel
-from data import InputError, PreferencePair
+from data import PreferencePair
+from lab.serve import page
+from lab.study import sanity
 from metrics import (
-    accuracy_curve, accuracy_with_ties, accuracy_with_ties_cross_fitted, accuracy_without_ties, bootstrap_interval,
-    calibration, checked, paired_difference, right, videoalign_compatible,
+    accuracy_curve,
+    accuracy_with_ties,
+    accuracy_with_ties_cross_fitted,
+    accuracy_without_ties,
+    bootstrap_interval,
+    calibration,
+    checked,
+    paired_difference,
+    right,
+    videoalign_compatible,
 )
 from model import DeScore
-from plumbing import checks, page, report, sanity
-from plumbing.answers import overall_score
+from plumbing import report
 from plumbing.checkpoint import trained_settings
 from plumbing.formats import open_table, read_scores, refuse_outside
 from plumbing.jobs import Item, Phase, claim_out, write_skipped
-from plumbing.settings import arg, cli, parse
+from plumbing.settings import InputError, arg, cli, evaluation_flags, parse, writable
 from rollout import Thinker, ThinkingSettings, decode_cot, open_batch, require_short, think_phase
+from rules import overall_score
 
 BENCHMARKS = {  # name -> what the CSV in --root may be called, the published name first
     "videogen-rewardbench": ("videogen-rewardbench.csv", "test_videogen_rewardbench.csv"),
@@ -221,7 +231,7 @@ def text_rewards(thoughts: dict) -> dict:
     """The rewards that the CoTs state, as score_phase returns the head's.
 
     Scores have few different values, so two videos often get the same one. An equal score is wrong wherever people
-    decided, so texts look worse than they are: lab/study.py counts equal scores half.
+    decided, so texts look worse than they are: lab/study counts equal scores half.
     """
     return {key: {"reward": float(np.mean([overall_score(text) for text in record["thoughts"]]))}
             for key, record in thoughts.items()}
@@ -287,9 +297,9 @@ def difference(one: report.Judged, first: report.Judged) -> dict:
 # ---------------------------------------------------------------------------------------------------------------
 def make_folders(out: str, s: Settings) -> None:
     """Fails on unwritable folders before hours of generation."""
-    checks.writable([out, *([os.path.join(out, "text")] if "text" in s.score_from else [])])
+    writable([out, *([os.path.join(out, "text")] if "text" in s.score_from else [])])
     if s.html:
-        checks.writable([os.path.dirname(s.html) or "."])
+        writable([os.path.dirname(s.html) or "."])
 
 
 def resolve(s: Settings, ranks) -> Settings:
@@ -325,7 +335,7 @@ def one_video(s: Settings, ranks, judge: Judge) -> None:
 def main(argv=None) -> None:
     """All sets are thought about first, then scored: the engine's memory is free when scoring starts."""
     s = parse(Settings, __doc__, argv)
-    checks.evaluation_flags(s)
+    evaluation_flags(s)
     ranks = parallel.start(s.seed)
     ready_made = s.compare or ([s.scores] if s.scores else [])
     if not ready_made:

@@ -25,15 +25,24 @@ import torch
 
 import data
 import parallel
+from layout import lay_out
 from losses import bt_loss, group_advantages, grpo_loss, kl_to_reference
-from model import DeScore, lay_out, to_device
-from plumbing import checks
+from model import DeScore, to_device
 from plumbing.checkpoint import SETTINGS_FILE, save_model
 from plumbing.jobs import readable_pairs, task_seed
-from plumbing.logs import Sums, draw_curves, reward_scale
-from plumbing.monitor import GRPO_PANELS, engine_gap, grpo_line, grpo_metrics, note_update, write_samples
+from plumbing.logs import (
+    GRPO_PANELS,
+    Sums,
+    draw_curves,
+    engine_gap,
+    grpo_line,
+    grpo_metrics,
+    note_update,
+    reward_scale,
+    write_samples,
+)
 from plumbing.resume import claim_run, require_finite
-from plumbing.settings import arg, cli, parse
+from plumbing.settings import annotated_pairs, arg, cli, grpo_flags, parse
 from plumbing.training import CommonSettings, Run
 from rollout import decode_cot, make_engine
 from rules import RolloutReward, coupled_rewards, rollout_reward
@@ -309,12 +318,12 @@ def main(argv=None) -> None:
     """Reads and checks the data, builds policy, reference and engine, trains, saves."""
     settings = parse(Settings, __doc__, argv)
     ranks = parallel.start(settings.seed, settings.cpu_offload)
-    checks.grpo_flags(settings, ranks)
+    grpo_flags(settings, ranks)
     claim_run(settings, ranks)
     pairs = data.read_pairs(settings.data, video_root=settings.video_root)
     pairs = readable_pairs(pairs, settings, ranks, data.sample_frames)
     if settings.objective == "rules":
-        checks.annotated_pairs(pairs, settings.data)
+        annotated_pairs(pairs, settings.data)
     from_base = settings.objective == "preference" and not os.path.isfile(os.path.join(settings.model, SETTINGS_FILE))
     how = {"empty": ranks.world > 1, "random_init": settings.random_init, "new_head": from_base}
     model = DeScore.from_pretrained(settings.model, dtype=parallel.load_dtype(settings.train, ranks), **how)

@@ -22,10 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3VLForConditionalGeneration
 
 import data
-from data import InputError
 from layout import SHARED_PREFIX, lay_out
 from losses import token_log_probs
 from plumbing.checkpoint import QUERY_AND_HEAD, open_model, write_model
+from plumbing.settings import InputError
 from rollout import TransformersEngine, decode_cot
 
 # LoRA on the LLM's linear layers; not on lm_head, the embeddings or the vision tower (whose layers have other names).

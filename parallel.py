@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import InputError
 from plumbing.checkpoint import fill, merge_lora, whole
 from plumbing.resume import require_finite
+from plumbing.settings import InputError
 
 
 # ---------------------------------------------------------------------------------------------------------------

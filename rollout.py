@@ -21,14 +21,13 @@ from transformers import AutoConfig, AutoProcessor, GenerationConfig, LogitsProc
 
 import data
 import parallel
-from data import InputError
-from plumbing import checks
+from lab.study.sanity import changed_video
 from plumbing.checkpoint import load_backbone
 from plumbing.formats import write_cots
 from plumbing.jobs import Item, Phase, claim_out, readable_pairs, task_seed, write_skipped
-from plumbing.sanity import changed_video
-from plumbing.settings import arg, cli, parse
+from plumbing.settings import InputError, arg, cli, parse, rollout_flags
 from plumbing.vllm_engine import VLLMEngine, require_room
+from rules import extract_answer
 
 # This rank's share of the cores. Read now: vLLM changes LOCAL_WORLD_SIZE when it starts.
 THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -339,7 +338,7 @@ def collect(path: str, out: str, s: Settings, ranks, thinker: Thinker) -> None:
         return
     write_cots(out, kept, thoughts)
     texts = [thoughts[key]["thoughts"][0] for key in items if key in thoughts]
-    good = sum(data.extract_answer(text) is not None for text in texts)
+    good = sum(extract_answer(text) is not None for text in texts)
     print(f"wrote {out}: {len(kept)} pairs; {good / len(texts):.1%} of {len(texts)} CoTs hold an answer")
     if skipped:
         print(f"skipped {len(pairs) - len(kept)} pairs with {len(skipped)} bad videos; see {folder}/skipped.jsonl")
@@ -348,7 +347,7 @@ def collect(path: str, out: str, s: Settings, ranks, thinker: Thinker) -> None:
 def main(argv=None) -> None:
     """One CoT per video of each CSV; the engine is opened once for all of them."""
     s = parse(Settings, __doc__, argv)
-    checks.rollout_flags(s)
+    rollout_flags(s)
     for path in s.data:  # a wrong second file should not cost the thinking over the first
         data.read_pairs(path, s.dimension, s.video_root)
     ranks = parallel.start(s.seed)

@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen3VLFor
 
 from plumbing.settings import InputError, first_line
 
-
 SETTINGS_FILE, HEAD_FILE = "descore.json", "reward_head/head.safetensors"
 # The head lies in a folder of its own: vLLM loads EVERY *.safetensors beside config.json as weights of the backbone.
 QUERY_AND_HEAD = ("query", "head.weight")  # what is ours: their names in the model and in HEAD_FILE

@@ -7,9 +7,8 @@ import re
 
 import numpy as np
 
-from plumbing.answers import DIMENSIONS, extract_answer, parse_literal
-from plumbing.files import write_csv
-from plumbing.settings import InputError
+from plumbing.settings import InputError, write_csv
+from rules import DIMENSIONS, extract_answer, parse_literal
 
 LABELS = {
     "a": 1, "video 1 is better": 1, "leftvote": 1, "left": 1,

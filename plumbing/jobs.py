@@ -10,8 +10,7 @@ import typing
 
 import numpy as np
 
-from plumbing.files import write_json, write_jsonl
-from plumbing.settings import InputError, first_line
+from plumbing.settings import InputError, first_line, write_json, write_jsonl
 
 
 def task_seed(*parts) -> int:
@@ -22,7 +21,7 @@ def task_seed(*parts) -> int:
 class Item(typing.NamedTuple):
     """A video, its prompt, and the CSV line that asks for it first. The key of everything kept is item[:2].
 
-    change: what is done to the frames first; only plumbing/sanity.py asks for that.
+    change: what is done to the frames first; only lab/study/sanity.py asks for that.
     """
 
     video: str

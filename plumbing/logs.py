@@ -1,13 +1,16 @@
 """metrics.jsonl, the line on the screen, the curves, and the scale of the rewards."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import time
 
 import numpy as np
+import torch
 
-from plumbing.files import write_jsonl
+from losses import clipped_tokens, policy_ratio
+from plumbing.settings import write_jsonl
 
 
 class Log:
@@ -107,3 +110,142 @@ def draw_curves(out: str, panels: dict[str, list[str]], path: str, title: str) -
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 2. What a step is worth logging: sums over ranks -> metrics
+# ---------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------
+# Stage 1
+# ---------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def note_scores(sums: Sums, loss, reward_a, reward_b, label, masks) -> None:
+    """What a forward adds to the step's log."""
+    margins = (reward_a - reward_b) * label  # (B,): r_w - r_l, and 0 for a human tie
+    both = torch.cat([reward_a, reward_b])
+    sums.add(loss=loss.item(), correct=(margins > 0).sum(), decided=(label != 0).sum(), margin=margins.sum())
+    sums.add(reward=both.sum(), square=(both**2).sum(), masked=sum(masks))
+
+
+def cold_start_metrics(sums: dict[str, float], settings) -> dict[str, float]:
+    """Sums over all ranks -> what is logged. docs/metrics.md explains each name."""
+    pairs, decided = settings.batch_pairs, max(1, sums["decided"])
+    return {
+        "loss": sums["loss"],
+        "accuracy": sums["correct"] / decided,
+        "margin": sums["margin"] / decided,
+        **mean_and_std(sums["reward"], sums["square"], 2 * pairs),
+        "masked_share": sums["masked"] / pairs,
+    }
+
+
+def cold_start_line(metrics: dict[str, float]) -> str:
+    """The step in one line."""
+    line = (
+        f"loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.3f}  margin {metrics['margin']:+.3f}  "
+        f"reward {metrics['reward_mean']:+.2f} ± {metrics['reward_std']:.2f}  masked {metrics['masked_share']:.2f}  "
+        f"|g| {metrics['grad_norm_total']:.2f}"
+    )
+    return line + (f"  val {metrics['val_accuracy']:.3f}" if "val_accuracy" in metrics else "")
+
+
+COLD_START_PANELS = {  # title -> what curves.png shows in it
+    "BT loss (Eq. 3)": ["loss"],
+    "pair accuracy": ["accuracy", "val_accuracy"],
+    "margin r_w - r_l": ["margin"],
+    "reward": ["reward_mean", "reward_std"],
+    "gradient norms": ["grad_norm_llm", "grad_norm_vision", "grad_norm_head"],
+    "seconds": ["step_seconds"],
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Stage 2
+# ---------------------------------------------------------------------------------------------------------------
+def engine_gap(old, rollouts) -> torch.Tensor | None:
+    """(2G, T): log π_old by the trainer minus by the engine that sampled, per token; None if the engine does not tell.
+
+    Both are the same policy, computed by two programs in two precisions: the gap is their error, and should be small.
+    """
+    if not rollouts.engine_log_probs[0]:
+        return None
+    gap = torch.zeros_like(old)
+    for n, values in enumerate(values for row in rollouts.engine_log_probs for values in row):
+        gap[n, : len(values)] = old[n, : len(values)] - torch.tensor(values, device=old.device)
+    return gap
+
+
+@torch.no_grad()
+def note_update(sums: Sums, output, mask, old, rollouts, settings, counts) -> None:
+    """What a forward adds to the update's log: each entry's sum over pairs and ranks is the mean."""
+    log_probs, gap = output.log_probs, engine_gap(old, rollouts)  # (2G, T), like old and mask
+    reward_a, reward_b = output.rewards.view(2, -1)  # (G,) each
+    margins = (reward_a - reward_b) * rollouts.pair.label  # (G,): r_w - r_l, and 0 for a human tie
+    sums.add(pair_accuracy=(margins > 0).sum() / counts["bt"], margin=margins.sum() / counts["bt"])
+    sums.add(reward=output.rewards.sum(), square=(output.rewards**2).sum())
+    sums.add(mean_log_prob=(log_probs * mask).sum() / counts["tokens"])
+    advantages = rollouts.advantages.flatten().to(mask.device)
+    clipped = clipped_tokens(log_probs, old, advantages, mask, settings.clip_low, settings.clip_high)
+    sums.add(clip_share=clipped / counts["tokens"])
+    sums["ratio_max"] = max(sums.get("ratio_max", 1.0), policy_ratio(log_probs, old, mask).max().item())
+    if gap is not None:
+        sums.add(engine_gap=(gap.abs() * mask).sum() / counts["tokens"])
+
+
+def grpo_metrics(batch: list, updates: list[dict], eos: int, settings, ranks) -> dict[str, float]:
+    """COLLECTIVE. What moves, averaged over all rollouts of all ranks. docs/metrics.md explains each name."""
+    rewards = [r for rollouts in batch for row in rollouts.rule_rewards for r in row]
+    cots = [cot for rollouts in batch for row in rollouts.cots for cot in row]
+    groups = [row for rollouts in batch for row in rollouts.advantages]  # of G advantages each
+    count = 2 * settings.batch_pairs * settings.rollouts
+    rules = ranks.sum({
+        "rollout_reward": sum(r.total for r in rewards) / count, "quality": sum(r.quality for r in rewards) / count,
+        "format": sum(r.format for r in rewards) / count, "length": sum(r.length for r in rewards) / count,
+        "cot_tokens": sum(map(len, cots)) / count,
+        "truncated": sum(cot[-1:] != [eos] for cot in cots) / count,
+        "flat_groups": sum(not group.any() for group in groups) / (2 * settings.batch_pairs),
+    })
+    reward, square = (sum(u.pop(name) for u in updates) for name in ("reward", "square"))
+    mean = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+    ratio_max = max(u["ratio_max"] for u in updates)
+    return rules | mean | mean_and_std(reward, square, count) | {"ratio_max": ratio_max}
+
+
+def grpo_line(metrics: dict[str, float]) -> str:
+    """The step in one line."""
+    return (
+        f"R {metrics['rollout_reward']:.3f} (quality {metrics['quality']:.3f} format {metrics['format']:.2f} "
+        f"length {metrics['length']:.2f})  flat groups {metrics['flat_groups']:.2f}  BT {metrics['bt_loss']:.3f}  "
+        f"pair accuracy {metrics['pair_accuracy']:.3f}  KL {metrics['kl']:.1e}  |g| {metrics['grad_norm_total']:.2f}  "
+        f"{metrics['cot_tokens']:.0f} tokens"
+    )
+
+
+GRPO_PANELS = {  # title -> what curves.png shows in it
+    "rollout reward R": ["rollout_reward", "quality", "format", "length"],
+    "pair accuracy": ["pair_accuracy"],
+    "BT loss (Eq. 10)": ["bt_loss"],
+    "groups with no spread, clipped tokens": ["flat_groups", "clip_share"],
+    "KL to the reference": ["kl"],
+    "gradient norms": ["grad_norm_llm", "grad_norm_head"],
+}
+
+
+def write_samples(path: str, step: int, rollouts, texts: list[str]) -> None:
+    """Appends the best and the worst CoT of the first pair's first video, with rewards: read them while it trains.
+
+    texts: the G CoTs of that video.
+    """
+    order = sorted(range(len(rollouts.cots[0])), key=lambda i: rollouts.rule_rewards[0][i].total)
+    with open(path, "a", encoding="utf-8") as file:
+        for i in (order[0], order[-1]):
+            line = {
+                "step": step,
+                "video": rollouts.pair.video_a,
+                "prompt": rollouts.pair.prompt,
+                "truth": rollouts.pair.annotation_a,
+                "advantage": round(float(rollouts.advantages[0, i]), 3),
+                **dataclasses.asdict(rollouts.rule_rewards[0][i]),
+                "cot": texts[i],
+            }
+            file.write(json.dumps(line) + "\n")

@@ -14,8 +14,8 @@ import typing
 
 import numpy as np
 
-from plumbing.answers import DIMENSIONS, read_verdicts, well_formed
-from plumbing.files import write_csv
+from plumbing.settings import write_csv
+from rules import DIMENSIONS, read_verdicts, well_formed
 
 # The paper's Table 1: accuracy in-domain with ties; GenAI-Bench with, without; VideoGen-RewardBench with, without.
 PUBLISHED = {

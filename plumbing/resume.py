@@ -19,8 +19,7 @@ import warnings
 import numpy as np
 import torch
 
-from plumbing.files import write_json
-from plumbing.settings import InputError
+from plumbing.settings import InputError, write_json
 
 # What a run writes into --out; --overwrite removes this and nothing else.
 WRITTEN = ("checkpoints", "model", "model.tmp", "model.old", "settings.json", "changes.jsonl", "metrics.jsonl",

@@ -9,7 +9,6 @@ from transformers import AutoConfig
 from plumbing.checkpoint import EMBEDDING
 from plumbing.settings import InputError
 
-
 REQUESTS = 256  # CoTs asked for at once. More keep the GPU no busier, and their frames would fill the host's memory
 
 

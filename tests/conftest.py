@@ -15,12 +15,13 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from lab import toy, toy_model
-from losses import group_advantages
-from plumbing import settings
 import data
 import grpo
+import toy.base_model
+import toy.world
+from losses import group_advantages
 from model import DeScore
+from plumbing import settings
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SIZES = {"train_cold_start": 8, "val_cold_start": 3, "train_rl": 6, "test_in_domain": 6, "test_genai_bench": 4,
@@ -30,7 +31,7 @@ SIZES = {"train_cold_start": 8, "val_cold_start": 3, "train_rl": 6, "test_in_dom
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """{split: CSV path} of a small toy world."""
-    return toy.make_data(tmp_path_factory.mktemp("world"), seed=3, sizes=SIZES, progress=False)
+    return toy.world.make_data(tmp_path_factory.mktemp("world"), seed=3, sizes=SIZES, progress=False)
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +42,7 @@ def tiny_clips(world):
 
 @pytest.fixture(scope="session")
 def processor():
-    return toy_model.build_processor()
+    return toy.base_model.build_processor()
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +68,7 @@ def fresh_model(base: str, seed: int) -> DeScore:
 def base_dir(tmp_path_factory, processor):
     """A plain Hugging Face folder: a tiny Qwen3-VL with random weights."""
     folder = tmp_path_factory.mktemp("base")
-    toy_model.build_model(processor, **TINY).save_pretrained(folder)
+    toy.base_model.build_model(processor, **TINY).save_pretrained(folder)
     processor.save_pretrained(folder)
     return str(folder)
 

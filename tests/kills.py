@@ -26,17 +26,18 @@ sys.path.insert(0, str(ROOT))
 
 from safetensors.torch import load_file
 
-from lab import toy, toy_model
+import toy.base_model
+import toy.world
 
 STEPS = 30
 
 
 def make_world(out: pathlib.Path) -> tuple[str, str]:
     """A few clips and a tiny base model: (CSV of pairs, model folder)."""
-    sizes = dict.fromkeys(toy.SPLITS, 0) | {"train_cold_start": 8}
-    csv = toy.make_data(out / "data", seed=3, sizes=sizes, progress=False)
-    processor = toy_model.build_processor()
-    toy_model.build_model(processor, **toy_model.MICRO).save_pretrained(out / "base")
+    sizes = dict.fromkeys(toy.world.SPLITS, 0) | {"train_cold_start": 8}
+    csv = toy.world.make_data(out / "data", seed=3, sizes=sizes, progress=False)
+    processor = toy.base_model.build_processor()
+    toy.base_model.build_model(processor, **toy.base_model.MICRO).save_pretrained(out / "base")
     processor.save_pretrained(out / "base")
     return csv["train_cold_start"], str(out / "base")
 

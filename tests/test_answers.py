@@ -1,11 +1,10 @@
-"""What a CoT says, read once and strictly: the rules of stage 2, the report and the toy all ask plumbing/answers.py."""
+"""What a CoT says, read once and strictly: the rules of stage 2, the report and the toy all ask rules.py."""
 
 import json
 
 import pytest
 
-import data
-from plumbing.answers import DIMENSIONS, read_verdicts, stated_score, well_formed
+from rules import DIMENSIONS, extract_answer, read_verdicts, stated_score, well_formed
 
 TRUTH = {"subject": "2", "dynamics": "1", "camera": "N/A", "environment": "2", "style": "0"}
 
@@ -65,4 +64,4 @@ def test_stated_score(value, score):
     ('<answer>```json\n{"a": 1}\n```</answer>', {"a": 1}),
 ])
 def test_extract_answer(text, expected):
-    assert data.extract_answer(text) == expected
+    assert extract_answer(text) == expected

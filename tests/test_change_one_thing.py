@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from conftest import ROOT
 from plumbing.checkpoint import HEAD_FILE, read_tensors
+from tests.conftest import ROOT
 
 SOURCES = ("*.py", "plumbing/*.py", "docs/*.diff", "docs/*.md")
 

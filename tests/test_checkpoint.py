@@ -10,10 +10,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import grpo
-from conftest import refuses
-from data import InputError
-from model import DeScore, lay_out
+from layout import lay_out
+from model import DeScore
 from plumbing import checkpoint
+from plumbing.settings import InputError
+from tests.conftest import refuses
 
 
 def disturb(model):

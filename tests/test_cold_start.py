@@ -9,13 +9,14 @@ import shutil
 import pytest
 import torch
 
-from plumbing import logs
 import cold_start
 import data
 import parallel
-from conftest import refuses
-from data import InputError
 from model import DeScore
+from plumbing import logs
+from plumbing.settings import InputError
+from rules import parse_literal
+from tests.conftest import refuses
 
 
 @pytest.fixture
@@ -157,7 +158,7 @@ def with_cots(world, tmp_path_factory):
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         for row in rows:
-            paths = [f"{root}/{v}" for v in data.parse_literal(row["videos"])]
+            paths = [f"{root}/{v}" for v in parse_literal(row["videos"])]
             writer.writerow(
                 {**row, "videos": repr(paths), "CoT_A": "<think>one</think>", "CoT_B": "<think>two two</think>"}
             )

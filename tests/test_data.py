@@ -4,9 +4,11 @@
 import numpy as np
 import pytest
 
-from lab import toy, toy_model
 import data
-from data import InputError
+import toy.base_model
+import toy.world
+from plumbing.settings import InputError
+from rules import DIMENSIONS
 
 
 # -- frames -------------------------------------------------------------------------------------------------------
@@ -42,7 +44,7 @@ def test_tiny_clips_are_enlarged_to_the_papers_minimum(sides):
 def test_frames_and_their_times_reach_the_model(tmp_path, processor):
     """Frame k of the file has grey level 8k: so we can read which frames arrived. 10 fps: 24 would shift the times."""
     frames = np.stack([np.full((64, 96, 3), 8 * k, dtype=np.uint8) for k in range(30)])
-    toy.write_mp4(tmp_path / "x.mp4", frames, fps=10)
+    toy.world.write_mp4(tmp_path / "x.mp4", frames, fps=10)
     video = data.sample_frames(str(tmp_path / "x.mp4"))
     assert (video.source_fps, video.total_num_frames, video.frame_indices) == (10.0, 30, (0, 5, 10, 15, 20, 25))
     assert np.abs(video.frames.mean(axis=(1, 2, 3)) - [0, 40, 80, 120, 160, 200]).max() < 4
@@ -120,7 +122,7 @@ def test_positions_follow_from_the_layout(processor, tiny_clips):
         inside = [(here, here + y, here + x) for y in range(height) for x in range(width)]
         expected += inside if block else [(here,) * 3]
         here += max(height, width) if block else 1
-    backbone = toy_model.build_model(processor, **toy_model.MICRO).model
+    backbone = toy.base_model.build_model(processor, **toy.base_model.MICRO).model
     ids, types = ours["input_ids"][None], ours["mm_token_type_ids"][None]
     found, _ = backbone.get_rope_index(input_ids=ids, mm_token_type_ids=types, video_grid_thw=ours["video_grid_thw"])
     assert [tuple(position) for position in found[:, 0].T.tolist()] == expected
@@ -168,7 +170,7 @@ def test_conversation_layout():
     assert [t["role"] for t in turns] == ["user", "assistant"]  # the CoT is the assistant's (difference 2)
     assert [part["type"] for part in turns[0]["content"]] == ["video", "text"]
     text = turns[0]["content"][1]["text"]
-    for word in (*data.DIMENSIONS, "N/A", "<think>", "</think>", "<answer>", '"dimensional_scores"', '"overall_score"'):
+    for word in (*DIMENSIONS, "N/A", "<think>", "</think>", "<answer>", '"dimensional_scores"', '"overall_score"'):
         assert word in text
     # A formatter that wraps long lines would indent them, and so edit what the model reads.
     assert not [line for line in text.splitlines() if line != line.strip()]
@@ -178,7 +180,7 @@ def test_conversation_layout():
 @pytest.mark.parametrize("cached", [False, True])
 def test_pairs_are_encoded_at_the_fps_and_size_asked_for(tmp_path, processor, cached):
     """4 s of 96 x 128 pixels. 1 fps: 4 frames, 2 temporal patches; 4,096 at most: 64 x 64, 4 x 4 patches."""
-    toy.write_mp4(tmp_path / "x.mp4", np.zeros((16, 96, 128, 3), dtype=np.uint8), fps=4)
+    toy.world.write_mp4(tmp_path / "x.mp4", np.zeros((16, 96, 128, 3), dtype=np.uint8), fps=4)
     pair = data.PreferencePair(str(tmp_path / "x.mp4"), str(tmp_path / "x.mp4"), "a cat", 1)
     folder = str(tmp_path / "cache") if cached else None
     sizes = []

@@ -9,10 +9,11 @@ import pytest
 
 import cold_start
 import grpo
-from conftest import ROOT
 from plumbing import logs
+from tests.conftest import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
+         *sorted((ROOT / "lab").glob("*/*.md"))]
 TEXTS = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
 TEXT = "\n".join(TEXTS.values())
 FOREIGN_FLAGS = {  # of torchrun, pip, hf and vllm
@@ -77,6 +78,12 @@ def test_every_page_of_docs_is_linked_from_readme():
         assert f"docs/{page.name}" in TEXTS["README.md"], page.name
 
 
+def file_of(module: str) -> str:
+    """What `python -m module` runs."""
+    path = module.replace(".", "/")
+    return f"{path}/__main__.py" if (ROOT / path).is_dir() else f"{path}.py"
+
+
 def commands():
     """(script, its flags) of every command line, in a block of its own or between backticks."""
     joined = TEXT.replace("\\\n", " ")
@@ -84,7 +91,7 @@ def commands():
     lines += re.findall(r"`((?:python|torchrun) [^`]+)`", joined) + re.findall(r"FROM \w+: (python .*?) ;", joined)
     for line in lines:
         words = [w for w in shlex.split(line.split("  #")[0], comments=True) if w != "-m"]
-        words = [f"{word.replace('.', '/')}.py" if re.fullmatch(r"lab\.\w+", word) else word for word in words]
+        words = [file_of(word) if re.fullmatch(r"(lab|toy)(\.\w+)*", word) else word for word in words]
         script = next((word for word in words if word.endswith(".py")), None)
         if script and words[1] != "pytest":
             yield script, [word for word in words[words.index(script) + 1 :] if word.startswith("--")]
@@ -109,7 +116,7 @@ def test_every_command_has_a_script_and_known_flags():
 
 
 def test_every_flag_that_is_named_exists():
-    scripts = [path for pattern in ("*.py", "lab/*.py") for path in ROOT.glob(pattern)]
+    scripts = [path for pattern in ("*.py", "toy/*.py", "lab/*/*.py") for path in ROOT.glob(pattern)]
     scripts = [str(path.relative_to(ROOT)) for path in scripts if "def main" in path.read_text(encoding="utf-8")]
     known = FOREIGN_FLAGS.union(*map(flags_of, scripts))
     text = re.sub(r"<!--|-->", "", TEXT)
@@ -146,13 +153,14 @@ def test_sources_point_to_places_that_exist():
     headings = set(re.findall(r"^#+ (.*)$", TEXT, flags=re.MULTILINE)) | set(re.findall(r"\[([^]]+)\]\(", TEXT))
     headings |= set(re.findall(r"^\*\*(.*?)\*\*", TEXT, flags=re.MULTILINE))
     numbers = set(re.findall(r"^\| (\d+)(?: \*)? \|", TEXTS["docs/differences.md"], flags=re.MULTILINE))
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py"), *ROOT.glob("lab/*.py"), ROOT / "Makefile"]:
+    places = ("*.py", "plumbing/*.py", "toy/*.py", "lab/*/*.py", "Makefile")
+    for path in [path for pattern in places for path in ROOT.glob(pattern)]:
         text = path.read_text(encoding="utf-8")
         for _, place in re.findall(r"README,\s+([\"'])(.*?)\1", re.sub(r"\n\s*#? *", " ", text)):
             assert place in headings, (path.name, place)
         for number in re.findall(r"(?:\bdifference|differences\.md, row) (\d+)\b", text):
             assert number in numbers, (path.name, number)
-        for name in re.findall(r"\bdocs/\w+\.md\b", text):
+        for name in re.findall(r"\b(?:docs|lab/\w+)/\w+\.md\b", text):
             assert (ROOT / name).exists(), (path.name, name)
         for name in re.findall(r"\b([A-Z]{4,}\.md)\b", text):
             assert (ROOT / name).exists(), (path.name, name)

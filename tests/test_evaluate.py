@@ -11,9 +11,10 @@ import safetensors.numpy
 
 import evaluate
 import parallel
-from conftest import refuses, run_here, write_csv
-from data import InputError, PreferencePair
+from data import PreferencePair
 from plumbing import jobs
+from plumbing.settings import InputError
+from tests.conftest import refuses, run_here, write_csv
 
 
 # ---------------------------------------------------------------------------------------------------------------

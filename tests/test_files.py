@@ -4,26 +4,26 @@ import json
 
 import pytest
 
-from plumbing import files
+from plumbing import settings
 
 
 def test_a_kill_while_writing_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / "report.json"
-    files.write_json(str(path), {"accuracy": 0.5})
+    settings.write_json(str(path), {"accuracy": 0.5})
     with pytest.raises(InterruptedError):
-        with files.written_whole(str(path)) as file:
+        with settings.written_whole(str(path)) as file:
             file.write('{"accuracy": 0.')
             file.flush()
             raise InterruptedError
     assert json.loads(path.read_text()) == {"accuracy": 0.5}
-    files.write_json(str(path), {"accuracy": 0.75})  # what the kill left is no obstacle
+    settings.write_json(str(path), {"accuracy": 0.75})  # what the kill left is no obstacle
     assert json.loads(path.read_text()) == {"accuracy": 0.75} and [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_lines_are_added_only_if_asked_for(tmp_path):
     path = tmp_path / "skipped.jsonl"
     for record, add in (("a", False), ("b", True)):
-        files.write_jsonl(str(path), [record], add=add)
+        settings.write_jsonl(str(path), [record], add=add)
     assert path.read_text() == '"a"\n"b"\n'
-    files.write_jsonl(str(path), ["c"])
+    settings.write_jsonl(str(path), ["c"])
     assert path.read_text() == '"c"\n'

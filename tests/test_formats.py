@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 import data
-from conftest import write_csv
-from data import InputError
 from plumbing.formats import read_scores
+from plumbing.settings import InputError
+from rules import DIMENSIONS
+from tests.conftest import write_csv
 
 
 def write_rows(path, rows):
@@ -17,7 +18,7 @@ def write_rows(path, rows):
     return write_csv(path, list(rows[0]), [list(row.values()) for row in rows])
 
 
-TRUTH = {d: "2" for d in data.DIMENSIONS}
+TRUTH = {d: "2" for d in DIMENSIONS}
 ANSWER = json.dumps(
     {"video_1_scores": TRUTH, "video_2_scores": {**TRUTH, "style": 0}, "gsb_result": "Video 1 is better"}
 )

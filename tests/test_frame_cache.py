@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import data
-from data import InputError
-from plumbing.frame_cache import FrameCache
+from plumbing.settings import InputError
+from plumbing.video import FrameCache
 
 
 def test_frame_cache_decodes_once_and_is_bounded(tmp_path, tiny_clips, monkeypatch):

@@ -6,21 +6,21 @@ import math
 
 import pytest
 import torch
+from tests.test_answers import cot
 
-import rollout
-from plumbing import logs
-from plumbing.monitor import write_samples
 import data
 import grpo
 import losses
 import parallel
+import rollout
 import rules
-from conftest import judge, refuses
-from data import InputError
-from lab import study_models
+from lab.study import models
 from model import DeScore, Output
+from plumbing import logs
+from plumbing.logs import write_samples
+from plumbing.settings import InputError
 from rollout import TransformersEngine
-from test_answers import cot
+from tests.conftest import judge, refuses
 
 
 # -- the three losses of one pair, without a model ---------------------------------------------------------------------
@@ -245,7 +245,7 @@ def test_the_largest_ratio_is_that_of_all_ranks(batch, model, settings):
 
 
 def test_the_study_s_gradients_are_those_of_the_update(items, model, settings):
-    """lab/study_models.py::one_draw measures three losses of the same CoTs; each is what `update` would step along."""
+    """lab/study/models.py::one_draw measures three losses of the same CoTs; each is what `update` would step along."""
     plain = dataclasses.replace(settings, max_grad_norm=1e9, bt_coef=0.0, length_low=0, length_high=1)
     tokenizer, name = model.processor.tokenizer, "backbone.model.language_model.layers.0.mlp.up_proj.weight"
     texts = [cot(**{"style": n % 3, "subject": n % 2}).replace("3.5", f"{1 + n * 7 % 5}.{n % 10}") for n in range(12)]
@@ -260,7 +260,7 @@ def test_the_study_s_gradients_are_those_of_the_update(items, model, settings):
     expected = {"GRPO, rules": step(grpo.rule_rewards), "GRPO, preference": step(grpo.preference_rewards)}
     expected["BT"] = step(grpo.rule_rewards, bt_coef=1.0) - expected["GRPO, rules"]
     parameters = [dict(model.named_parameters())[name]]
-    found = study_models.one_draw(model, items, Scripted(tokenizer, texts), plain, parameters, draw=0)
+    found = models.one_draw(model, items, Scripted(tokenizer, texts), plain, parameters, draw=0)
     assert found.keys() == expected.keys()
     for kind, gradient in found.items():
         assert expected[kind].norm() > 0, kind

@@ -13,8 +13,8 @@ import pytest
 import cold_start
 import data
 import parallel
-from data import InputError
 from plumbing import jobs
+from plumbing.settings import InputError
 
 
 class OneRank:

@@ -1,17 +1,17 @@
-"""lab/look.py: the frames and the prompt as the model gets them."""
+"""toy/look.py: the frames and the prompt as the model gets them."""
 
-from conftest import refuses, run_here
-from lab import look
+import toy.look
+from tests.conftest import refuses, run_here
 
 
 def test_show(world, base_dir, tmp_path, monkeypatch, capsys):
     flags = ["--show", 2, "--data", world["train_rl"], "--model", base_dir, "--out", tmp_path / "frames.png"]
-    run_here(monkeypatch, "lab/look.py", *flags)
+    run_here(monkeypatch, "toy/look.py", *flags)
     text = capsys.readouterr().out
     assert text.count("<Reward>") == 4 and "video tokens" in text
     assert (tmp_path / "frames.png").stat().st_size > 5000
 
 
 def test_command_line_errors(tmp_path, capsys):
-    refuses(capsys, look.main, "--data", tmp_path / "no.csv", says="no such file")
-    refuses(capsys, look.main, "--data", "x", "--colour", "red", says="unrecognized arguments")
+    refuses(capsys, toy.look.main, "--data", tmp_path / "no.csv", says="no such file")
+    refuses(capsys, toy.look.main, "--data", "x", "--colour", "red", says="unrecognized arguments")

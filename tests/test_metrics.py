@@ -9,11 +9,15 @@ import random
 import numpy as np
 import pytest
 
-from data import InputError
 from metrics import (
-    accuracy_with_ties, accuracy_with_ties_cross_fitted, accuracy_without_ties, bootstrap_interval, calibration,
+    accuracy_with_ties,
+    accuracy_with_ties_cross_fitted,
+    accuracy_without_ties,
+    bootstrap_interval,
+    calibration,
     videoalign_compatible,
 )
+from plumbing.settings import InputError
 
 
 def brute_force_with_ties(labels, margins):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from conftest import ROOT, run
+from tests.conftest import ROOT, run
 
 
 @pytest.fixture(scope="module")

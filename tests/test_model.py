@@ -5,9 +5,10 @@ import pytest
 import torch
 
 import data
-from data import InputError
+from layout import lay_out
 from losses import bt_loss, grpo_loss
-from model import DeScore, lay_out
+from model import DeScore
+from plumbing.settings import InputError
 from rollout import decode_cot
 
 COTS = [[[70, 71, 72, 73], [80], []], [[90, 91, 92, 93, 94, 95, 96], [75, 76], [77, 78, 79]]]  # [video][G], unequal

@@ -16,11 +16,13 @@ import cold_start
 import data
 import grpo
 import parallel
-from plumbing import logs, monitor
-from conftest import judge
-from model import DeScore, lay_out
+from layout import lay_out
+from model import DeScore
+from plumbing import logs
+from rules import DIMENSIONS
+from tests.conftest import judge
 
-TRUTH = dict.fromkeys(data.DIMENSIONS, "2")
+TRUTH = dict.fromkeys(DIMENSIONS, "2")
 COTS = [[[70, 71, 72, 73], [80], [90, 91]], [[92, 93, 94], [75, 76, 77, 78, 79], [81]]]  # [video][G = 3] token ids
 ADVANTAGES = torch.tensor([[1.0, -0.6, -0.4], [-1.1, 0.3, 0.8]])
 
@@ -286,5 +288,5 @@ def test_flat_groups_and_cut_off_cots_are_counted(rollouts, model, settings):
         judge(one, model.processor.tokenizer, settings)
     assert not batch[0].advantages[0].any() and batch[0].advantages[1].abs().min() > 0.1
     _, sums = update(model, batch[0], settings, batch[1])
-    metrics = monitor.grpo_metrics(batch, [sums], eos, settings, parallel.Ranks())
+    metrics = logs.grpo_metrics(batch, [sums], eos, settings, parallel.Ranks())
     assert metrics["flat_groups"] == 3 / 4 and metrics["truncated"] == pytest.approx(1 / 12)

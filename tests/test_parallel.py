@@ -10,14 +10,14 @@ import time
 
 import pytest
 import torch
+from tests.kills import alive, family, kill_all
 
-from plumbing import logs
 import cold_start
 import grpo
 import parallel
-from conftest import ROOT, run
-from kills import alive, family, kill_all
 from model import DeScore
+from plumbing import logs
+from tests.conftest import ROOT, run
 
 
 def same_metrics(one, two, names, tolerance):

@@ -5,11 +5,12 @@ import re
 
 import numpy as np
 import pytest
+from tests.test_answers import cot
 
-from plumbing import report
 import evaluate
-from data import DIMENSIONS, PreferencePair
-from test_answers import cot
+from data import PreferencePair
+from plumbing import report
+from rules import DIMENSIONS
 
 NASTY = '<script>alert(1)</script><img src=x onerror=alert(2)>" onload="x $\\frac{1 | `a` [b](http://c) & =1+1'
 

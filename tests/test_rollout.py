@@ -12,10 +12,11 @@ import cold_start
 import data
 import parallel
 import rollout
-from conftest import refuses, run
-from model import DeScore, lay_out
+from layout import lay_out
+from model import DeScore
 from plumbing.jobs import read_log
 from rollout import sample_cots
+from tests.conftest import refuses, run
 
 
 def test_collecting_cots_writes_a_cold_start_csv_and_resumes(world, base_dir, tmp_path, capsys):

@@ -9,9 +9,11 @@ import cold_start
 import evaluate
 import grpo
 import rollout
-from conftest import ROOT, refuses, run
-from lab import bench, best_of, plan, real
+from lab.bench import __main__ as bench
+from lab.bench import plan, real
+from lab.post_training import best_of
 from plumbing import settings
+from tests.conftest import ROOT, refuses, run
 
 CLASSES = [cold_start.Settings, grpo.Settings, rollout.Settings, evaluate.Settings, best_of.Settings, plan.Plan,
            bench.Settings, real.Settings]
@@ -74,6 +76,6 @@ def test_every_script_ends_with_cli(script):
 
 
 def test_bad_input_in_a_process_of_its_own(tmp_path):
-    done = run("lab.compare", "--runs", "x=/nowhere/*.json", "--out", tmp_path, check=False)
+    done = run("lab.study.compare", "--runs", "x=/nowhere/*.json", "--out", tmp_path, check=False)
     assert done.returncode == 2 and done.stderr.splitlines() == [done.stderr.strip()], done.stderr
     assert done.stderr.startswith("error: ") and "no such report" in done.stderr

@@ -3,7 +3,7 @@
 import pytest
 
 import data
-from data import InputError
+from plumbing.settings import InputError
 
 
 def test_loader_workers_report_bad_rows_in_one_sentence(world, processor, tmp_path):

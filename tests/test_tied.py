@@ -6,20 +6,21 @@ import shutil
 
 import pytest
 import torch
+from tests.test_parallel import same_metrics
 from transformers import Qwen3VLForConditionalGeneration
 
 import cold_start
 import grpo
 import parallel
 import rollout
-from conftest import TINY, fresh_model, run
-from lab import import_released, toy_model
+import toy.base_model
+from lab.road import import_released
 from layout import lay_out
 from model import DeScore
 from plumbing import logs
 from plumbing.checkpoint import read_tensors, save_tensors
 from plumbing.settings import InputError
-from test_parallel import same_metrics
+from tests.conftest import TINY, fresh_model, run
 
 EMBEDDING = "model.language_model.embed_tokens.weight"
 COTS = [[[70, 71], [80]], [[90, 91, 92], [75]]]
@@ -33,7 +34,7 @@ def is_tied(backbone) -> bool:
 def base(tmp_path_factory, processor):
     """A plain Qwen3-VL folder with tied embeddings."""
     folder = tmp_path_factory.mktemp("tied_base")
-    model = toy_model.build_model(processor, **TINY, tied=True)
+    model = toy.base_model.build_model(processor, **TINY, tied=True)
     assert is_tied(model)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""lab/toy.py: the truth of the toy world, real mp4 files, the real CSV formats."""
+"""toy/world.py: the truth of the toy world, real mp4 files, the real CSV formats."""
 
 import csv
 import os
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import data
-from conftest import ROOT
-from lab import toy
-from plumbing.answers import read_verdicts, well_formed
+import toy.world
+from rules import DIMENSIONS, extract_answer, read_verdicts, well_formed
+from tests.conftest import ROOT
 
 RED_CIRCLE = {"subject": ("red", "circle"), "dynamics": "moving left", "camera": "still", "environment": "night",
               "style": "plain"}
@@ -22,20 +22,20 @@ WISH = RED_CIRCLE | {"subject": ("red", "square"), "camera": None, "style": "gra
 @pytest.fixture(scope="module")
 def tiny_world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny_world")
-    return folder, toy.make_data(folder, 3, dict.fromkeys(toy.SPLITS, 6), seconds=1, progress=False)
+    return folder, toy.world.make_data(folder, 3, dict.fromkeys(toy.world.SPLITS, 6), seconds=1, progress=False)
 
 
 def test_annotation_by_hand():
     # colour right, shape wrong -> 1; as asked -> 2; not asked -> N/A; as asked -> 2; grainy asked, plain shown -> 0
-    verdicts = toy.annotate(WISH, RED_CIRCLE)
+    verdicts = toy.world.annotate(WISH, RED_CIRCLE)
     assert verdicts == {"subject": "1", "dynamics": "2", "camera": "N/A", "environment": "2", "style": "0"}
-    assert toy.points(verdicts) == 1 + 2 + 2 + 0
-    assert toy.annotate(dict.fromkeys(data.DIMENSIONS), RED_CIRCLE) == dict.fromkeys(data.DIMENSIONS, "N/A")
+    assert toy.world.points(verdicts) == 1 + 2 + 2 + 0
+    assert toy.world.annotate(dict.fromkeys(DIMENSIONS), RED_CIRCLE) == dict.fromkeys(DIMENSIONS, "N/A")
 
 
 def test_cot_by_hand():
     # overall = 1 + 4 * mean(1, 2, 2, 0) / 2 = 1 + 4 * 1.25 / 2 = 3.50
-    text = toy.cot_text(WISH, RED_CIRCLE)
+    text = toy.world.cot_text(WISH, RED_CIRCLE)
     assert text.splitlines()[:5] == [
         "<think>",
         "subject: asked red square; shown red circle; verdict 1",
@@ -43,17 +43,17 @@ def test_cot_by_hand():
         "camera: not asked; shown still; verdict N/A",
         "environment: asked night; shown night; verdict 2",
     ]
-    answer = data.extract_answer(text)
-    assert answer == {"dimensional_scores": toy.annotate(WISH, RED_CIRCLE), "overall_score": 3.5}
+    answer = extract_answer(text)
+    assert answer == {"dimensional_scores": toy.world.annotate(WISH, RED_CIRCLE), "overall_score": 3.5}
     assert read_verdicts(text) == answer["dimensional_scores"] and well_formed(text)
-    assert toy.prompt_text(WISH).startswith("A red square moving left")
+    assert toy.world.prompt_text(WISH).startswith("A red square moving left")
 
 
 def test_motion_is_drawn_in_the_right_direction():
     # On a red subject over a night background, red minus blue is large only on the subject: its centre is measurable.
     ways = {"moving left": (-1, 0), "moving right": (1, 0), "rising": (0, -1), "falling": (0, 1)}
     for motion, (dx, dy) in ways.items():
-        clip = toy.render_clip(RED_CIRCLE | {"dynamics": motion}, np.random.default_rng(1)).astype(int)
+        clip = toy.world.render_clip(RED_CIRCLE | {"dynamics": motion}, np.random.default_rng(1)).astype(int)
         subject = clip[..., 0] - clip[..., 2] > 80  # (T, H, W)
         rows, columns = np.mgrid[:64, :64]
         first, last = ([axis[subject[t]].mean() for axis in (columns, rows)] for t in (0, -1))
@@ -62,8 +62,8 @@ def test_motion_is_drawn_in_the_right_direction():
 
 
 def test_mp4_round_trip(tmp_path):
-    clip = toy.render_clip(RED_CIRCLE, np.random.default_rng(0))
-    toy.write_mp4(tmp_path / "clip.mp4", clip, fps=4)
+    clip = toy.world.render_clip(RED_CIRCLE, np.random.default_rng(0))
+    toy.world.write_mp4(tmp_path / "clip.mp4", clip, fps=4)
     video = data.sample_frames(str(tmp_path / "clip.mp4"))
     assert (video.source_fps, video.total_num_frames) == (4.0, 16)
     assert video.frame_indices == tuple(range(0, 16, 2)) and video.frames.shape == (8, 64, 64, 3)
@@ -86,7 +86,7 @@ def test_csvs_have_the_real_formats(tiny_world):
         for pair in data.read_pairs(path):
             assert all(pathlib.Path(video).is_file() for video in pair.videos)
             if pair.annotation_a:  # the label must follow from the annotations
-                gap = toy.points(pair.annotation_a) - toy.points(pair.annotation_b)
+                gap = toy.world.points(pair.annotation_a) - toy.world.points(pair.annotation_b)
                 assert pair.label == np.sign(gap), split
     assert {pair.label for pair in data.read_pairs(written["train_rl"])} <= {1, -1}
     # ties come in exactly the share asked for: int(6 * 0.33) = 1 of 6
@@ -96,16 +96,18 @@ def test_csvs_have_the_real_formats(tiny_world):
 def test_unseen_combinations_stay_unseen():
     rng = np.random.default_rng(0)
     for _ in range(200):
-        wish = toy.random_wish(rng)
-        assert wish["subject"] not in toy.UNSEEN and toy.random_clip(rng, wish)["subject"] not in toy.UNSEEN
-        assert toy.random_values(rng, unseen=True)["subject"] in toy.UNSEEN
+        wish = toy.world.random_wish(rng)
+        shown = toy.world.random_clip(rng, wish)["subject"]
+        assert wish["subject"] not in toy.world.UNSEEN and shown not in toy.world.UNSEEN
+        assert toy.world.random_values(rng, unseen=True)["subject"] in toy.world.UNSEEN
 
 
 def test_same_seed_same_files_and_other_seed_other_files(tiny_world, tmp_path):
     folder, written = tiny_world
-    sizes = dict.fromkeys(toy.SPLITS, 0)
-    again = toy.make_data(tmp_path / "a", 3, sizes | {"train_rl": 6}, seconds=1, progress=False)  # one split alone
-    other = toy.make_data(tmp_path / "b", 4, sizes | {"train_rl": 6}, seconds=1, progress=False)
+    sizes = dict.fromkeys(toy.world.SPLITS, 0)
+    # one split alone
+    again = toy.world.make_data(tmp_path / "a", 3, sizes | {"train_rl": 6}, seconds=1, progress=False)
+    other = toy.world.make_data(tmp_path / "b", 4, sizes | {"train_rl": 6}, seconds=1, progress=False)
     read = lambda paths: pathlib.Path(paths["train_rl"]).read_bytes()  # noqa: E731
     assert read(again) == read(written) != read(other)
     clip = "videos/train_rl/0000a.mp4"
@@ -118,7 +120,7 @@ def test_two_processes_write_the_same_clips(tmp_path):
     MALLOC_PERTURB_ (glibc) fills fresh memory with another byte in each process: what is luck elsewhere, one file in
     fifty, is certain here.
     """
-    code = (f"import sys, numpy as np; from {toy.__name__} import random_values, render_clip, write_mp4\n"
+    code = (f"import sys, numpy as np; from {toy.world.__name__} import random_values, render_clip, write_mp4\n"
             "for k in range(6):\n"
             "    rng = np.random.default_rng(k)\n"
             "    write_mp4(f'{sys.argv[1]}/{k}.mp4', render_clip(random_values(rng), rng), 4)")
@@ -136,10 +138,10 @@ def test_two_processes_write_the_same_clips(tmp_path):
 @pytest.mark.parametrize("arguments, code", [(["--help"], 0), (["data", "--out", "x", "--no-such-flag"], 2), ([], 2)])
 def test_command_line(arguments, code):
     with pytest.raises(SystemExit) as stopped:
-        toy.main(arguments)
+        toy.world.main(arguments)
     assert stopped.value.code == code
 
 
 def test_each_test_set_has_300_decided_pairs():
-    for split, (_, pairs, ties, *_) in toy.SPLITS.items():
+    for split, (_, pairs, ties, *_) in toy.world.SPLITS.items():
         assert not split.startswith("test_") or pairs - int(pairs * ties) >= 300, split

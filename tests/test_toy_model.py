@@ -2,35 +2,36 @@
 
 import numpy as np
 import torch
+from tests.test_toy import RED_CIRCLE, WISH
 
 import data
-from lab import toy, toy_model
+import toy.base_model
+import toy.world
 from rollout import sample_cots
-from test_toy import RED_CIRCLE, WISH
 
 
 def test_tokenizer_round_trip_of_any_text(processor):
     tokenizer, rng = processor.tokenizer, np.random.default_rng(0)
     texts = ["", " ", "\n\n  \t", "A red circle, zoomed  in.", "naïve 東京 🎬 \u200b\x00\x7f", "<think> a </think>"]
     texts += ["".join(map(chr, rng.integers(1, 0xD7FF, 50))) for _ in range(50)]
-    texts += [bytes(range(256)).decode("latin-1"), toy.cot_text(WISH, RED_CIRCLE), data.INSTRUCTION_AFTER]
+    texts += [bytes(range(256)).decode("latin-1"), toy.world.cot_text(WISH, RED_CIRCLE), data.INSTRUCTION_AFTER]
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
     assert set(ids) and tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token == "<|endoftext|>"
     special = set(tokenizer.all_special_ids)
-    assert special == set(tokenizer.convert_tokens_to_ids(list(toy_model.SPECIAL)))
+    assert special == set(tokenizer.convert_tokens_to_ids(list(toy.base_model.SPECIAL)))
     assert not special & set(tokenizer.convert_tokens_to_ids(["<think>", "</think>"]))
 
 
 def test_cot_and_prompt_are_short_and_values_are_single_tokens(processor):
     rng, tokenizer = np.random.default_rng(0), processor.tokenizer
     for _ in range(50):
-        wish = toy.random_wish(rng)
-        text = toy.cot_text(wish, toy.random_clip(rng, wish))
+        wish = toy.world.random_wish(rng)
+        text = toy.world.cot_text(wish, toy.world.random_clip(rng, wish))
         ids = data.encode_cot(tokenizer, text)
         assert len(ids) <= 65 and tokenizer.decode(ids) == text + "<|im_end|>"
-    for value in (v for values in toy.VALUES.values() for v in values):
+    for value in (v for values in toy.world.VALUES.values() for v in values):
         assert len(tokenizer(" " + value)["input_ids"]) == 1
 
 
@@ -45,25 +46,26 @@ def test_chat_template(processor):
 
 
 def test_patches_equal_the_processors(processor):
-    frames = toy.render_clip(RED_CIRCLE, np.random.default_rng(0), np.arange(8) / 2)
+    frames = toy.world.render_clip(RED_CIRCLE, np.random.default_rng(0), np.arange(8) / 2)
     inputs = data.encode_prompt(processor, data.Video(frames, 2.0, 8, tuple(range(8))), "A red circle.")
     assert inputs["video_grid_thw"].tolist() == [[4, 4, 4]]  # not upsized
-    torch.testing.assert_close(toy_model.patchify(frames[None]), inputs["pixel_values_videos"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(toy.base_model.patchify(frames[None]), inputs["pixel_values_videos"], atol=1e-6, rtol=0)
     assert len(inputs["input_ids"]) < 110
 
 
 def test_tiny_base_trains_saves_and_opens(processor, tmp_path):
     from transformers import Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
-    model, twin = (toy_model.build_model(processor, 5, **toy_model.MICRO) for _ in range(2))
+    model, twin = (toy.base_model.build_model(processor, 5, **toy.base_model.MICRO) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters()))
     assert model.config.text_config.vocab_size % 64 == 0 and not model.config.tie_word_embeddings
-    loss = toy_model.pretrain(model, processor, seed=0, vision_steps=2, steps=30, batch=8, pool=16, progress=False)
+    loss = toy.base_model.pretrain(model, processor, seed=0, vision_steps=2, steps=30, batch=8, pool=16, progress=False)
     assert loss < np.log(model.config.text_config.vocab_size)
     model.save_pretrained(tmp_path), processor.save_pretrained(tmp_path)
     model_2 = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path)
     processor_2 = Qwen3VLProcessor.from_pretrained(tmp_path)
-    video = data.Video(toy.render_clip(RED_CIRCLE, np.random.default_rng(0))[::2], 4.0, 16, tuple(range(0, 16, 2)))
+    frames = toy.world.render_clip(RED_CIRCLE, np.random.default_rng(0))[::2]
+    video = data.Video(frames, 4.0, 16, tuple(range(0, 16, 2)))
     inputs = [data.encode_prompt(p, video, "A red circle.") for p in (processor, processor_2)]
     assert torch.equal(inputs[0]["input_ids"], inputs[1]["input_ids"])
     with torch.no_grad():

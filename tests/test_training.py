@@ -1,9 +1,9 @@
 """What both stages share: how pairs are divided over ranks, and the order of an epoch."""
 
 import cold_start
-from conftest import refuses
 from plumbing.logs import read_metrics
 from plumbing.training import epoch_order
+from tests.conftest import refuses
 
 
 def test_epoch_order():

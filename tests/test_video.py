@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import data
-from data import InputError
 from plumbing import video
+from plumbing.settings import InputError
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "text", "truncated", "tail zeroed", "audio", "directory"])

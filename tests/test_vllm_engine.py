@@ -11,13 +11,13 @@ import sys
 
 import pytest
 import torch
+from tests.test_data import published_layout
 
 import data
-from conftest import ROOT, run
-from lab import toy_model
+import toy.base_model
 from plumbing import logs
 from rollout import banned_tokens
-from test_data import published_layout
+from tests.conftest import ROOT, run
 
 pytestmark = pytest.mark.vllm
 vllm = pytest.importorskip("vllm", reason="vllm is not installed; pip install -r requirements-vllm.txt")
@@ -26,7 +26,8 @@ SCRIPT = """
 import json, os, sys
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", TORCHDYNAMO_DISABLE="1", HF_HUB_OFFLINE="1")
 import torch, data, parallel, rollout
-from model import DeScore, lay_out
+from model import DeScore
+from layout import lay_out
 from rollout import banned_tokens
 ranks = parallel.start(0)
 path, clips = sys.argv[1], sys.argv[2:]
@@ -106,7 +107,7 @@ print("REPORT" + json.dumps({"prompt": list(outputs[0].prompt_token_ids), "cots"
 @pytest.mark.parametrize("files", ["toy", pytest.param("published", marks=pytest.mark.real)])
 def test_engine_reads_the_published_layout_and_samples_only_text(files, request, tiny_clips, tmp_path):
     processor = request.getfixturevalue("real_processor" if files == "published" else "processor")
-    model = toy_model.build_model(processor, hidden=64, layers=2, heads=2, vision_hidden=48, vision_layers=2)
+    model = toy.base_model.build_model(processor, hidden=64, layers=2, heads=2, vision_hidden=48, vision_layers=2)
     rows = 151_936 if files == "published" else len(processor.tokenizer) + 20
     model.resize_token_embeddings(rows, mean_resizing=False)
     banned = banned_tokens(processor.tokenizer, rows)

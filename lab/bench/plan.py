@@ -1,0 +1,283 @@
+"""Will it fit? Memory per GPU and time per step for a model size, before anything is bought or loaded.
+
+    python -m lab.bench.plan --plan 8B --gpus 8      one size on one machine: memory by use, seconds of a step
+    python -m lab.bench.plan --table                 all sizes, stages and four machines: what fits where
+"""
+
+import dataclasses
+
+import torch
+
+from plumbing.settings import InputError, arg, cli, parse
+
+
+@dataclasses.dataclass
+class Plan:
+    """Memory per GPU and time per step, by arithmetic alone: nothing is loaded but a config.json."""
+
+    plan: str = arg("8B", "2B, 4B, 8B, 32B: the sizes of Qwen3-VL-...-Instruct; or a model's folder or hub name")
+    table: bool = arg(False, "all sizes and stages on four machines; --plan, --stage, --train, --gpus are not read")
+    stage: int = arg(2, "1: cold start, 2: RL", choices=[1, 2])
+    train: str = arg("full", "what of the LLM is trained", choices=["lora", "full", "head"])
+    train_vision: bool = arg(True, "stage 1 trains the vision tower")
+    lora_r: int = arg(64, "LoRA rank", at_least=1)
+    gpus: int = arg(8, "number of GPUs", at_least=1)
+    shard_ranks: int = arg(0, "GPUs that share one copy of the weights; 0: all", at_least=0)
+    gpu_gb: float = arg(80.0, "memory of one GPU, 10^9 bytes", above=0)
+    tflops: float = arg(989.0, "a GPU's dense bf16 rate, 10^12 operations per second (H100 SXM: 989)", above=0)
+    bandwidth: float = arg(3.35, "a GPU's memory bandwidth, 10^12 bytes per second (H100 SXM: 3.35)", above=0)
+    utilisation: float = arg(
+        0.4, "share of both rates that is reached: an assumption, not a measurement", above=0, at_most=1)
+    video_tokens: int = arg(
+        2048, "prompt and video tokens (5 s at 2 fps and 448 x 448: 5 x 196, plus the text)", at_least=1)
+    cot_tokens: int = arg(1024, "tokens of a CoT (at most 4,096)", at_least=1)
+    rollouts: int = arg(8, "G, CoTs per video in stage 2", at_least=1)
+    batch_pairs: int | None = arg(
+        None, "pairs per step over all GPUs; default the paper's: 32 in stage 1, 128 in 2", at_least=1)
+    gradient_checkpointing: bool = arg(True, "recompute activations in backward")
+    kl: bool = arg(True, "stage 2 holds a reference for the KL term")
+    engine_memory: float = arg(0.4, "share of the GPU that vLLM may use while it samples", above=0, at_most=1)
+    engine_tp: int = arg(1, "tensor parallel vLLM: GPUs that hold one engine together", at_least=1)
+
+
+@dataclasses.dataclass
+class Size:
+    """What tells the Qwen3-VL-...-Instruct apart, as in config.json; `parameters` as in the published weights."""
+
+    hidden: int
+    layers: int
+    heads: int
+    intermediate: int
+    tied: bool  # one matrix is word embedding and lm_head
+    large_tower: bool
+    parameters: int
+
+
+SIZES = {
+    "2B": Size(2048, 28, 16, 6144, True, False, 2_127_532_032),
+    "4B": Size(2560, 36, 32, 9728, True, False, 4_437_815_808),
+    "8B": Size(4096, 36, 32, 12288, False, True, 8_767_123_696),
+    "32B": Size(5120, 64, 64, 25600, False, True, 33_357_390_064),
+}
+SMALL_TOWER = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
+LARGE_TOWER = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24]}
+
+
+def model_config(name: str):
+    """The Qwen3-VL configuration of a name in SIZES, of a folder, or of a hub name."""
+    from transformers import AutoConfig, Qwen3VLConfig
+
+    if name not in SIZES:
+        return AutoConfig.from_pretrained(name)
+    s = SIZES[name]
+    text = {"hidden_size": s.hidden, "num_hidden_layers": s.layers, "num_attention_heads": s.heads,
+            "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": s.intermediate, "vocab_size": 151936}
+    tower = LARGE_TOWER if s.large_tower else SMALL_TOWER
+    vision = {**tower, "num_heads": 16, "out_hidden_size": s.hidden, "num_position_embeddings": 2304}
+    return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=s.tied)
+
+
+def count_parameters(config, lora_r: int) -> dict[str, int]:
+    """Parameters of the LLM, of one of its blocks, of what lies outside all blocks, of vision, and of the adapters."""
+    from transformers import Qwen3VLForConditionalGeneration
+
+    with torch.device("meta"):  # not accelerate's init_empty_weights: it would count tied embeddings twice
+        backbone = Qwen3VLForConditionalGeneration._from_config(config)
+    size = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    layers, visual = backbone.model.language_model.layers, backbone.model.visual
+    linear = [m for layer in layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+    counts = {"vision": size(visual), "llm": size(backbone) - size(visual), "block": size(layers[0])}
+    counts["root"] = size(backbone) - size(layers) - size(visual.blocks)
+    return counts | {"lora": sum(lora_r * (m.in_features + m.out_features) for m in linear)}
+
+
+def block_bytes(text, prefix: int, cot: int, group: int) -> float:
+    """Bytes that backward keeps per token inside ONE text block, in bf16 compute: counted tensor by tensor.
+
+    Measured for an 8B block by torch's saved_tensors_hooks: 224,040 plain, 236,840 packed at P = C + 1 = 128 and G = 8;
+    this gives 223,232 and 237,796. Packing adds the copies of the prefix's keys and values in front of each CoT.
+    """
+    wide, narrow = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+    plain = 16 * text.hidden_size + 12 * wide + 10 * narrow + 8 * text.intermediate_size
+    if group == 1:
+        return plain
+    return plain + 2 * wide + 4 * narrow * (group - 1) * (prefix + cot + 1) / (prefix + group * (cot + 1))
+
+
+def plan_memory(config, s: Plan, n: dict[str, int] | None = None) -> dict[str, float]:
+    """Bytes on one GPU, by use. `n`: what `count_parameters` gives, if it is known.
+
+    States are exact, activations are counted (`block_bytes`), gathered weights are estimates from above.
+    """
+    n, text, vision = n or count_parameters(config, s.lora_r), config.text_config, config.vision_config
+    gpus = s.shard_ranks or s.gpus
+    full, train_vision = s.train == "full", s.stage == 1 and s.train_vision
+    trained = {"lora": n["lora"], "full": n["llm"], "head": 0}[s.train] + train_vision * n["vision"]
+    frozen = n["llm"] + n["vision"] + (s.train == "lora") * n["lora"] - trained
+    memory = {
+        "weights: trained fp32, frozen bf16 (fp32 with full)": (4 * trained + (4 if full else 2) * frozen) / gpus,
+        "gradients, fp32": 4 * trained / gpus,
+        "AdamW, two fp32 moments": 8 * trained / gpus,
+    }
+    if s.stage == 2 and s.kl and full:
+        memory["reference, bf16"] = 2 * (n["llm"] + n["vision"]) / gpus
+    if gpus == 1:
+        memory["bf16 copies of the trained weights (autocast)"] = 2 * trained
+    else:  # a block, the next one on its way, and what lies outside the blocks; the gradients of a block and of those
+        memory["gathered weights, bf16"] = 2 * (2 * n["block"] + n["root"])
+        memory["gathered gradients, bf16 and fp32"] = 6 * (n["block"] + n["root"]) if full else 0
+    group = s.rollouts if s.stage == 2 else 1
+    row = s.video_tokens + (s.cot_tokens + 1) * group
+    tokens, layers, width = 2 * row, text.num_hidden_layers, 2 * text.hidden_size  # width: bytes of a bf16 state
+    inside = block_bytes(text, s.video_tokens, s.cot_tokens, group)
+    if gpus == 1 and full:  # autocast over fp32 weights keeps the residual stream in fp32
+        inside, width = inside + 10 * text.hidden_size, 2 * width
+    patches = 2 * s.video_tokens * vision.spatial_merge_size**2
+    kept = tokens * (layers * width + inside if s.gradient_checkpointing else layers * inside)
+    if train_vision:
+        within = 2 * (8 * vision.hidden_size + 2 * vision.intermediate_size)
+        in_tower = 2 * vision.depth * vision.hidden_size + within if s.gradient_checkpointing else vision.depth * within
+        kept += patches * in_tower
+    memory["activations of one pair"] = kept
+    memory["logits of one chunk, fp32, with gradient"] = 3 * 4 * 1024 * text.vocab_size if s.stage == 2 else 0
+    return memory
+
+
+def plan_time(config, s: Plan) -> dict[str, float]:
+    """Seconds of one step: operations / (GPUs x rate x utilisation); sampling reads weights and KV cache."""
+    n, text = count_parameters(config, s.lora_r), config.text_config
+    pairs = s.batch_pairs or (128 if s.stage == 2 else 32)
+    group = s.rollouts if s.stage == 2 else 1
+    row = s.video_tokens + (s.cot_tokens + 1) * group
+    patches = s.video_tokens * config.vision_config.spatial_merge_size**2
+    in_layers = n["block"] * text.num_hidden_layers
+    # Q K' and P V, causal: the prefix sees itself, each CoT the prefix and itself (layout.shared_prefix_attention).
+    seen = s.video_tokens**2 / 2 + group * s.cot_tokens * (s.video_tokens + s.cot_tokens / 2)  # (query, key) pairs
+    attention = 4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * seen
+    lm_head = text.hidden_size * text.vocab_size * s.cot_tokens * group if s.stage == 2 else 0
+    vision = 2 * n["vision"] * patches
+    forward = 2 * (in_layers * row + lm_head) + attention
+    # Backward costs a forward for the activations' gradients, and another for the weights' (with LoRA hardly any).
+    passes = 2 + (s.train == "full") + s.gradient_checkpointing
+    total = 2 * pairs * (forward * passes + vision * (4 if s.stage == 1 and s.train_vision else 1))
+    if s.stage == 2 and s.kl:
+        total += 2 * pairs * (forward + vision)
+    times = {"update": total / (s.gpus * s.tflops * 1e12 * s.utilisation)}
+    if s.stage == 2:
+        cots, cache = 2 * pairs * group / s.gpus, 4 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+        weights = 2 * (n["llm"] + n["vision"]) / s.engine_tp
+        free = max(1e9, s.engine_memory * s.gpu_gb * 1e9 - weights)
+        waves = max(1.0, cots * cache * (s.video_tokens / group + s.cot_tokens) / free)  # the prefix is shared
+        read = s.cot_tokens * (waves * weights + cots * cache * (s.video_tokens + s.cot_tokens / 2))
+        times["rollouts"] = read / (s.bandwidth * 1e12 * s.utilisation)
+    return times
+
+
+@dataclasses.dataclass
+class Verdict:
+    """Bytes on one GPU at the two peaks of a step, and whether each leaves room."""
+
+    updating: float
+    fits_updating: bool
+    sampling: float | None  # stage 2 only: states and vLLM's share
+    fits_sampling: bool
+
+    @property
+    def fits(self) -> bool:
+        """Both peaks do."""
+        return self.fits_updating and self.fits_sampling
+
+
+def judge(memory: dict[str, float], s: Plan, parameters: int) -> Verdict:
+    """plan_memory -> does it fit? 5 % of the GPU is left to CUDA and to fragments, 3 % while sampling.
+
+    vLLM holds memory only while it samples. Its share must have room for its own weights, in bf16, and 1 GB of cache.
+    """
+    room, total = s.gpu_gb * 1e9, sum(memory.values())
+    verdict = Verdict(total, total < 0.95 * room, None, True)
+    if s.stage == 2:
+        states = total - sum(size for use, size in memory.items() if "gathered" in use or "of one" in use)
+        engine = s.engine_memory * room
+        verdict.sampling = states + engine
+        verdict.fits_sampling = verdict.sampling < 0.97 * room and 2 * parameters / s.engine_tp + 1e9 < engine
+    return verdict
+
+
+MACHINES = {  # name -> GPUs, memory of one
+    "1 x 24 GB": (1, 24.0), "1 x 80 GB": (1, 80.0), "1 x 141 GB": (1, 141.0), "8 x 80 GB": (8, 80.0),
+}
+RUNS = {  # what is run -> stage, --train, --train-vision
+    "1, head only": (1, "head", False), "1, LoRA and vision": (1, "lora", True), "1, full": (1, "full", True),
+    "2, LoRA": (2, "lora", False), "2, full": (2, "full", False),
+}
+
+
+def cell(config, s: Plan, n: dict[str, int]) -> str:
+    """One place of the table: GiB of the higher peak, in brackets if it does not fit, and what vLLM needs to fit.
+
+    Tried in this order: vLLM's share of 40 %, of 50 %, of 30 %; then more GPUs for one engine.
+    """
+    memory, tried = plan_memory(config, s, n), [(tp, share) for tp in (1, 2, 4, 8) for share in (0.4, 0.5, 0.3)]
+    plans = [dataclasses.replace(s, engine_tp=tp, engine_memory=share) for tp, share in tried if tp <= s.gpus]
+    verdicts = [(plan, judge(memory, plan, n["llm"] + n["vision"])) for plan in plans]
+    plan, verdict = next((found for found in verdicts if found[1].fits), verdicts[0])
+    peak = f"{max(verdict.updating, verdict.sampling or 0) / 2**30:.1f}"
+    if not verdict.fits:
+        return f"({peak})"
+    peak += f", share {plan.engine_memory}" if plan.engine_memory != 0.4 else ""
+    return peak + (f", tp {plan.engine_tp}" if plan.engine_tp > 1 else "")
+
+
+def table(s: Plan) -> str:
+    """A Markdown table: sizes and what is trained, against MACHINES.
+
+    Last row of a size: vLLM's weights while it thinks, for rollout.py and evaluate.py, with its share of 90 %.
+    """
+    lines = [["size", "stage, what is trained", *MACHINES], ["---"] * (2 + len(MACHINES))]
+    for size in SIZES:
+        config = model_config(size)
+        n = count_parameters(config, s.lora_r)
+        for run, (stage, train, vision) in RUNS.items():
+            plan = dataclasses.replace(s, stage=stage, train=train, train_vision=vision)
+            places = [dataclasses.replace(plan, gpus=gpus, gpu_gb=gb) for gpus, gb in MACHINES.values()]
+            lines.append([size, run, *(cell(config, place, n) for place in places)])
+        weights = 2 * SIZES[size].parameters
+        held = f"{weights / 2**30:.1f}"
+        fits = [weights + 1e9 < 0.9e9 * gb for _, gb in MACHINES.values()]
+        lines.append([size, "thinking, evaluation", *(held if fit else f"({held})" for fit in fits)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(argv=None) -> None:
+    """Prints memory by use, and seconds of one step; or the table of all sizes."""
+    s = parse(Plan, "Memory per GPU and time per step for a model size, before anything is bought or loaded.", argv)
+    if s.table:
+        print(f"GiB on one GPU, planned; in brackets: does not fit. {s.video_tokens} + {s.cot_tokens} tokens.\n")
+        print(table(s))
+        return
+    try:
+        config = model_config(s.plan)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--plan {s.plan}: no config.json found ({str(error).splitlines()[0]}); give {', '.join(SIZES)}, or a "
+            "folder."
+        ) from error
+    n = count_parameters(config, s.lora_r)
+    memory, times = plan_memory(config, s, n), plan_time(config, s)
+    verdict, parameters = judge(memory, s, n["llm"] + n["vision"]), (n["llm"] + n["vision"]) / 1e9
+    print(f"{s.plan}, {parameters:.2f} billion parameters, stage {s.stage}, {s.train}, {s.gpus} GPUs; "
+          f"{s.video_tokens} + {s.cot_tokens} tokens")
+    for use, size in memory.items():
+        print(f"  {size / 2**30:8.1f} GiB  {use}")
+    words = {True: "fits", False: "DOES NOT FIT"}
+    room = s.gpu_gb * 1e9
+    print(f"  {verdict.updating / 2**30:8.1f} GiB  in all, of {room / 2**30:.1f}: {words[verdict.fits_updating]}")
+    if s.stage == 2:
+        print(f"  {verdict.sampling / 2**30:8.1f} GiB  while sampling: states and "
+              f"{s.engine_memory * room / 2**30:.1f} of vLLM: {words[verdict.fits_sampling]}")
+    for name, seconds in times.items():
+        print(f"  {seconds:8.1f} s    {name} of one step, at {s.utilisation:.0%} of the peak rates")
+
+
+if __name__ == "__main__":
+    cli(main)

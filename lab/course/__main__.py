@@ -1,0 +1,239 @@
+"""The course: a student's copy with functions to write, a grader that says what is wrong, and a proof of the grader.
+
+    python -m lab.course OUT --variant 7         a student's copy in the new folder OUT; OUT/sheet.md is the sheet
+    python -m lab.course --check 3               in the copy: is exercise 3 right? Without a number: all of them
+    python -m lab.course --grade SUBMISSION --json results.json --variant 7
+    python -m lab.course --gradescope autograder.zip --variant 7
+    python -m lab.course --prove                 blank fails, the reference passes, each usual mistake is named
+
+Exercises, points and lessons are in lab/course/. The instructor's page is lab/course/README.md.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import tempfile
+import time
+import zipfile
+
+import torch
+
+from lab.course import copies
+from lab.course.checks import Ended, Raised, Wrong
+from lab.course.exercises import EXERCISES, Exercise, constants
+from lab.course.process import Submission
+from plumbing.settings import InputError, cli
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SECONDS = 30.0  # that one exercise of one submission may take
+LARGEST = 2**20  # bytes of a file handed in
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Grading: one exercise, one process
+# ---------------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came out of one exercise. failed: the name of the first lesson that fails, None if all pass."""
+
+    exercise: Exercise
+    passed: int
+    failed: str | None
+    message: str
+
+    @property
+    def points(self) -> float:
+        """The share of the lessons before the first that fails, in whole halves of a point, rounded down."""
+        return int(2 * self.exercise.points * self.passed / len(self.exercise.lessons)) / 2
+
+    def line(self) -> str:
+        e = self.exercise
+        return f"{e.number:2d}  {self.points:4g} of {e.points:2d}  {e.title}\n      {self.message}"
+
+
+def taught(lesson) -> str:
+    """What a lesson says when it fails."""
+    return " ".join(lesson.__doc__.split())
+
+
+def load_what_is_slow(exercises) -> None:
+    """Imports the big packages once, here: a process that is made from this one has them already."""
+    torch.set_num_threads(1)  # a fork keeps no threads
+    if any(file == "layout.py" for e in exercises for file in e.files):
+        import transformers.integrations.sdpa_attention  # noqa: F401
+        import transformers.models.qwen3_vl.modeling_qwen3_vl  # noqa: F401
+        import transformers.models.qwen3_vl.processing_qwen3_vl  # noqa: F401
+
+
+def handed_in(folder: pathlib.Path, exercise: Exercise) -> dict[str, bytes]:
+    """{path: content} of an exercise's files in a submission. Wrong where one is missing, a link, or too large."""
+    found = {}
+    for name in exercise.files:
+        places = [path for path in (folder / name, folder / pathlib.Path(name).name) if os.path.lexists(path)]
+        if not places:
+            raise Wrong(f"{name} was not handed in")
+        path = places[0]
+        if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()) or path.stat().st_size > LARGEST:
+            raise Wrong(f"{name} must be a file of its own, of at most {LARGEST // 2**10} KB")
+        found[name] = path.read_bytes()
+    return found
+
+
+def grade_one(exercise, submitted: dict[str, bytes], base: dict[str, str], variant=0, seconds=SECONDS, quiet=True):
+    """Only the submitted files over `base`, in a folder and a process of their own; then the lessons, in order."""
+    passed, lesson, submission = 0, None, None
+    with tempfile.TemporaryDirectory(prefix="course-") as folder:
+        folder = pathlib.Path(folder)
+        copies.write(base, folder)
+        for name, content in submitted.items():
+            (folder / name).write_bytes(content)
+        folder.chmod(0o755)  # for another user, see process.py
+        try:
+            submission = Submission(folder, exercise.places, constants(variant), seconds, quiet)
+            for place, file in submission.open().items():
+                if file != place.split("::")[0]:
+                    raise Ended(f"{place} comes from {file}, not from the file that was handed in")
+            for lesson in exercise.lessons:
+                lesson(submission)
+                passed += 1
+        except Wrong as error:
+            if lesson is None or isinstance(error, Ended):
+                return Result(exercise, passed, "does not run", str(error))
+            name, count = lesson.__name__, len(exercise.lessons)
+            if str(error).startswith("Exercise "):
+                return Result(exercise, passed, name, f"not written yet: {exercise.hint}")
+            text = str(error) if isinstance(error, Raised) else f"{taught(lesson)} ({error})"
+            return Result(exercise, passed, name, f"lesson {passed + 1} of {count}, {name}: {text}")
+        finally:
+            if submission:
+                submission.close()
+    return Result(exercise, passed, None, f"all {passed} lessons")
+
+
+def grade(folder: str, variant=0, exercises=EXERCISES, seconds=SECONDS) -> list[Result]:
+    """A folder that was handed in, over a blank copy."""
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder}: no such folder; --grade takes the folder that was handed in.")
+    base, results = copies.student_files(variant, copies.RUN), []
+    for exercise in exercises:
+        try:
+            submitted = handed_in(pathlib.Path(folder), exercise)
+        except Wrong as error:
+            results.append(Result(exercise, 0, "not handed in", str(error)))
+            continue
+        load_what_is_slow([exercise])
+        results.append(grade_one(exercise, submitted, base, variant, seconds))
+    return results
+
+
+def chosen(number: str) -> list[Exercise]:
+    """"3" -> that exercise; "all"."""
+    found = [e for e in EXERCISES if number in ("all", str(e.number))]
+    if not found:
+        raise InputError(f"exercise {number}: there are exercises 1 to {len(EXERCISES)}.")
+    return found
+
+
+def check(number: str) -> list[Result]:
+    """The exercises of this copy as they stand, prints included."""
+    path = ROOT / copies.VARIANT
+    variant = int(path.read_text()) if path.exists() else 0
+    exercises = chosen(number)
+    load_what_is_slow(exercises)
+    paths = [path for pattern in copies.RUN for path in ROOT.glob(pattern)]
+    base = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+    base.setdefault("my_tests.py", copies.MY_TESTS)
+    return [grade_one(e, {}, base, variant, quiet=False) for e in exercises]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What people and services read
+# ---------------------------------------------------------------------------------------------------------------
+def as_json(results: list[Result], seconds: float) -> dict:
+    """results.json as Gradescope reads it (its "Autograder Specifications", "Output format")."""
+    points, most = sum(r.points for r in results), sum(r.exercise.points for r in results)
+    tests = [
+        {"name": r.exercise.title, "number": str(r.exercise.number), "score": r.points, "max_score": r.exercise.points,
+         "status": "failed" if r.failed else "passed", "output": r.message, "output_format": "text",
+         "tags": [r.failed] if r.failed else [], "visibility": "visible"}
+        for r in results
+    ]
+    output = f"{points:g} of {most} points by the grader; the report is read by a person."
+    return {"output": output, "output_format": "text", "stdout_visibility": "hidden",
+            "execution_time": round(seconds), "tests": tests}
+
+
+SETUP = """#!/usr/bin/env bash
+# Runs once, as root, when the image is built. Take an image with Python 3.11 or newer.
+set -e
+apt-get update && apt-get install -y python3-venv
+python3 -m venv /opt/course
+/opt/course/bin/pip install -r "$(dirname "$0")/requirements.txt"
+"""
+RUN_AUTOGRADER = """#!/usr/bin/env bash
+# Lies in /autograder, beside source/ (this zip), submission/ and results/.
+here="$(cd "$(dirname "$0")" && pwd)"
+mkdir -p "$here/results"
+chmod 700 "$here/source" "$here/results"
+cd "$here/source"
+OMP_NUM_THREADS=1 "${{PYTHON:-/opt/course/bin/python}}" -m lab.course --grade "$here/submission" \\
+    --json "$here/results/results.json" --variant {variant}
+"""
+
+
+def write_autograder(out: str, variant: int) -> None:
+    """The zip that is uploaded: setup.sh and run_autograder at its root, and the code that grades."""
+    files = {"setup.sh": SETUP, "run_autograder": RUN_AUTOGRADER.format(variant=variant)}
+    for pattern in (*copies.RUN, "lab/__init__.py", "lab/course/*.py", "requirements.txt"):
+        files |= {p.relative_to(ROOT).as_posix(): p.read_text(encoding="utf-8") for p in sorted(ROOT.glob(pattern))}
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in files.items():
+            info = zipfile.ZipInfo(name)
+            info.external_attr = (0o755 if name in ("setup.sh", "run_autograder") else 0o644) << 16
+            archive.writestr(info, text)
+    print(f"wrote {out}: {len(files)} files, variant {variant}")
+
+
+def report(results: list[Result]) -> None:
+    for result in results:
+        print(result.line())
+    print(f"\n{sum(r.points for r in results):g} of {sum(r.exercise.points for r in results)} points")
+
+
+def main(argv=None) -> None:
+    """Writes a copy, checks it, grades a submission, builds the zip, or grades the grader."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", help="write a student's copy into this new folder")
+    parser.add_argument("--variant", type=int, default=0, help="constants of this variant; 0: the paper's (default 0)")
+    parser.add_argument("--check", nargs="?", const="all", metavar="N", help="check exercise N of this copy, or all")
+    parser.add_argument("--grade", metavar="SUBMISSION", help="grade a folder that was handed in")
+    parser.add_argument("--json", metavar="FILE", help="with --grade: the results, as Gradescope reads them")
+    parser.add_argument("--gradescope", metavar="ZIP", help="write an autograder for Gradescope")
+    parser.add_argument("--prove", nargs="?", const="all", metavar="N",
+                        help="grade blank, reference, mistakes and rewrites of exercise N, or all")
+    args = parser.parse_args(argv)
+    if sum(map(bool, (args.out, args.check, args.grade, args.gradescope, args.prove))) != 1:
+        raise InputError("say one of OUT, --check, --grade, --gradescope and --prove; see --help.")
+    start = time.monotonic()
+    if args.out:
+        copies.make_copy(args.out, args.variant)
+    elif args.check:
+        report(check(args.check))
+    elif args.grade:
+        results = grade(args.grade, args.variant)
+        report(results)
+        if args.json:
+            pathlib.Path(args.json).write_text(json.dumps(as_json(results, time.monotonic() - start), indent=1))
+    elif args.gradescope:
+        write_autograder(args.gradescope, args.variant)
+    else:
+        from lab.course.prove import prove  # not in a student's copy
+
+        sys.exit(prove(args.prove))
+
+
+if __name__ == "__main__":
+    cli(main)

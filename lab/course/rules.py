@@ -1,0 +1,260 @@
+"""Lessons 7 to 10: the rollout reward's rules, accuracy with ties, what a query may see, tests that catch mistakes."""
+
+import random
+import warnings
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from lab.course.checks import expect, near
+
+# -- 7 the three rules ------------------------------------------------------------------------------------------------
+TRUTH = {"subject": "2", "dynamics": "1", "camera": "N/A", "environment": "2", "style": "0"}
+
+
+def written(**verdicts) -> str:
+    """A well-formed CoT; without arguments all five verdicts are right. None leaves a dimension out."""
+    said = {name: verdict for name, verdict in {**TRUTH, **verdicts}.items() if verdict is not None}
+    body = ", ".join(f'"{name}": "{verdict}"' for name, verdict in said.items())
+    return f'<think>I look.</think>\n<answer>{{"dimensional_scores": {{{body}}}, "overall_score": 3.5}}</answer>'
+
+
+def nothing_around_the_blocks(f):
+    """The WHOLE text must be <think> and <answer>: a text with more before or after it is not well formed."""
+    expect(f.well_formed(written()) is True, f.well_formed(written()))
+    for text in ("Sure! " + written(), written() + " Thanks.", written().replace("<think>I look.</think>", "")):
+        expect(f.well_formed(text) is False, f"True for {text[:20]!r} ... {text[-12:]!r}")
+
+
+def verdicts_on_all_dimensions(f):
+    """The answer needs a verdict on each of the five dimensions; four are not well formed."""
+    expect(f.well_formed(written(style=None)) is False, "True with `style` left out")
+
+
+def annotated_dimensions_only(f):
+    """R_qual divides by the ANNOTATED dimensions. You divided by all five, or by what the CoT speaks of."""
+    near(f.quality_reward(written(), {"subject": "2"}), 1.0)
+    near(f.quality_reward(written(style="2"), TRUTH), 0.8)
+
+
+def left_out_is_wrong(f):
+    """A dimension that the answer leaves out counts as wrong. Else a CoT earns most by saying least."""
+    near(f.quality_reward(written(subject=None, style=None), TRUTH), 0.6)
+    near(f.quality_reward("no answer at all", TRUTH), 0.0)
+
+
+def linear_in_between(f):
+    """R_len rises linearly from `low` to `high`, not in a step: else half of the CoTs learn nothing from it."""
+    near([f.length_reward(n, low=100, high=300) for n in (150, 200, 275)], [0.25, 0.5, 0.875])
+
+
+def bounded_in_length(f):
+    """R_len stays in [0, 1]: 0 up to `low`, 1 from `high`. Else the longest CoT always wins."""
+    near([f.length_reward(n, low=100, high=300) for n in (0, 100, 300, 5000)], [0, 0, 1, 1])
+
+
+def tokens_not_characters(f):
+    """R_len counts TOKENS, which you are given as num_tokens; a token has about four characters."""
+    near(f.rollout_reward(written(), 1250, TRUTH, length_range=(500, 2000)).length, 0.5)
+
+
+def parts_in_their_places(f):
+    """R = w_q R_qual + w_f R_fmt + w_l R_len, in this order, and the result holds each part under its own name."""
+    got = f.rollout_reward(written(style="2"), 1250, TRUTH, weights=(0.7, 0.1, 0.2), length_range=(500, 2000))
+    near([got.quality, got.format, got.length, got.total], [0.8, 1.0, 0.5, 0.76])  # .56 + .1 + .1
+
+
+def default_rules(f):
+    """The weights or the length range are not those of your copy. A variant has its own, in the signatures."""
+    low, high = f.c.length_range
+    near([f.length_reward(n) for n in (low, (low + high) / 2, high)], [0, 0.5, 1])
+    case = written(style="2"), low + 3 * (high - low) // 4, TRUTH
+    told = f.rollout_reward(*case, weights=f.c.weights, length_range=f.c.length_range)
+    near(f.rollout_reward(*case).total, told.total)
+
+
+# -- 8 accuracy with ties ---------------------------------------------------------------------------------------------
+def untied_ties_are_wrong(f):
+    """While nothing is called a tie, a pair that people call a tie is wrong, also when both scores are equal."""
+    sizes, hits = f._hits_by_ties(np.array([1, 0, -1, 0]), np.array([2.0, 0.5, -1.0, 0.0]))
+    near(sizes, [0, 0.5, 1, 2])
+    near(hits, [2, 3, 4, 3, 2])  # none tied: 1 and -1 are right; then each human tie is won, each other pair lost
+
+
+def nothing_is_tied(f):
+    """"Nothing is tied" (-1) is a threshold, too: four right scores without human ties are worth 1, not 3/4."""
+    near(f.accuracy_with_ties([1, -1, 1, -1], [1, -2, 3, -4]), (1.0, -1.0))
+    near(f.accuracy_curve([1, 0], [2, 1])[0], [-1, 1, 2])
+
+
+def no_cut_inside_a_run(f):
+    """Pairs with equally large margins are tied together: no threshold can cut between them. A cut claims 1.0 here."""
+    near(f.accuracy_curve([0, 1, 1], [1, 1, 1]), [[-1, 1], [2 / 3, 1 / 3]])
+    near(f.accuracy_with_ties([0, 1, 1], [1, 1, 1]), (2 / 3, -1.0))
+
+
+def smallest_of_equals(f):
+    """Of thresholds that are equally good the smallest is returned."""
+    near(f.accuracy_with_ties([0, 1, 0], [1, 2, 3]), (2 / 3, 1.0))
+
+
+def row_order_is_nothing(f):
+    """The order of the rows changes the result. Sort by |margin| before you count."""
+    rng = np.random.default_rng(0)
+    labels, margins = rng.integers(-1, 2, 30), rng.integers(-4, 5, 30) / 2
+    order = rng.permutation(30)
+    near(f.accuracy_with_ties(labels, margins), f.accuracy_with_ties(labels[order], margins[order]))
+
+
+def one_sort_one_sum(f):
+    """Trying each threshold on all pairs is n² work. Sort once; a running sum tells how many are right at each."""
+    rng = np.random.default_rng(0)
+    labels, margins = rng.integers(-1, 2, 100_000), rng.normal(size=100_000)
+    accuracy, _ = f.call("accuracy_with_ties", labels, margins, within=2)
+    expect((labels == 0).mean() <= accuracy < 0.4, accuracy)
+
+
+# -- 9 what a query may see -------------------------------------------------------------------------------------------
+def inputs(length, heads=1, key_heads=1, rows=1, dtype=torch.float32):
+    """Random query, key and value (rows, heads, length, 4)."""
+    generator = torch.Generator().manual_seed(length)
+    return [torch.randn(rows, h, length, 4, generator=generator, dtype=dtype) for h in (heads, key_heads, key_heads)]
+
+
+def attend(f, q, k, v, spans, **more):
+    """(rows, length, heads, 4)"""
+    return f.shared_prefix_attention(None, q, k, v, None, spans=spans, **more)[0]
+
+
+def alone(q, k, v, seen, **more):
+    """One CoT in a row of its own, by ordinary causal attention: (1, len(seen), heads, 4)."""
+    seen = torch.tensor(seen)
+    parts = (x[:1, :, seen] for x in (q, k, v))
+    return scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True, **more).transpose(1, 2)
+
+
+def prefix_is_causal(f):
+    """Prefix and first CoT are one causal sequence: a position sees itself and what stands before it."""
+    q, k, v = inputs(6)
+    near(attend(f, q, k, v, [(4, [(4, 2)])]), alone(q, k, v, range(6)))
+
+
+def cots_do_not_see_each_other(f):
+    """CoT b sees CoT a. In a batch of separate rows it could not, so its log-probs and its reward are not its own."""
+    q, k, v = inputs(7)
+    changed = [x.clone() for x in (k, v)]
+    for x in changed:
+        x[:, :, 3:5] += 1.0  # the first CoT
+    one, two = (attend(f, q, *kv, [(3, [(3, 2), (5, 2)])])[0, 5:] for kv in ((k, v), changed))
+    expect(torch.allclose(one, two, atol=1e-6), f"b changes by {(one - two).abs().max():.3g} when a does")
+
+
+def lower_right_corner(f):
+    """The last CoT position sees all keys, the first all but n − 1: align the LOWER RIGHT corners. With fewer queries
+    than keys is_causal aligns the upper left ones: the query would see a few prefix tokens and not its own CoT."""
+    q, k, v = inputs(7)
+    near(attend(f, q, k, v, [(3, [(3, 2), (5, 2)])])[0, 5:], alone(q, k, v, [0, 1, 2, 5, 6])[0, 3:])
+
+
+def in_the_order_of_positions(f):
+    """With CoTs of unequal length the outputs come in another order than their positions; padding gives 0."""
+    q, k, v = inputs(12, rows=2)
+    got = attend(f, q, k, v, [(3, [(3, 2), (5, 4), (9, 2)]), (2, [(2, 1)])])
+    for start, n in ((3, 2), (5, 4), (9, 2)):
+        near(got[0, start : start + n], alone(q, k, v, [0, 1, 2, *range(start, start + n)])[0, 3:])
+    expect(not got[0, 11:].any() and not got[1, 3:].any(), got[1, 3])
+
+
+def heads_in_groups(f):
+    """Keys have fewer heads than queries: query heads 0 and 1 share key head 0, 2 and 3 share key head 1."""
+    q, k, v = inputs(7, heads=4, key_heads=2)
+    near(attend(f, q, k, v, [(3, [(3, 2), (5, 2)])])[0, 5:], alone(q, k, v, [0, 1, 2, 5, 6])[0, 3:])
+
+
+def scaling_is_used(f):
+    """`scaling` multiplies the scores, where it is given, in the prefix and behind it."""
+    q, k, v = inputs(7)
+    got = attend(f, q, k, v, [(3, [(3, 2), (5, 2)])], scaling=2.0)[0]
+    near(got[:5], alone(q, k, v, range(5), scale=2.0)[0])
+    near(got[5:], alone(q, k, v, [0, 1, 2, 5, 6], scale=2.0)[0, 3:])
+
+
+def gradient_reaches_the_prefix(f):
+    """Each CoT's gradient must reach the shared prefix, as those of G separate rows would. Yours stops somewhere."""
+    q, k, v = inputs(7, dtype=torch.float64)
+    spans, step = [(3, [(3, 2), (5, 2)])], 1e-4
+    behind = torch.zeros(1, 7, 1, 4, dtype=torch.float64)
+    behind[:, 5:] = 1.0  # the sum over the second CoT alone
+    case = None, q, k, v, None
+    _, slope = f.gradients("shared_prefix_attention", *case, of=(2, 3), weights=behind, spans=spans)
+    towards = torch.zeros_like(v)
+    towards[:, :, :3] = 1.0  # all values of the prefix, at once
+    up, down = (attend(f, q, k, v + sign * step * towards, spans) for sign in (1, -1))
+    near((slope * towards).sum() if slope is not None else 0.0, ((up - down) * behind).sum() / (2 * step), 1e-4)
+
+
+def without_spans(f):
+    """Without spans (sampling, calls from elsewhere) it is ordinary causal attention over the whole row."""
+    q, k, v = inputs(5)
+    near(f.shared_prefix_attention(None, q, k, v, None)[0], alone(q, k, v, range(5)))
+
+
+# -- 10 tests that catch mistakes -------------------------------------------------------------------------------------
+TESTED = {"test_group_advantages": "losses.py::group_advantages",
+          "test_accuracy_with_ties": "metrics.py::accuracy_with_ties"}
+
+
+def verdicts(f) -> dict:
+    """{implementation: is it accepted}, for right code, the same written otherwise, and mistakes.
+
+    The order is drawn anew, three times: a test that counts its calls would have to guess it. In a student's copy,
+    which has no mistakes, only the student's own function is tried.
+    """
+    if "found" in vars(f):
+        return f.found
+    try:
+        from lab.course.mistakes import implementations
+    except ImportError:
+        f.found = {(test, "right"): f.judges(test, own=place) for test, place in TESTED.items()}
+        return f.found
+    jobs = [(test, *pair) for test, place in TESTED.items() for pair in implementations(place).items()] * 3
+    random.SystemRandom().shuffle(jobs)
+    rounds = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of mistakes
+        for test, name, function in jobs:
+            rounds.setdefault((test, name), set()).add(f.judges(test, function))
+    f.found = {key: seen.pop() if len(seen) == 1 else None for key, seen in rounds.items()}
+    return f.found
+
+
+def right_code_is_accepted(f):
+    """Your test fails on right code, so its failing says nothing. Check the numbers that you worked out by hand."""
+    for test in TESTED:
+        expect(verdicts(f)[test, "right"] is True, f"a failure of {test}")
+
+
+def another_way_to_write_it(f):
+    """Your test fails on right code that is written otherwise: compare floats with a tolerance, test no internals."""
+    for test in TESTED:
+        expect(verdicts(f).get((test, "rewritten"), True) is True, f"a failure of {test}")
+
+
+def _catches(test, mistake, what):
+    def lesson(f):
+        expect(verdicts(f).get((test, mistake), False) is False, f"{test} passes")
+
+    lesson.__name__ = f"catches_{mistake}"
+    lesson.__doc__ = f"Your test does not notice this mistake: {what}."
+    return lesson
+
+
+CATCHES = (
+    _catches("test_group_advantages", "population_std", "the std divides by G, not by G − 1"),
+    _catches("test_group_advantages", "whole_batch", "mean and std are taken over the whole batch"),
+    _catches("test_group_advantages", "nan_at_one", "a group of one gets nan"),
+    _catches("test_group_advantages", "flat_group", "eight rewards of .86 get an advantage that is not 0"),
+    _catches("test_accuracy_with_ties", "cut_inside_a_run", "a threshold cuts between pairs of equal |margin|"),
+    _catches("test_accuracy_with_ties", "nothing_tied_missing", "the threshold \"nothing is tied\" is not tried"),
+)

@@ -1,0 +1,264 @@
+"""The course: nothing leaks into a copy, the proof holds, and a hostile submission costs nobody else anything.
+
+Grading forks, so it runs in a process of its own, as a lecturer would run it: autograd does not survive a fork.
+"""
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+import textwrap
+import zipfile
+
+import pytest
+
+import layout
+import losses
+import metrics
+import rules
+from lab.course import __main__ as course
+from lab.course import copies, mistakes, prove
+from lab.course.exercises import EXERCISES, VARIANTS
+from tests.conftest import ROOT, refuses
+
+MODULES = {"losses.py": losses, "rules.py": rules, "layout.py": layout, "metrics.py": metrics}
+
+
+def dense(line):
+    return re.sub(r"\s", "", line.split("  #")[0])
+
+
+# -- the copy ---------------------------------------------------------------------------------------------------------
+def test_a_copy_shows_no_body(tmp_path):
+    """Searched for in every file: each body as `inspect` gives it, line by line, whatever its indentation."""
+    course.main([str(tmp_path / "copy"), "--variant", "7"])
+    texts = {path: path.read_text() for path in (tmp_path / "copy").rglob("*") if path.is_file()}
+    shown = {dense(line): path for path, text in texts.items() for line in text.splitlines()}
+    for exercise in EXERCISES[:9]:
+        for file, name in (place.split("::") for place in exercise.places):
+            function = getattr(MODULES[file], name)
+            body = inspect.getsource(function).split('"""')[-1].splitlines()
+            body = {dense(line) for line in body} - copies.SHARED
+            body = [line for line in body if len(line) >= 20 and not line.startswith("assert")]
+            assert body, name
+            for line in body:
+                assert line not in shown, f"{name}: {line} stands in {shown[line]}"
+
+
+def test_a_leak_is_found_and_refused(tmp_path, monkeypatch):
+    line = "+    losses = -F.logsigmoid(reward_chosen.float() - reward_rejected.float())  # a diff that shows it"
+    files = copies.student_files(0) | {"docs/new.md": line}
+    assert len(copies.leaks(files)) == 1 and copies.leaks(files)[0].startswith("docs/new.md")
+    monkeypatch.setattr(copies, "student_files", lambda variant: files)
+    with pytest.raises(course.InputError, match="docs/new.md"):
+        copies.make_copy(str(tmp_path / "copy"), 0)
+
+
+def test_what_stays_of_a_function():
+    """Signature with a variant's constants, docstring, leading asserts; then one raise with number, minutes, hint."""
+    text = copies.without_bodies("losses.py", (ROOT / "losses.py").read_text(), variant=7)
+    found = {}
+    exec(compile(text, "losses.py", "exec"), found)
+    values = copies.constants(7)
+    defaults = {name: p.default for name, p in inspect.signature(found["grpo_loss"]).parameters.items()}
+    assert all(defaults[name] == values[name] != VARIANTS[name][0] for name in ("clip_low", "clip_high", "clip_dual"))
+    assert found["grpo_loss"].__doc__ == losses.grpo_loss.__doc__
+    assert inspect.getsource(losses.policy_ratio) in text  # its neighbours stay as they are
+    with pytest.raises(AssertionError):
+        found["bt_loss"](losses.torch.zeros(2), losses.torch.zeros(3))
+    with pytest.raises(NotImplementedError, match=r"^Exercise 1 \(15 min\): what does"):
+        found["bt_loss"](losses.torch.zeros(2), losses.torch.zeros(2))
+
+
+def test_the_constants_are_those_of_the_reference():
+    for exercise in EXERCISES[:9]:
+        for file, name in (place.split("::") for place in exercise.places):
+            for parameter in inspect.signature(getattr(MODULES[file], name)).parameters.values():
+                if parameter.name in VARIANTS:
+                    assert parameter.default == VARIANTS[parameter.name][0], (name, parameter.name)
+
+
+def test_each_mistake_still_fits_the_reference():
+    """Cheap, and soon after the code has moved; whether its lesson names it is what --prove tells."""
+    for m in mistakes.MISTAKES:
+        assert mistakes.with_changes(m.place, m.changes) != mistakes.source(m.file)
+
+
+def test_points_and_lessons():
+    assert sum(e.points for e in EXERCISES) == 70 and [e.number for e in EXERCISES] == list(range(1, 11))
+    names = [lesson.__name__ for e in EXERCISES for lesson in e.lessons]
+    assert len(names) == len(set(names))
+    assert all(len(course.taught(lesson)) > 40 for e in EXERCISES for lesson in e.lessons)
+    assert {m.lesson for m in mistakes.MISTAKES} <= set(names)
+    assert all(15 <= e.minutes <= 120 for e in EXERCISES)
+
+
+# -- grading ----------------------------------------------------------------------------------------------------------
+def test_the_proof_and_that_it_finds_a_weak_lesson():
+    """`--prove` of one exercise (all of them: .ci/run); then the same with a lesson taken out: its mistake survives."""
+    script = """
+        import dataclasses
+        from lab.course import prove, exercises
+        assert prove.prove("4") == 0
+        row = exercises.EXERCISES[3]
+        without = tuple(lesson for lesson in row.lessons if lesson.__name__ != "a_group_of_one")
+        prove.course.chosen = lambda number: [dataclasses.replace(row, lessons=without)]
+        assert prove.prove("4") == 1
+    """
+    done = python(script)
+    assert "10 submissions, 0 not as they must be" in done.stdout, done.stdout
+    assert "WRONG  4 nan at G = 1: passes\n      must be: a_group_of_one" in done.stdout, done.stdout
+
+
+def python(script, *arguments):
+    """Runs a script in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)], cwd=ROOT,
+                          capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return done
+
+
+def with_bodies(file, **bodies):
+    return mistakes.with_bodies(file, {f"{file}::{name}": body for name, body in bodies.items()})
+
+
+HOSTILE = {
+    "bt_loss": """
+        print('{"tests": [{"score": 4, "max_score": 4, "status": "passed"}]}', flush=True)
+        import os
+        for number in range(3, 50):
+            try:
+                os.write(number, b'{"value": 1}\\n')
+            except OSError:
+                pass
+        os._exit(0)
+    """,
+    "btt_loss": "while True: pass",
+    "draw_cot_mask": "raise SystemExit(0)",
+    "group_advantages": "return torch.zeros(4 * 2**30, dtype=torch.uint8)",
+    "kl_to_reference": """
+        import gc, sys, lab.lessons.checks, lab.lessons.equations
+        for module in (lab.lessons.checks, lab.lessons.equations):
+            module.near = module.expect = lambda *args: None
+        torch.allclose = torch.equal = lambda *args, **kwargs: True
+        return log_probs
+    """,
+    "grpo_loss": """
+        import os
+        if os.fork() == 0:
+            os.setsid()
+            os._exit(0)
+        assert sorted(os.environ) == ["HF_HUB_OFFLINE", "HOME", "OMP_NUM_THREADS", "PATH"]
+        return advantages
+    """,
+}
+COUNTS = """
+    import pathlib
+    file = pathlib.Path("count")
+    count = int(file.read_text()) if file.exists() else 0
+    file.write_text(str(count + 1))
+    assert count < 2
+"""
+
+
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory):
+    """{name of a submission: {exercise: its test in results.json}}: good, half and hostile."""
+    folder = tmp_path_factory.mktemp("submissions")
+    texts = {file: (ROOT / file).read_text() for file in MODULES}
+    solved = {f"my_tests.py::{name}": body for name, body in mistakes.TWO_TESTS.items()}
+    good = texts | {"my_tests.py": mistakes.with_bodies("my_tests.py", solved)}
+    half = {"losses.py": texts["losses.py"].replace("torch.maximum(-advantage", "torch.minimum(-advantage"),
+            "rules.py": texts["rules.py"]}  # uploaded without its folder, and the rest is missing
+    hostile = good | {
+        "losses.py": with_bodies("losses.py", **HOSTILE), "rules.py": "raise SystemExit(0)\n",
+        "layout.py": texts["layout.py"] + "def (:\n",
+        "my_tests.py": with_bodies("my_tests.py", test_group_advantages=COUNTS, test_accuracy_with_ties=COUNTS)}
+    for name, files in (("good", good), ("half", half), ("hostile", hostile)):
+        copies.write(files, folder / name)
+    (folder / "hostile" / "metrics.py").unlink()
+    (folder / "hostile" / "metrics.py").symlink_to(ROOT / "metrics.py")
+    script = """
+        import json, sys
+        from lab.course import __main__ as course
+        results = {}
+        for name, seconds in (("half", 30), ("hostile", 3), ("good", 30)):
+            results[name] = course.as_json(course.grade(f"{sys.argv[1]}/{name}", seconds=seconds), 0)["tests"]
+        print(json.dumps(results))
+    """
+    results = json.loads(python(script, folder).stdout)
+    return {name: {int(t["number"]): t for t in tests} for name, tests in results.items()}
+
+
+def test_a_good_submission_gets_all(graded):
+    assert {n: t["score"] for n, t in graded["good"].items()} == {e.number: e.points for e in EXERCISES}
+
+
+def test_a_half_submission(graded):
+    """Five exercises right, the clipped loss with min for max, one file missing of exercise 7, the rest not there."""
+    assert [graded["half"][n]["score"] for n in range(1, 11)] == [4, 5, 3, 6, 5, 1, 0, 0, 0, 0]
+    assert graded["half"][6]["output"] == (
+        "lesson 2 of 9, the_larger_loss: Of the two losses take the LARGER: the clip may only take a gain away, "
+        "never a loss. You took the smaller. (got 0.367879, expected 0.8)")
+    assert graded["half"][7]["output"] == "rules.py was not handed in"
+
+
+@pytest.mark.parametrize("number, says", [
+    (1, "winner_first|the process exited with code 0"), (2, "took more than 3 s: an endless loop"),
+    (3, "SystemExit: 0"), (4, "memory|alloc"), (5, "never_negative"), (6, "returns a value without a gradient"),
+    (7, "SystemExit: 0"), (8, "must be a file of its own"), (9, "layout.py, line \\d+: invalid syntax"),
+    (10, "right_code_is_accepted")])
+def test_a_hostile_submission_costs_each_exercise_by_itself(graded, number, says):
+    test = graded["hostile"][number]
+    assert test["score"] == 0 and test["status"] == "failed" and re.search(says, test["output"]), test["output"]
+
+
+def test_check_in_a_copy(tmp_path):
+    """A student writes one function; its check passes, the others say what they wait for."""
+    copies.write(copies.student_files(7), tmp_path)
+    before, function, after = mistakes.cut_out((tmp_path / "losses.py").read_text(), "draw_cot_mask")
+    function = function.partition("    raise")[0]
+    function += "    return torch.rand(num_pairs, generator=generator) < probability\n"
+    (tmp_path / "losses.py").write_text(before + function + after)
+    out = {}
+    for number in ("3", "5"):
+        command = [sys.executable, "-m", "lab.course", "--check", number]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+        out[number] = done.stdout + done.stderr
+    assert "3 of  3  random CoT masking\n      all 4 lessons" in out["3"], out["3"]
+    assert "not written yet: which of the two is a constant" in out["5"], out["5"]
+
+
+def test_the_autograder_zip(tmp_path):
+    """Unpacked as the service does; run_autograder beside source/, submission/ and results/."""
+    course.main(["--gradescope", str(tmp_path / "autograder.zip"), "--variant", "0"])
+    with zipfile.ZipFile(tmp_path / "autograder.zip") as archive:
+        assert {"setup.sh", "run_autograder"} <= set(archive.namelist())
+        archive.extractall(tmp_path / "source")
+    (tmp_path / "run_autograder").write_text((tmp_path / "source" / "run_autograder").read_text())
+    copies.write({"losses.py": (ROOT / "losses.py").read_text()}, tmp_path / "submission")
+    environment = {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(["bash", str(tmp_path / "run_autograder")], env=environment, cwd="/", capture_output=True,
+                          text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    assert set(results) == {"output", "output_format", "stdout_visibility", "execution_time", "tests"}
+    assert [t["score"] for t in results["tests"]] == [4, 5, 3, 6, 5, 10, 0, 0, 0, 0]
+    known = {"name", "number", "score", "max_score", "status", "output", "output_format", "tags", "visibility"}
+    assert all(set(test) == known for test in results["tests"])
+
+
+def test_the_page_holds_the_mistakes_and_the_points():
+    page = (ROOT / "docs" / "course.md").read_text()
+    assert prove.as_told_in_the_docs() in page, "put what lab.lessons.prove.as_told_in_the_docs() says into the page"
+    for e in EXERCISES:
+        assert f"| {e.number} | {e.title} | {e.points} | {e.minutes} |" in page, e.title
+
+
+def test_bad_input(tmp_path, capsys):
+    refuses(capsys, course.main, says="say one of OUT")
+    refuses(capsys, course.main, "--check", "11", says="exercises 1 to 10")
+    refuses(capsys, course.main, "--grade", tmp_path / "nowhere", says="no such folder")
+    (tmp_path / "file").write_text("x")
+    refuses(capsys, course.main, tmp_path, says="is not empty")

@@ -1,0 +1,38 @@
+"""best_of.py: clips of one prompt in the order of their rewards, and pairs of the best and the worst."""
+
+import csv
+import os
+
+from tests.test_evaluate import FEW
+
+import data
+import evaluate
+from lab.post_training import best_of
+from plumbing import jobs
+from tests.conftest import write_csv
+
+
+def test_best_of_and_one_video(tmp_path, tiny_model_dir, tiny_clips, capsys):
+    rows = [[os.path.abspath(path), "=a prompt"] for path in tiny_clips[:3]]
+    videos, dpo = write_csv(tmp_path / "videos.csv", ["path", "prompt"], rows), tmp_path / "dpo.csv"
+    model = ["--model", tiny_model_dir, *FEW, "--no-think"]
+    best_of.main([*model, "--data", videos, "--make-pairs", str(dpo), "--out", str(tmp_path / "out")])
+    rewards = {key[0]: r["reward"] for key, r in jobs.read_log(str(tmp_path / "out"), "rewards").items()}
+    with open(tmp_path / "out" / "best_of.csv", newline="") as file:
+        ranked = list(csv.DictReader(file))
+    assert [r["path"] for r in ranked] == sorted(rewards, key=rewards.get, reverse=True)
+    assert ranked[0]["prompt"] == "'=a prompt"  # no formula for the spreadsheet
+    (pair,) = data.read_pairs(str(dpo))
+    assert (pair.label, pair.prompt) == (1, "=a prompt")  # exact for training
+    assert [os.path.realpath(v) for v in pair.videos] == [os.path.realpath(ranked[k]["path"]) for k in (0, -1)]
+    capsys.readouterr()
+    evaluate.main([*model, "--video", rows[0][0], "--prompt", "=a prompt"])
+    assert f"reward {rewards[rows[0][0]]:+.4f}" in capsys.readouterr().out
+
+
+def test_best_and_worst_leaves_out_what_has_no_order(tmp_path):
+    groups = {"two": [(2.0, "v/a.mp4"), (1.0, "v/c.mp4")], "one": [(2.0, "b.mp4")]}
+    groups["equal"] = [(1.0, "d.mp4"), (1.0, "e.mp4")]
+    best_of.write_best_and_worst(str(tmp_path / "dpo.csv"), groups)
+    lines = (tmp_path / "dpo.csv").read_text().splitlines()
+    assert len(lines) == 2 and lines[1].endswith("two,A,2.0,1.0")

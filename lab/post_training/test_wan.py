@@ -1,0 +1,246 @@
+"""Post-training on a tiny random Wan: diffusers' own classes, and its own sampler as the twin of ours."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="diffusers is not installed; pip install -r requirements-wan.txt")
+from diffusers import (  # noqa: E402
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,  # noqa: E402
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from transformers import UMT5Config, UMT5EncoderModel  # noqa: E402
+
+import data  # noqa: E402
+import losses  # noqa: E402
+import parallel  # noqa: E402
+from lab.post_training import wan  # noqa: E402
+from tests.conftest import refuses, run  # noqa: E402
+
+PROMPTS = ["a red circle moves left", "a blue square stands still"]
+SMALL = {"frames": 9, "height": 16, "width": 16, "steps": 4, "group": 2, "lora_r": 4, "batch": 2}
+
+
+def tiny_pipeline(processor):
+    """Sizes of diffusers' own test of Wan."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+                           temperal_downsample=[False, True, True])
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,
+        text_dim=32, freq_dim=256, ffn_dim=32, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )
+    tokenizer = processor.tokenizer
+    config = UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    return WanPipeline(tokenizer=tokenizer, text_encoder=UMT5EncoderModel(config).eval(), vae=vae.eval(),
+                       transformer=transformer.eval(), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
+
+
+@pytest.fixture(scope="module")
+def wan_dir(processor, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wan")
+    tiny_pipeline(processor).save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_wan(processor, trained=False, **flags):
+    """With `trained` the LoRA is not at its start, where it changes nothing."""
+    made = wan.Wan(tiny_pipeline(processor), PROMPTS, wan.Settings(**{**SMALL, **flags}))
+    if trained:
+        torch.manual_seed(1)
+        for parameter in made.trained:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return made
+
+
+def test_only_the_lora_is_trained(processor):
+    made = tiny_wan(processor)
+    names = [name for name, p in made.transformer.named_parameters() if p.requires_grad]
+    assert names and all(".lora_" in name for name in names) and len(names) == 2 * 2 * 2 * 4  # A, B; layers; attentions
+    assert made.pipe.text_encoder is None and made.shape == (1, 16, 3, 2, 2)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_without_noise_our_sampler_is_wan_s_own(processor, guidance):
+    """Times, shift, direction, guidance, latents' scale, pixels: all as in WanPipeline."""
+    made = tiny_wan(processor, trained=True, guidance=guidance)
+    latents, trail = made.sample(PROMPTS[0], 3, 4, noisy=set())
+    embeds, empty = made.embeds[PROMPTS[0]], made.embeds[""]
+    theirs = {"prompt_embeds": embeds, "negative_prompt_embeds": empty, "latents": made.draw(3), "height": 16,
+              "width": 16, "num_frames": 9, "num_inference_steps": 4, "guidance_scale": guidance}
+    made.pipe.set_progress_bar_config(disable=True)
+    made.pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)  # one that we did not make
+    wanted = made.pipe(**theirs, output_type="latent").frames
+    assert torch.allclose(latents, wanted, atol=1e-4) and not trail
+    video = torch.from_numpy(made.pipe(**theirs, output_type="np").frames[0])
+    assert torch.allclose(made.decode(latents), video, atol=1e-4) and video.shape == (9, 16, 16, 3)
+
+
+def test_a_clip_s_latents_are_scaled_as_wan_s(processor, tiny_clips):
+    made = tiny_wan(processor, frames=5, width=32)
+    latents, config = made.encode(tiny_clips[0]), made.pipe.vae.config
+    mean, std = (torch.tensor(v).view(1, 16, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
+    frames = data.read_clip(tiny_clips[0], 1.0, lambda total, fps: range(5), lambda h, w: (16, 32), True)[0]
+    pixels = torch.from_numpy(frames).permute(3, 0, 1, 2)[None] / 255 * 2 - 1
+    assert torch.allclose(latents * std + mean, made.pipe.vae.encode(pixels).latent_dist.mode(), atol=1e-4)
+    with pytest.raises(data.InputError, match="--frames 401"):
+        tiny_wan(processor, frames=401).encode(tiny_clips[0])
+
+
+@pytest.mark.parametrize("noise, steps", [("flow-grpo", 4), ("longcat", 1)])
+def test_a_replayed_clip_has_ratio_one_and_the_gradient_goes_its_way(processor, noise, steps):
+    made = tiny_wan(processor, trained=True, noise=noise, clip=1.0, guidance=2.0)
+    clips = [made.sample(PROMPTS[0], 3, seed, set(range(steps))) for seed in (4, 5)]
+    assert not torch.equal(clips[0][0], clips[1][0]) and all(len(trail) == steps for _, trail in clips)
+
+    def log_probs():
+        """(2,): of all steps of each clip, as they would be made now."""
+        with torch.no_grad():
+            losses_ = [[made.grpo_step_loss(PROMPTS[0], step, torch.tensor([-1.0]), 1) for step in trail]
+                       for _, trail in clips]
+        return torch.tensor(losses_).sum(dim=1)  # −A ρ w with A = −1: Σ ρ w
+
+    step = clips[0][1][0]
+    v = made.velocity(step.x, step.t, PROMPTS[0], 2.0)
+    again = wan.flow.step_log_prob(step.x_next, wan.flow.sde_mean(step.x, v, step.t, step.t_next, step.sigma),
+                                   step.sigma, step.t, step.t_next)
+    assert (losses.policy_ratio(again, step.log_prob, torch.ones(1)) == 1).all()  # exactly
+    before, optimizer = log_probs(), torch.optim.SGD(made.trained, lr=1.0)
+    for advantage, (_, trail) in zip((1.0, -1.0), clips):
+        for step in trail:
+            made.grpo_step_loss(PROMPTS[0], step, torch.tensor([advantage]), 2 * steps).backward()
+    torch.nn.utils.clip_grad_norm_(made.trained, 0.01)
+    optimizer.step()
+    after = log_probs()
+    assert after[0] - after[1] > before[0] - before[1]  # towards the better clip, away from the worse
+
+
+def test_which_steps_are_noisy(processor):
+    assert tiny_wan(processor, noise="flow-grpo").noisy_steps(5) == {0, 1, 2}  # not the last of 4
+    early = [tiny_wan(processor, noise="longcat").noisy_steps(number) for number in range(12)]
+    assert {len(steps) for steps in early} == {1} and set.union(*early) == {0, 1}
+
+
+def test_kl_is_zero_at_the_start_and_pulls_back_later(processor):
+    made = tiny_wan(processor, kl=1.0, noise="longcat")
+    (step,) = made.sample(PROMPTS[0], 3, 4, {1})[1]
+    nothing = torch.zeros(1)
+    assert made.grpo_step_loss(PROMPTS[0], step, nothing, 1).item() == 0.0  # v_ref is v
+    for parameter in made.trained:
+        torch.nn.init.normal_(parameter, std=0.3)
+    loss = made.grpo_step_loss(PROMPTS[0], step, nothing, 1)
+    assert loss.item() > 0
+    loss.backward()
+    torch.optim.SGD(made.trained, lr=1e-3).step()
+    assert made.grpo_step_loss(PROMPTS[0], step, nothing, 1) < loss
+
+
+def test_flow_dpo_starts_at_ln_2_falls_and_leaves_the_reference(processor):
+    made = tiny_wan(processor, beta=100.0)
+    chosen, rejected = made.draw(1), made.draw(2)
+    with made.reference():
+        before = made.velocity(chosen, 0.5, PROMPTS[0])
+    optimizer, curve = torch.optim.AdamW(made.trained, lr=1e-2), []
+    for _ in range(6):
+        loss = made.dpo_pair_loss(PROMPTS[0], chosen, rejected, seed=7)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        curve.append(loss.item())
+    assert curve[0] == pytest.approx(0.693147, abs=1e-5) and curve[-1] < curve[0] - 1e-3, curve
+    with made.reference():
+        assert torch.equal(made.velocity(chosen, 0.5, PROMPTS[0]), before)
+    assert not torch.equal(made.velocity(chosen, 0.5, PROMPTS[0]), before)
+
+
+@pytest.mark.parametrize("noise", ["flow-grpo", "longcat"])
+def test_clips_go_where_the_reward_says(processor, noise):
+    """The same updates with a reward and with its negative. Clips here are latents: a random VAE shows little."""
+    ends, ranks = [], parallel.start(0)
+    for sign in (1, -1):
+        made = tiny_wan(processor, trained=True, guidance=1.0, group=8, noise=noise, clip=1.0, steps=3)
+        made.decode = lambda latents: latents[0]
+        optimizer = torch.optim.AdamW(made.trained, lr=2e-2)
+
+        def score(clips, prompts, sign=sign):
+            return sign * torch.stack([clip.mean() for clip in clips])
+
+        for number in range(4):
+            wan.grpo_update(made, [(number, PROMPTS[0])], score, optimizer, made.s, ranks)
+        clips = [made.sample(PROMPTS[0], 100 + k, 0, noisy=set())[0] for k in range(8)]
+        ends.append(torch.stack(clips).mean().item())
+    assert ends[0] - ends[1] > 0.03, ends
+
+
+def test_a_reward_that_is_no_number_stops_the_run(processor):
+    made, ranks, broken = tiny_wan(processor), parallel.start(0), torch.tensor([1.0, torch.nan])
+    with pytest.raises(data.InputError, match="not finite"):
+        wan.grpo_update(made, [(0, PROMPTS[0])], lambda clips, prompts: broken, None, made.s, ranks)
+
+
+def flags(wan_dir, out, **more):
+    """The command line of a run of one update."""
+    values = {"wan": wan_dir, "out": out, **SMALL, "updates": 1, **more}
+    words = [word for name, value in values.items() for word in ("--" + name.replace("_", "-"), str(value))]
+    return [*words, "--no-think"]
+
+
+def test_the_script_and_two_ranks_give_the_same_lora(processor, wan_dir, tiny_model_dir, tmp_path):
+    """Prompts' clips and noise follow from their numbers, gradients are summed: ranks change only who does what."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    loras = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        args = flags(wan_dir, out, method="grpo", reward=tiny_model_dir, data=tmp_path / "prompts.txt", noise="longcat")
+        run("-m", "lab.post_training.wan", *args, ranks=ranks) if ranks > 1 else wan.main(args)
+        fresh = tiny_pipeline(processor)
+        fresh.load_lora_weights(str(out))  # the way a user opens it
+        loras.append({name: p for name, p in fresh.transformer.named_parameters() if ".lora_" in name})
+        (line,) = (json.loads(line) for line in open(out / "metrics.jsonl"))
+        assert set(line) == {"step", "reward", "group_std", "loss", "grad_norm"} and line["grad_norm"] > 0
+    assert loras[0].keys() == loras[1].keys() and loras[0]
+    assert any(p.abs().max() > 0 for name, p in loras[0].items() if "lora_B" in name)  # B starts at 0
+    for name, p in loras[0].items():
+        assert torch.allclose(p, loras[1][name], atol=1e-5), name
+
+
+def test_dpo_script(wan_dir, world, tmp_path):
+    pairs = world["train_rl"]
+    wan.main(flags(wan_dir, tmp_path / "out", method="dpo", data=pairs, frames=5))
+    (line,) = (json.loads(line) for line in open(tmp_path / "out" / "metrics.jsonl"))
+    assert line["loss"] == pytest.approx(0.693147, abs=1e-4) and line["grad_norm"] > 0
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_bit(capsys, wan_dir, tiny_model_dir, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+
+    def train(out, updates, **more):
+        return flags(wan_dir, tmp_path / out, method="grpo", reward=tiny_model_dir, data=tmp_path / "prompts.txt",
+                     **{"lr": 1e-2, "save_every": 2, "updates": updates, **more})
+
+    wan.main(train("whole", 3))
+    wan.main(train("parts", 2))
+    with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "reward": 9}\n{"step": 4, "rew')  # it was killed during update 4
+    wan.main(train("parts", 3))
+    lines = [(tmp_path / out / "metrics.jsonl").read_text() for out in ("whole", "parts")]
+    assert lines[0] == lines[1] and lines[0].count("\n") == 3
+    loras = [torch.load(tmp_path / out / "state.pt")["trained"] for out in ("whole", "parts")]
+    assert all(torch.equal(a, b) for a, b in zip(*loras)) and any(p.abs().max() > 0 for p in loras[0])
+    wan.main(train("parts", 3))  # done: nothing changes
+    assert (tmp_path / "parts" / "metrics.jsonl").read_text() == lines[0]
+    refuses(capsys, wan.main, *train("parts", 4, lr=2e-2), says="other --lr")
+
+
+def test_bad_flags(capsys, wan_dir, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n")
+    grpo = ["--method", "grpo", "--reward", "-", "--out", tmp_path / "o", "--data", tmp_path / "empty.txt"]
+    refuses(capsys, wan.main, says="--method is missing")
+    refuses(capsys, wan.main, "--method", "grpo", "--data", "x", "--out", "y", says="--reward is missing")
+    refuses(capsys, wan.main, *grpo, "--frames", "80", says="--frames must be 4 n + 1")
+    refuses(capsys, wan.main, *grpo, says="holds nothing")
+    refuses(capsys, wan.main, *grpo[:-1], "nowhere.txt", says="nowhere.txt")

@@ -1,0 +1,281 @@
+"""The reward server over a real socket: many clients at once, bad uploads among them, nothing lost or made up."""
+
+import asyncio
+import base64
+import io
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+MISSING = "aiohttp is not installed; pip install -r requirements-serve.txt"
+aiohttp = pytest.importorskip("aiohttp", reason=MISSING)
+from aiohttp import web  # noqa: E402
+
+from lab.serve import __main__ as serve
+from lab.serve import uploads  # noqa: E402
+from model import DeScore  # noqa: E402
+from plumbing.settings import InputError  # noqa: E402
+from tests.conftest import ROOT, refuses  # noqa: E402
+
+PROMPT = "a red circle moves left"
+PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile:///etc/passwd\n"
+
+
+@pytest.fixture(scope="module")
+def scorer(tiny_model_dir):
+    return DeScore.from_pretrained(tiny_model_dir).eval()
+
+
+@pytest.fixture(scope="module")
+def clips(tiny_clips):
+    """{path: bytes} of a few clips."""
+    return {path: open(path, "rb").read() for path in sorted(set(tiny_clips))[:4]}
+
+
+def b64(raw):
+    return base64.b64encode(raw).decode()
+
+
+def served(scorer, client, token="", **flags):
+    """Runs `client(session, url)` against a server on a free port. Returns what it returns."""
+    settings = serve.Settings(model="-", **{"think": False, "max_mb": 1.0, "timeout": 120.0, **flags})
+
+    async def both():
+        runner = web.AppRunner(serve.make_app(scorer, settings, token), handler_cancellation=True)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
+        try:
+            async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+                return await client(session, url)
+        finally:
+            await runner.cleanup()
+
+    return asyncio.run(both())
+
+
+async def post(session, url, payload=None, **more):
+    """(status, body) of POST /compute."""
+    async with session.post(f"{url}/compute", json=payload, **more) as response:
+        return response.status, await response.json()
+
+
+def multipart(pairs):
+    form = aiohttp.FormData()
+    for prompt, raw in pairs:
+        form.add_field("prompt", prompt)
+        form.add_field("video", raw, filename="../../etc/passwd")  # a client's name is never used
+    return form
+
+
+def test_200_requests_at_once_and_none_is_lost(scorer, clips, tmp_path, monkeypatch):
+    """Every fifth is bad, in one of eight ways. All get their own answer; the good ones the reward they'd get alone."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    paths = list(clips)
+    rewards = dict(zip(paths, scorer.reward(paths, [PROMPT] * len(paths), think=False).tolist()))
+    truncated = next(iter(clips.values()))[:400]
+    bad = [
+        ({"prompt": PROMPT, "video": "no base64!"}, 200, "no base64"),
+        ({"prompt": PROMPT, "video": ""}, 200, "empty or no mp4"),
+        ({"prompt": PROMPT, "video": b64(PLAYLIST)}, 200, "empty or no mp4"),
+        ({"prompt": PROMPT, "video": b64(truncated)}, 200, "broken or not a video"),
+        ({"prompt": "  ", "video": b64(next(iter(clips.values())))}, 200, "prompt is empty"),
+        ({"prompt": [PROMPT], "video": []}, 400, "1 prompts, 0 videos"),
+        ({"prompt": PROMPT, "video": "A" * 1_500_000}, 413, "exceeded"),
+        ([1, 2], 400, "must be an object"),
+    ]
+
+    async def load(session, url):
+        calls = []
+        for k in range(200):
+            raw = clips[paths[k % len(paths)]]
+            if k % 5 == 4:
+                calls.append(post(session, url, bad[k // 5 % len(bad)][0]))
+            elif k % 2:
+                calls.append(post(session, url, data=multipart([(PROMPT, raw)])))
+            else:
+                calls.append(post(session, url, {"prompt": PROMPT, "video": b64(raw)}))
+        answers = await asyncio.gather(*calls)
+        async with session.get(f"{url}/metrics") as response:
+            return answers, await response.text()
+
+    answers, metrics = served(scorer, load)
+    assert len(answers) == 200
+    for k, (status, body) in enumerate(answers):
+        if k % 5 == 4:
+            _, wanted, says = bad[k // 5 % len(bad)]
+            assert status == wanted and says in body["error"], (k, status, body)
+            assert "rewards" not in body and body.get("results", [None]) == [None], body
+        else:
+            assert status == 200 and body["errors"] == [None] and body["rewards"] == body["results"], body
+            assert body["results"][0] == pytest.approx(rewards[paths[k % len(paths)]], abs=1e-4)
+    assert 'descore_videos_total{outcome="scored"} 160' in metrics
+    assert 'descore_videos_total{outcome="failed"} 25' in metrics and "descore_waiting_videos 0" in metrics
+    batches = int(re.search(r"descore_batches_total (\d+)", metrics).group(1))
+    assert 165 / 16 <= batches < 80, batches  # 165 were opened: those that waited were scored together
+    assert not list(tmp_path.iterdir())  # no upload is left on disk
+
+
+def test_a_batch_keeps_the_good_and_names_the_bad(scorer, clips):
+    """In the order of the request; and with --think the CoT comes along when asked for."""
+    good = next(iter(clips.values()))
+    payload = {"prompt": [PROMPT, PROMPT, PROMPT], "video": [b64(good), b64(b"junk"), b64(good)], "thoughts": True}
+    status, body = served(scorer, lambda *at: post(*at, payload), think=True, max_new_tokens=4)
+    assert status == 200 and body["results"][1] is None and body["results"][0] == body["results"][2]
+    assert body["errors"][0] is None and "no mp4" in body["errors"][1] and "1 of 3 failed" in body["error"]
+    assert isinstance(body["thoughts"][0], str) and body["thoughts"][1] is None and "rewards" not in body
+
+
+def test_frames_as_images_get_the_reward_of_the_same_frames_in_memory(scorer):
+    """What Flow-Factory sends: a list of PNGs for each video; and the answer in the key it reads."""
+    frames = np.random.default_rng(0).integers(0, 256, (20, 40, 64, 3), dtype=np.uint8)
+    wanted = scorer.reward([frames], [PROMPT], think=False, source_fps=8.0).tolist()
+    images = []
+    for frame in frames:
+        file = io.BytesIO()
+        Image.fromarray(frame).save(file, format="PNG")
+        images.append(b64(file.getvalue()))
+    theirs = {"prompt": [PROMPT], "image": None, "video": [images], "condition_images": None, "kwargs": None}
+    status, body = served(scorer, lambda *at: post(*at, theirs), source_fps=8.0)
+    assert status == 200 and body["rewards"] == pytest.approx(wanted, abs=1e-5)
+    broken = {**theirs, "video": [images[:4] + ["AAAA"] * 16]}
+    status, body = served(scorer, lambda *at: post(*at, broken), source_fps=8.0)
+    assert body["results"] == [None] and "no PNG or JPEG" in body["error"]
+    half = {**theirs, "video": [images], "fps": 4.0}  # the request's own rate counts: twice as many frames are sampled
+    assert served(scorer, lambda *at: post(*at, half))[1]["rewards"] != pytest.approx(wanted, abs=1e-5)
+
+
+def test_one_that_breaks_the_model_costs_the_others_of_its_batch_nothing(scorer, clips):
+    """Half a character passes JSON and no tokenizer; an endless prompt is seen in the batch; nan is an error, too."""
+    good = b64(next(iter(clips.values())))
+    payload = {"prompt": [PROMPT, "\ud800", PROMPT, "a " * 50_000], "video": [good] * 4}
+    body = served(scorer, lambda *at: post(*at, data=json.dumps(payload)))[1]
+    assert [r is None for r in body["results"]] == [False, True, False, True]
+    assert "half a character" in body["errors"][1] and "tokens; at most" in body["errors"][3]
+    whole = scorer.head.weight.data.clone()
+    scorer.head.weight.data.fill_(torch.nan)
+    try:
+        body = served(scorer, lambda *at: post(*at, {"prompt": PROMPT, "video": good}))[1]
+    finally:
+        scorer.head.weight.data.copy_(whole)
+    assert body["results"] == [None] and "not finite" in body["error"]
+
+
+def test_limits_of_time_length_and_number(scorer, clips):
+    good = b64(next(iter(clips.values())))
+    one = {"prompt": PROMPT, "video": good}
+    status, body = served(scorer, lambda *at: post(*at, one), timeout=0.05, wait_ms=500.0)
+    assert status == 504 and "--timeout" in body["error"] and "results" not in body
+    body = served(scorer, lambda *at: post(*at, one), max_seconds=0.1)[1]
+    assert body["results"] == [None] and "at most 0.1" in body["error"]
+    status, body = served(scorer, lambda *at: post(*at, {"prompt": [PROMPT] * 3, "video": [good] * 3}), max_videos=2)
+    assert status == 400 and "at most 2" in body["error"]
+    for fps in (-1, "x", 1e9):
+        with pytest.raises(InputError, match="`fps`"):
+            uploads.check_fields({"prompt": [PROMPT], "video": [good], "fps": fps}, 64, 16.0)
+    status, body = served(scorer, lambda *at: post(*at, data=b"--x\r\nbroken", headers={
+        "Content-Type": "multipart/form-data; boundary=x"}))
+    assert status == 400 and body["error"]
+
+
+def test_a_client_that_leaves_is_not_scored_and_the_next_one_is(scorer, clips):
+    payload = {"prompt": PROMPT, "video": b64(next(iter(clips.values())))}
+
+    async def client(session, url):
+        leaving = asyncio.create_task(post(session, url, payload))
+        await asyncio.sleep(0.3)
+        leaving.cancel()
+        await asyncio.sleep(0.7)
+        stays = await post(session, url, payload)
+        async with session.get(f"{url}/metrics") as response:
+            return stays, await response.text()
+
+    (status, body), metrics = served(scorer, client, wait_ms=600.0)
+    assert status == 200 and body["errors"] == [None] and "descore_batches_total 1" in metrics, metrics
+
+
+def test_health_and_token(scorer, clips):
+    payload = {"prompt": PROMPT, "video": b64(next(iter(clips.values())))}
+
+    async def client(session, url):
+        async with session.get(f"{url}/health") as response:
+            health = response.status, await response.json()
+        async with session.get(f"{url}/metrics") as response:
+            metrics = response.status
+        async with session.get(f"{url}/other", headers={"Authorization": "Bearer secret"}) as response:
+            other = response.status, await response.json()
+        answers = [await post(session, url, payload, headers={"Authorization": given})
+                   for given in ("", "Bearer secreT", "secret", "Bearer secret")]
+        return health, metrics, other, answers
+
+    health, metrics, other, answers = served(scorer, client, token="secret")
+    assert health == (200, {"status": "ok"}) and metrics == 401 and other[0] == 404 and "error" in other[1]
+    assert [status for status, _ in answers] == [401, 401, 401, 200]
+    assert "results" not in answers[0][1] and answers[3][1]["errors"] == [None]
+
+
+def test_the_script_and_the_clients_of_the_docs(tiny_model_dir, clips, scorer):
+    """A server as a user starts it; the client and flow_grpo's scorer as README.md prints them; Ctrl-C ends it."""
+    page, names = (ROOT / "docs" / "reward.md").read_text(encoding="utf-8"), {"torch": torch}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        if "def rewards_of" in block or "def descore_score" in block:
+            exec(block, names)
+    command = [sys.executable, "-m", "lab.serve", "--model", tiny_model_dir, "--no-think", "--port", "0"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            url = server.stdout.readline().split("/compute")[0]
+            names["rewards_of"].__defaults__ = (url, "")
+            paths, tensors = list(clips)[:2], torch.rand(2, 16, 3, 32, 32)
+            wanted = scorer.reward(paths, [PROMPT] * 2, think=False).tolist()
+            assert names["rewards_of"]([clips[p] for p in paths], [PROMPT] * 2) == pytest.approx(wanted, abs=1e-4)
+            scores, more = names["descore_score"]("cpu")(tensors, (PROMPT, PROMPT), {})
+            frames = [(t.permute(0, 2, 3, 1) * 255).round().byte() for t in tensors]
+            wanted = scorer.reward(frames, [PROMPT] * 2, think=False, source_fps=16.0).tolist()
+            assert scores == pytest.approx(wanted, abs=1e-4) and more == {}
+            with pytest.raises(RuntimeError, match="no mp4"):
+                names["rewards_of"]([b"junk", clips[paths[0]]], [PROMPT] * 2)
+        finally:
+            server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=30) == 0
+
+
+def test_no_file_of_the_server_is_opened(tmp_path):
+    """A path is no upload: not as JSON, not as a file name, not inside a playlist."""
+    secret = tmp_path / "secret.mp4"
+    secret.write_bytes(b"secret")
+    for upload in (str(secret), f"file://{secret}", None, 7, {"path": str(secret)}):
+        with pytest.raises(InputError, match="no base64"):
+            uploads.decode_base64(upload)
+    with pytest.raises(InputError, match="no mp4"):
+        uploads.open_file(PLAYLIST, 2.0, 448 * 448, 60.0)
+    with pytest.raises(InputError) as error:
+        uploads.open_file(b"\0\0\0\x18ftypisom" + b"\0" * 99, 2.0, 448 * 448, 60.0)
+    assert tempfile.gettempdir() not in str(error.value)  # nor is a path of the server told
+
+
+def test_bad_flags(capsys, monkeypatch, tiny_model_dir):
+    monkeypatch.delenv("DESCORE_TOKEN", raising=False)
+    refuses(capsys, serve.main, says="--model is missing")
+    refuses(capsys, serve.main, "--model", tiny_model_dir, "--port", "70000", says="--port 70000")
+    refuses(capsys, serve.main, "--model", tiny_model_dir, "--host", "0.0.0.0", says="DESCORE_TOKEN")
+    refuses(capsys, serve.main, "--model", tiny_model_dir, "--host", "example.invalid", says="DESCORE_TOKEN")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        refuses(capsys, serve.main, "--model", tiny_model_dir, "--port", port, says=f"--port {port}: cannot be")
+    refuses(capsys, serve.main, "--model", "nowhere", "--port", "0", says="nowhere")
+    refuses(capsys, serve.main, "--model", tiny_model_dir, "--port", "0", "--normalize", says="--normalize")
+    assert serve.is_loopback("127.0.0.1") and serve.is_loopback("::1") and serve.is_loopback("localhost")
+    monkeypatch.setattr(serve, "web", None)
+    refuses(capsys, serve.main, "--model", tiny_model_dir, says="requirements-serve.txt")

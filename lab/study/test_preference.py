@@ -1,0 +1,70 @@
+"""--objective preference, the coupled generative model: rewards by hand, both ways round; the script from a base."""
+
+import json
+
+import pytest
+from tests.test_answers import cot
+
+import data
+import evaluate
+import grpo
+from plumbing import logs
+from tests.conftest import refuses
+
+
+def stating(score, good=True):
+    return cot().replace("3.5", str(score)) + ("" if good else " and more")
+
+
+def judged(processor, texts_a, texts_b, label):
+    encode = processor.tokenizer
+    pair = data.PreferencePair("a", "b", "a prompt", label)
+    cots = [[data.encode_cot(encode, text) for text in row] for row in (texts_a, texts_b)]
+    rollouts = grpo.Rollouts(pair, [{}, {}], cots)
+    settings = grpo.Settings(objective="preference", length_low=1, length_high=2)
+    return grpo.REWARDS["preference"](rollouts, encode, settings)
+
+
+def test_rewards_by_hand(processor):
+    a, b = [stating(4), stating(2)], [stating(3), stating(2)]
+    first, second = judged(processor, a, b, +1)
+    assert [r.quality for r in first] == [1.0, 0.25]
+    assert [r.quality for r in second] == [0.5, 0.75]  # 3 is below 4 alone; 2 is below 4 and equals 2: (1 + 1/2) / 2
+    assert first[1].total == pytest.approx(0.7 * 0.25 + 0.1 + 0.2)  # good format, long enough
+    # the other wins: what was right is now wrong, and equal stays equal
+    first, second = judged(processor, a, b, -1)
+    assert [r.quality for r in first] == [0.0, 0.75] and [r.quality for r in second] == [0.5, 0.25]
+    # the same pair shown the other way round
+    assert judged(processor, b, a, -1) == [*reversed(judged(processor, a, b, +1))]
+    # nobody wins: nothing to learn
+    assert {r.quality for row in judged(processor, a, b, 0) for r in row} == {0.5}
+
+
+def test_a_malformed_answer_wins_nothing(processor):
+    first, second = judged(processor, [stating(5, good=False), "gibberish"], [stating(2), stating(3)], +1)
+    assert [r.quality for r in first] == [0.0, 0.0] and first[0].format == 0.0
+    assert [r.quality for r in second] == [1.0, 0.75]  # gibberish counts as 3: 2 is below it, 3 equals it
+    assert first[1].total == pytest.approx(0.2)  # its length is all it has
+
+
+def test_from_a_base_model_on_pairs_without_verdicts(world, base_dir, tmp_path, capsys):
+    """Labels are enough; the head is new, nothing trains it, and nobody may take it for a score."""
+    out = tmp_path / "coupled"
+    flags = ["--model", base_dir, "--out", out, "--rollouts", "2", "--batch-pairs", "1", "--mini-pairs", "1",
+             "--max-new-tokens", "4", "--workers", "0", "--max-steps", "1", "--bt-coef", "0"]
+    grpo.main([*map(str, flags), "--data", world["train_cold_start"], "--objective", "preference"])
+    line = logs.read_metrics(str(out))[0]
+    assert line["quality"] == line["format"] == 0 and line["grad_norm_head"] == 0
+    with open(out / "model/descore.json", encoding="utf-8") as file:
+        assert json.load(file)["score"] == "text"
+    say = ["--model", out / "model", "--data", world["test_in_domain"], "--out", tmp_path / "e"]
+    say += ["--max-new-tokens", "4"]
+    refuses(capsys, evaluate.main, *say, says="--score-from text")
+    evaluate.main([*map(str, say), "--score-from", "text"])
+    assert (tmp_path / "e/text/report.json").exists()
+    refuses(capsys, grpo.main, *flags, "--overwrite", "--data", world["train_rl"], says="descore.json")
+
+
+def test_rules_still_want_verdicts(world, tiny_model_dir, tmp_path, capsys):
+    flags = ["--model", tiny_model_dir, "--out", tmp_path / "x", "--batch-pairs", "1", "--mini-pairs", "1"]
+    refuses(capsys, grpo.main, *flags, "--data", world["train_cold_start"], says="has no video_1_scores")
