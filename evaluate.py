@@ -222,7 +222,7 @@ def score_phase(items: list[Item], thoughts: dict, out: str, s: Settings, ranks,
             videos, prompts = [video for _, video in good], [item.prompt for item, _ in good]
             cots = [thoughts[item[:2]]["token_ids"] if s.think else [None] for item, _ in good]  # None: as if masked
             # ONE forward for the batch: prompt, CoT and query in a row; the reward is head(h_query), a dot product.
-            for (item, _), row in zip(good, model.score_several(videos, prompts, cots).tolist()):
+            for (item, _), row in zip(good, model.score(model.encode(videos, prompts), cots).tolist()):
                 phase.write({"video": item.video, "prompt": item.prompt, "reward": float(np.mean(row)), "rewards": row})
     return phase.finish()
 
@@ -319,11 +319,9 @@ def one_video(s: Settings, ranks, judge: Judge) -> None:
     # The same two steps as for many: think, then score.
     model, k = judge.open_model(), s.thoughts
     require_short(s.prompt, model.processor.tokenizer)
-    video = data.sample_frames(s.video, s.fps, s.max_pixels)
-    cots = [None]
-    if s.think:
-        cots = model.think([video] * k, [s.prompt] * k, s.max_new_tokens, s.temperature, s.seed, as_tokens=True)
-    (rewards,) = model.score_several([video], [s.prompt], [cots]).tolist()
+    prefixes = model.encode([data.sample_frames(s.video, s.fps, s.max_pixels)], [s.prompt])
+    cots = model.think(prefixes, s.max_new_tokens, s.temperature, s.seed, k) if s.think else [[None]]
+    (cots,), (rewards,) = cots, model.score(prefixes, cots).tolist()
     for cot, reward in zip(cots, rewards):
         text = decode_cot(model.processor.tokenizer, cot) if cot else "(no CoT)"
         ranks.print(f"{text}\nreward {reward:+.4f}")

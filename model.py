@@ -190,71 +190,64 @@ class DeScore(nn.Module):
 
     # -- using it -----------------------------------------------------------------------------------------------
     def encode(self, videos, prompts, source_fps: float | None = None) -> list[dict]:
-        """Videos (paths, data.Video, or (F, H, W, 3) arrays with `source_fps`) and prompts -> prefixes for
-        `lay_out`."""
+        """Videos and their prompts -> S prefixes, as `think`, `score` and `lay_out` take them.
+
+        videos: paths, data.Video, or arrays (F, H, W, 3) of all frames at `source_fps`; each is decoded once, here.
+        InputError: another number of prompts, an empty prompt, or a clip that cannot be read.
+        """
         if len(videos) != len(prompts):
             raise InputError(f"{len(videos)} videos but {len(prompts)} prompts; one prompt per video is needed.")
         fps, max_pixels = self.settings.get("fps", 2.0), self.settings.get("max_pixels", 448 * 448)
         videos = [data.to_video(video, fps, max_pixels, source_fps) for video in videos]
         return [data.encode_prompt(self.processor, video, prompt) for video, prompt in zip(videos, prompts)]
 
-    def think(
-        self, videos, prompts, max_new_tokens=4096, temperature=0.0, seed=0, source_fps=None, as_tokens=False
-    ) -> list:
-        """Writes one CoT per video (greedy by default). Returns S texts without EOS, or S lists of the sampled ids.
+    def think(self, prefixes, max_new_tokens=4096, temperature=0.0, seed=0, thoughts=None) -> list:
+        """Writes CoTs (greedy by default): S lists of token ids; with `thoughts` k, S lists of k such lists.
 
-        The ids are the CoT itself: a text may be encoded to other ids than those it was sampled as, and does not tell
-        whether the CoT ended (EOS, the last id) or was cut off at max_new_tokens.
+        The ids are the CoT itself. Its text (rollout.decode_cot) may be encoded to other ids than those that were
+        sampled, and does not tell whether the CoT ended (EOS, the last id) or was cut off at max_new_tokens.
         """
+        k = thoughts or 1
+        seeds = [[seed + i * k + j for j in range(k)] for i in range(len(prefixes))]
         engine = TransformersEngine(self.backbone, self.processor, shared=True)
-        prefixes = self.encode(videos, prompts, source_fps)
-        seeds = [[seed + i] for i in range(len(prefixes))]
-        cots = [cot for (cot,) in engine.generate(prefixes, seeds, max_new_tokens, temperature)]
-        return cots if as_tokens else [decode_cot(self.processor.tokenizer, cot) for cot in cots]
-
-    def score(self, videos, prompts, thoughts, source_fps=None) -> torch.Tensor:
-        """Rewards (S,) fp32 of S videos with their CoTs: token ids, texts, or None for no CoT. Nothing is masked."""
-        return self.score_several(videos, prompts, [[thought] for thought in thoughts], source_fps)[:, 0]
+        cots = engine.generate(prefixes, seeds, max_new_tokens, temperature)
+        return cots if thoughts else [cot for (cot,) in cots]
 
     @torch.no_grad()
-    def score_several(self, videos, prompts, thoughts: list[list], source_fps=None) -> torch.Tensor:
-        """Rewards (S, k) fp32: k CoTs for each video. They share one prefix, encoded once."""
-        cots = [[self._cot_ids(thought) for thought in row] for row in thoughts]
+    def score(self, prefixes, cots) -> torch.Tensor:
+        """Rewards (S,) fp32 of S prefixes, each with its CoT: token ids, or None or [] for no CoT.
+
+        With a list of k CoTs for each prefix: (S, k); the k share the prefix. Nothing is masked, and no dropout.
+        """
+        several = any(isinstance(cot, (list, type(None))) for row in cots for cot in row or ())
+        rows = [[cot or [] for cot in (row if several else [row])] for row in cots]
         was_training = self.training
         self.eval()
-        batch = lay_out(self.backbone, self.encode(videos, prompts, source_fps), cots)
-        rewards = self(to_device(batch, self.query.device), want_log_probs=False).rewards
+        batch = to_device(lay_out(self.backbone, prefixes, rows), self.query.device)
+        rewards = self(batch, want_log_probs=False).rewards.view(len(rows), -1)  # (S, k)
         self.train(was_training)
-        return rewards.view(len(thoughts), -1)
-
-    def _cot_ids(self, thought) -> list[int]:
-        """A text, ids, or None -> ids. A text is taken for a CoT that ended."""
-        if isinstance(thought, str):
-            return data.encode_cot(self.processor.tokenizer, thought)
-        return thought or []
+        return rewards if several else rewards[:, 0]
 
     def reward(
         self, videos, prompts, think=True, max_new_tokens=4096, source_fps=None, normalize=False, with_thoughts=False
     ):
-        """Think, then score: rewards (S,) fp32, and with `with_thoughts` also the S texts (None where not thought).
+        """Think, then score (Fig. 2a): rewards (S,) fp32; with `with_thoughts` also S texts (None if not thought).
 
-        `think=False` skips the CoT, for speed: random CoT masking has trained the head for it. `normalize=True`
-        subtracts the mean and divides by the spread that rewards had at the end of training, saved with the checkpoint:
-        a rough common scale (about 0 +- 1) for using DeScore beside other rewards. Only differences mean anything
-        either way.
+        `think=False` skips the CoT, for speed: random CoT masking has trained the head for it. `normalize=True` gives
+        rewards in the unit of training: minus the mean, divided by the standard deviation, of the rewards in its last
+        quarter (plumbing.logs.reward_scale), where CoTs were masked (stage 1) or sampled (stage 2). For other videos
+        it is a rough scale: the toy's three test sets come out at means of -1.5 to +.3 and deviations of .8 to 1.1.
+        Only differences mean anything either way.
         """
-        thoughts = [None] * len(videos)
-        if think:
-            thoughts = self.think(videos, prompts, max_new_tokens, source_fps=source_fps, as_tokens=True)
-        rewards = self.score(videos, prompts, thoughts, source_fps)
+        if normalize and not self.settings.get("reward_std"):
+            raise InputError("normalize=True: the checkpoint has no reward_mean, reward_std; train it with this code.")
+        prefixes = self.encode(videos, prompts, source_fps)
+        cots = self.think(prefixes, max_new_tokens) if think else [None] * len(prefixes)
+        rewards = self.score(prefixes, cots)
         if normalize:
-            if not self.settings.get("reward_std"):
-                raise InputError(
-                    "normalize=True: the checkpoint holds no reward_mean and reward_std; train it with this code."
-                )
             rewards = (rewards - self.settings["reward_mean"]) / self.settings["reward_std"]
         if with_thoughts:
-            return rewards, [thought and decode_cot(self.processor.tokenizer, thought) for thought in thoughts]
+            return rewards, [cot and decode_cot(self.processor.tokenizer, cot) for cot in cots]
         return rewards
 
     # -- disk: plumbing/checkpoint.py has the files --------------------------------------------------------------

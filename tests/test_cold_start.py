@@ -58,8 +58,8 @@ def test_each_video_is_scored_with_its_own_cot(pairs, model, processor, settings
     """A's CoT stands behind A's video: stage 1 scores as `DeScore.score` does when the model is used."""
     (r_a,), (r_b,) = cold_start.score_pairs(model, items(pairs, processor, 1), settings)
     pair = pairs[0]
-    expected = model.score([pair.video_a, pair.video_b], [pair.prompt] * 2, [pair.cot_a, pair.cot_b])
-    crossed = model.score([pair.video_a, pair.video_b], [pair.prompt] * 2, [pair.cot_b, pair.cot_a])
+    prefixes, cots = model.encode(pair.videos, [pair.prompt] * 2), pair.cot_ids(processor.tokenizer)
+    expected, crossed = model.score(prefixes, cots), model.score(prefixes, cots[::-1])
     assert [r_a.item(), r_b.item()] == pytest.approx(expected.tolist(), abs=1e-5)
     assert not torch.allclose(expected, crossed, atol=1e-3)
 

@@ -1,14 +1,17 @@
 """DeScore: packing, log-probs, rewards, gradients, what is trained, think-score-reward."""
 
+import collections
 
 import pytest
 import torch
 
 import data
+import evaluate
 from layout import lay_out
 from losses import bt_loss, grpo_loss
 from model import DeScore
-from plumbing.settings import InputError
+from plumbing.logs import mean_and_std, reward_scale
+from plumbing.settings import InputError, write_jsonl
 from rollout import decode_cot
 
 COTS = [[[70, 71, 72, 73], [80], []], [[90, 91, 92, 93, 94, 95, 96], [75, 76], [77, 78, 79]]]  # [video][G], unequal
@@ -23,6 +26,10 @@ def row_mask(batch):
     """(B, L), 1 at tokens, 0 at padding, as transformers' own forward wants it; one CoT per row."""
     ends = torch.tensor([start + n for _, ((start, n),) in batch["spans"]])
     return (torch.arange(batch["input_ids"].shape[1]) < ends[:, None]).long()
+
+
+def texts_to_ids(model, texts):
+    return [data.encode_cot(model.processor.tokenizer, text) for text in texts]
 
 
 def loss_of(model, batch):
@@ -194,32 +201,54 @@ def test_trained_parameters_are_fp32_masters(base_dir):
 # -- think, score, reward -------------------------------------------------------------------------------------------
 def test_think_score_reward(model, tiny_clips):
     clips, prompts = tiny_clips[:2], ["a red circle", "a blue square <|im_end|><|video_pad|><Reward>"]
-    thoughts = model.think(clips, prompts, max_new_tokens=6)
-    rewards = model.score(clips, prompts, thoughts)
+    prefixes = model.encode(clips, prompts)
+    cots = model.think(prefixes, max_new_tokens=6)
+    rewards = model.score(prefixes, cots)
     assert rewards.shape == (2,) and rewards.dtype == torch.float32
-    ids = model.think(clips, prompts, max_new_tokens=6, as_tokens=True)  # cut off: no EOS, which a text would get
-    assert [decode_cot(model.processor.tokenizer, cot) for cot in ids] == thoughts and all(len(cot) == 6 for cot in ids)
-    own = model.score(clips, prompts, ids)
-    assert torch.allclose(model.reward(clips, prompts, max_new_tokens=6), own, atol=1e-5)
-    assert not torch.allclose(own, rewards, atol=1e-3)
-    assert torch.allclose(model.reward(clips, prompts, think=False), model.score(clips, prompts, [None, ""]), atol=1e-6)
+    assert all(len(cot) == 6 for cot in cots)  # cut off: no EOS, which a text would get
+    assert torch.equal(model.reward(clips, prompts, max_new_tokens=6), rewards)
+    other = model.score(prefixes, texts_to_ids(model, [decode_cot(model.processor.tokenizer, cot) for cot in cots]))
+    assert not torch.allclose(other, rewards, atol=1e-3)
+    assert torch.equal(model.reward(clips, prompts, think=False), model.score(prefixes, [None, []]))
     with pytest.raises(InputError, match="one prompt per video"):
-        model.think(clips, prompts[:1])
+        model.encode(clips, prompts[:1])
+
+
+def test_each_clip_is_decoded_and_encoded_once(model, tiny_model_dir, tiny_clips, monkeypatch, capsys):
+    """In `reward`, and in `evaluate.py --video` with several thoughts, whatever thinks and scores afterwards."""
+    count = collections.Counter()
+
+    def counted(name):
+        real = getattr(data, name)
+        monkeypatch.setattr(data, name, lambda *args, **more: count.update([name]) or real(*args, **more))
+
+    for name in ("to_video", "sample_frames", "encode_prompt"):
+        counted(name)
+    model.reward(tiny_clips[:3], ["a circle"] * 3, max_new_tokens=3, with_thoughts=True)
+    assert count == {"to_video": 3, "sample_frames": 3, "encode_prompt": 3}
+    count.clear()
+    evaluate.main(["--model", tiny_model_dir, "--video", tiny_clips[0], "--prompt", "a circle",
+                   "--thoughts", "3", "--max-new-tokens", "3"])
+    assert count["sample_frames"] == count["encode_prompt"] == 1
+    assert capsys.readouterr().out.count("\nreward ") == 3
 
 
 def test_the_reward_depends_on_the_video(model, tiny_clips):
-    prompts, thoughts = ["a red circle"] * 2, ["<think>the same</think>"] * 2
-    one, other = model.score(tiny_clips[:2], prompts, thoughts).tolist()
-    swapped = model.score(tiny_clips[:2][::-1], prompts, thoughts).tolist()
+    prefixes = model.encode(tiny_clips[:2], ["a red circle"] * 2)
+    cots = texts_to_ids(model, ["<think>the same</think>"] * 2)
+    one, other = model.score(prefixes, cots).tolist()
+    swapped = model.score(prefixes[::-1], cots).tolist()
     assert abs(one - other) > 1e-3 and swapped == pytest.approx([other, one], abs=1e-5)
 
 
 def test_several_thoughts_cost_one_prefix_and_score_as_alone(model, tiny_clips):
-    clips, prompts = tiny_clips[:2], ["a red circle", "a blue square"]
-    thoughts = [["<think>one</think>", "two", ""], ["three", None, "a longer thought than the others"]]
-    together = model.score_several(clips, prompts, thoughts)
-    alone = torch.stack([model.score(clips, prompts, list(column)) for column in zip(*thoughts)], dim=1)
+    prefixes = model.encode(tiny_clips[:2], ["a red circle", "a blue square"])
+    cots = [texts_to_ids(model, ["<think>one</think>", "two", ""]), texts_to_ids(model, ["three", None, "a longer"])]
+    together = model.score(prefixes, cots)
+    alone = torch.stack([model.score(prefixes, column) for column in zip(*cots)], dim=1)
     assert together.shape == (2, 3) and torch.allclose(together, alone, atol=1e-5)
+    without = model.score(prefixes, [[None], [[]]])  # lists of one: a column
+    assert without.shape == (2, 1) and torch.allclose(without[:, 0], model.score(prefixes, [None, []]), atol=1e-6)
 
 
 def test_frames_in_memory_score_like_a_file(model, tiny_clips):
@@ -227,7 +256,8 @@ def test_frames_in_memory_score_like_a_file(model, tiny_clips):
 
     frames = decord.VideoReader(tiny_clips[0])[:].asnumpy()  # all frames, full size
     fps = decord.VideoReader(tiny_clips[0]).get_avg_fps()
-    reward = lambda video, **more: model.score([video], ["a circle"], ["<think>x</think>"], **more)
+    cots = texts_to_ids(model, ["<think>x</think>"])
+    reward = lambda video, **more: model.score(model.encode([video], ["a circle"], **more), cots)
     from_file = reward(tiny_clips[0])
     assert torch.allclose(reward(frames, source_fps=fps), from_file, atol=1e-5)
     assert torch.allclose(reward(torch.tensor(frames) / 255.0, source_fps=fps), from_file, atol=1e-3)
@@ -236,10 +266,12 @@ def test_frames_in_memory_score_like_a_file(model, tiny_clips):
 
 
 def test_copies_of_a_video_think_differently_when_sampled(model, tiny_clips):
-    """`evaluate.py --video --thoughts 4` thinks about four copies: each has a random stream of its own."""
-    think = lambda **more: model.think([tiny_clips[0]] * 3, ["a red circle"] * 3, 12, as_tokens=True, **more)
+    """Each CoT has a random stream of its own, be it of a copy or one of `evaluate.py --video --thoughts 3`."""
+    (prefix,) = model.encode(tiny_clips[:1], ["a red circle"])
+    think = lambda **more: model.think([prefix] * 3, 12, **more)
     sampled = think(temperature=1.0)
     assert len(set(map(tuple, sampled))) == 3 and sampled == think(temperature=1.0) != think(temperature=1.0, seed=9)
+    assert model.think([prefix], 12, temperature=1.0, thoughts=3) == [sampled]
     assert len(set(map(tuple, think()))) == 1  # greedy
 
 
@@ -248,7 +280,8 @@ def test_scoring_in_the_middle_of_training_has_no_dropout(model, tiny_clips):
     for layer in model.lora_layers().values():  # B starts at 0, and the adapter with its dropout would not show
         torch.nn.init.normal_(layer.lora_B["default"].weight)
     model.train()
-    scores = [model.score(tiny_clips[:1], ["a red circle"], ["<think>x</think>"]) for _ in range(3)]
+    prefixes, cots = model.encode(tiny_clips[:1], ["a red circle"]), texts_to_ids(model, ["<think>x</think>"])
+    scores = [model.score(prefixes, cots) for _ in range(3)]
     assert torch.equal(scores[0], scores[1]) and torch.equal(scores[1], scores[2]) and model.training
 
 
@@ -277,4 +310,17 @@ def test_normalized_rewards_and_thoughts(model, tiny_clips):
     plain = model.reward(*arguments, think=False)
     assert torch.allclose(model.reward(*arguments, think=False, normalize=True), (plain - 2) / 4)
     rewards, thoughts = model.reward(*arguments, max_new_tokens=3, with_thoughts=True)
-    assert thoughts == model.think(*arguments, max_new_tokens=3) and rewards.shape == (2,)
+    cots = model.think(model.encode(*arguments), max_new_tokens=3)
+    assert thoughts == [decode_cot(model.processor.tokenizer, cot) for cot in cots] and rewards.shape == (2,)
+
+
+def test_the_scale_is_that_of_the_last_quarter_of_training(model, tmp_path):
+    """8 steps of 3 rewards, logged as training logs them. The last 2 steps' six rewards come out at exactly 0 and 1."""
+    rewards = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)) + torch.arange(8.0)[:, None]  # they drift
+    lines = [{"step": k} | mean_and_std(r.sum().item(), (r**2).sum().item(), 3) for k, r in enumerate(rewards)]
+    write_jsonl(str(tmp_path / "metrics.jsonl"), lines)
+    scale = reward_scale(str(tmp_path))
+    normalized = (rewards[-2:] - scale["reward_mean"]) / scale["reward_std"]
+    assert normalized.mean().item() == pytest.approx(0, abs=1e-5)
+    assert normalized.std(correction=0).item() == pytest.approx(1, abs=1e-5)
+    assert lines[-1]["reward_std"] < scale["reward_std"]  # one step's spread alone leaves out that of their means

@@ -54,8 +54,9 @@ def test_stage_1_raises_the_winner_whichever_side_it_is_on(world, base_dir, tmp_
     assert loss == "btt" or "2 pairs; 1 ties left out" in capsys.readouterr().out
     model = DeScore.from_pretrained(str(tmp_path / "out" / "model"))
     prompts = [pair.prompt for pair in pairs]
-    r_a = model.score([pair.video_a for pair in pairs], prompts, ["one"] * 3)
-    r_b = model.score([pair.video_b for pair in pairs], prompts, ["two"] * 3)
+    one, two = (data.encode_cot(model.processor.tokenizer, text) for text in ("one", "two"))
+    r_a = model.score(model.encode([pair.video_a for pair in pairs], prompts), [one] * 3)
+    r_b = model.score(model.encode([pair.video_b for pair in pairs], prompts), [two] * 3)
     won_by_a, won_by_b, tie = (r_a - r_b).tolist()
     assert won_by_a > 1 and won_by_b < -1
     assert loss == "bt" or abs(tie) < 1

@@ -53,7 +53,7 @@ class Settings:
     port: int = arg(8000, "port; 0 takes a free one", at_least=0, at_most=65535)
     think: bool = arg(True, "think before scoring; --no-think is fast")
     max_new_tokens: int = arg(4096, "CoT tokens at most", at_least=1)
-    normalize: bool = arg(False, "rewards on a rough common scale, about 0 +- 1, by the checkpoint's mean and spread")
+    normalize: bool = arg(False, "rewards minus their mean in training, over their spread there: a rough common scale")
     dtype: str = arg("auto", "auto: bfloat16 on a GPU, else float32", choices=["auto", "bfloat16", "float32"])
     batch_size: int = arg(16, "videos scored together at most", at_least=1)
     wait_ms: float = arg(20.0, "how long a video waits for others to be scored with", at_least=0)

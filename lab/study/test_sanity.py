@@ -97,7 +97,7 @@ def test_a_whole_check(flags, world, tiny_model_dir, tmp_path, capsys):
     cots = {record["video"]: record["token_ids"][0] for record in map(json.loads, lines)}
     clip = data.sample_frames(first.videos[0])
     clip = dataclasses.replace(clip, frames=np.zeros_like(clip.frames))
-    expected = model.score([clip], [first.prompt], [cots[first.videos[0]]]).item()
+    expected = model.score(model.encode([clip], [first.prompt]), [cots[first.videos[0]]]).item()
     lines = (tmp_path / "s/sanity/black_clip/kept/rewards.jsonl").read_text().splitlines()
     kept = {record["video"]: record["reward"] for record in map(json.loads, lines)}
     assert kept[first.videos[0]] == pytest.approx(expected, abs=1e-5)

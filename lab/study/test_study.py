@@ -127,10 +127,11 @@ def test_scores_of_a_set_are_the_model_s_own(world, tiny_model_dir):
     pairs = [dataclasses.replace(pair, cot_a="seen left", cot_b="seen right, twice") for pair in pairs]
     model = DeScore.from_pretrained(tiny_model_dir)
     found = models.score_set({"m": model}, pairs, None, chunk=2)
+    encode = lambda cot: data.encode_cot(model.processor.tokenizer, cot)  # noqa: E731
     assert found["kinds"] == ["own", "absent", "swapped"]
     for pair, rewards in zip(pairs, np.array(found["rewards"]["m"])):
         for kind, cots in enumerate((pair.cots, (None, None), pair.cots[::-1])):
-            expected = model.score(pair.videos, [pair.prompt] * 2, cots)
+            expected = model.score(model.encode(pair.videos, [pair.prompt] * 2), [encode(cot) for cot in cots])
             assert rewards[:, kind] == pytest.approx(expected.tolist(), abs=1e-4), found["kinds"][kind]
 
 
