@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from tests.test_answers import cot
 
 import data
 import grpo
@@ -21,6 +20,7 @@ from plumbing.logs import write_samples
 from plumbing.settings import InputError
 from rollout import TransformersEngine
 from tests.conftest import judge, refuses
+from tests.test_answers import cot
 
 
 # -- the three losses of one pair, without a model ---------------------------------------------------------------------

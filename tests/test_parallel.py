@@ -10,7 +10,6 @@ import time
 
 import pytest
 import torch
-from tests.kills import alive, family, kill_all
 
 import cold_start
 import grpo
@@ -18,6 +17,7 @@ import parallel
 from model import DeScore
 from plumbing import logs
 from tests.conftest import ROOT, run
+from tests.kills import alive, family, kill_all
 
 
 def same_metrics(one, two, names, tolerance):

@@ -6,11 +6,11 @@ Numbers of tokens: from transformers 4.57.0, the release the weights came out fo
 import numpy as np
 import pytest
 import torch
-from tests.test_data import published_layout
 from transformers.models.qwen3_vl import video_processing_qwen3_vl
 
 import data
 from rollout import banned_tokens
+from tests.test_data import published_layout
 
 pytestmark = pytest.mark.real
 GIRL = ("The camera remains still, a girl with braided hair and wearing a pink dress approached the chair in the room"

@@ -5,12 +5,12 @@ import re
 
 import numpy as np
 import pytest
-from tests.test_answers import cot
 
 import evaluate
 from data import PreferencePair
 from plumbing import report
 from rules import DIMENSIONS
+from tests.test_answers import cot
 
 NASTY = '<script>alert(1)</script><img src=x onerror=alert(2)>" onload="x $\\frac{1 | `a` [b](http://c) & =1+1'
 

@@ -1,9 +1,9 @@
 """rules.py: the rollout reward by hand, and what each rule counts as wrong."""
 
 import pytest
-from tests.test_answers import MALFORMED, TRUTH, cot
 
 import rules
+from tests.test_answers import MALFORMED, TRUTH, cot
 
 
 def test_rollout_reward_by_hand():

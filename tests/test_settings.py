@@ -68,8 +68,11 @@ def test_settings_and_flags():
     assert error.value.code == 2
 
 
-@pytest.mark.parametrize("script", [path for folder in (ROOT, ROOT / "lab") for path in sorted(folder.glob("*.py"))
-                                    if "\ndef main(" in path.read_text(encoding="utf-8")], ids=lambda path: path.stem)
+SCRIPTS = [path for pattern in ("*.py", "toy/*.py", "lab/*/*.py") for path in sorted(ROOT.glob(pattern))
+           if "\ndef main(" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_every_script_ends_with_cli(script):
     """So that what `refuses` sees in this process is what a user sees."""
     assert script.read_text(encoding="utf-8").endswith('if __name__ == "__main__":\n    cli(main)\n')

@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-from tests.test_parallel import same_metrics
 from transformers import Qwen3VLForConditionalGeneration
 
 import cold_start
@@ -21,6 +20,7 @@ from plumbing import logs
 from plumbing.checkpoint import read_tensors, save_tensors
 from plumbing.settings import InputError
 from tests.conftest import TINY, fresh_model, run
+from tests.test_parallel import same_metrics
 
 EMBEDDING = "model.language_model.embed_tokens.weight"
 COTS = [[[70, 71], [80]], [[90, 91, 92], [75]]]
@@ -246,7 +246,7 @@ def test_two_ranks_equal_one(world, folder, tmp_path):
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_vllm_follows_the_trainer(folder, tiny_clips, train):
     """Several syncs into a real engine: its log-probs stay the trainer's, so its lm_head follows the embedding."""
-    from test_vllm_engine import SCRIPT, run_script  # skips where there is no vllm
+    from tests.test_vllm_engine import SCRIPT, run_script  # skips where there is no vllm
 
     report = run_script(SCRIPT.replace('make_trainable("lora"', f'make_trainable("{train}"'), folder, *tiny_clips[:2])
     assert "vLLM did not take" in report["refused"]

@@ -1,4 +1,4 @@
-"""toy/world.py: the truth of the toy world, real mp4 files, the real CSV formats."""
+"""toy/: the truth of the toy world, real mp4 files, the real CSV formats, the command line."""
 
 import csv
 import os
@@ -13,6 +13,7 @@ import data
 import toy.world
 from rules import DIMENSIONS, extract_answer, read_verdicts, well_formed
 from tests.conftest import ROOT
+from toy import __main__ as command_line
 
 RED_CIRCLE = {"subject": ("red", "circle"), "dynamics": "moving left", "camera": "still", "environment": "night",
               "style": "plain"}
@@ -138,7 +139,7 @@ def test_two_processes_write_the_same_clips(tmp_path):
 @pytest.mark.parametrize("arguments, code", [(["--help"], 0), (["data", "--out", "x", "--no-such-flag"], 2), ([], 2)])
 def test_command_line(arguments, code):
     with pytest.raises(SystemExit) as stopped:
-        toy.world.main(arguments)
+        command_line.main(arguments)
     assert stopped.value.code == code
 
 

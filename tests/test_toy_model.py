@@ -2,12 +2,12 @@
 
 import numpy as np
 import torch
-from tests.test_toy import RED_CIRCLE, WISH
 
 import data
 import toy.base_model
 import toy.world
 from rollout import sample_cots
+from tests.test_toy import RED_CIRCLE, WISH
 
 
 def test_tokenizer_round_trip_of_any_text(processor):

@@ -11,13 +11,13 @@ import sys
 
 import pytest
 import torch
-from tests.test_data import published_layout
 
 import data
 import toy.base_model
 from plumbing import logs
 from rollout import banned_tokens
 from tests.conftest import ROOT, run
+from tests.test_data import published_layout
 
 pytestmark = pytest.mark.vllm
 vllm = pytest.importorskip("vllm", reason="vllm is not installed; pip install -r requirements-vllm.txt")

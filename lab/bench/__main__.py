@@ -5,7 +5,7 @@
 Needs no data: it renders clips and makes a random Qwen3-VL (toy.py), hidden 256 x 4 layers on a CPU, 1024 x 12 on a
 GPU: so wide that arithmetic, not Python, takes the time. `lm_head` is 4 % of the language model (8 % in the 8B).
 
-How rivals are timed, and the layouts of stage 2, are in bench_cases.py. Tables show median [min, max];
+How rivals are timed, and the layouts of stage 2, are in cases.py. Tables show median [min, max];
 "x plain" is the median over rounds of plain's seconds / this row's in the same round: 2 = twice as fast as plain.
 
 Shapes: G CoTs per video, P prefix tokens (video + prompt), C CoT tokens; a pair is 2 videos, the query adds 1 to C.

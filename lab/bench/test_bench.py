@@ -33,9 +33,9 @@ def test_layouts_agree(rows, layout):
 def test_a_wrong_layout_is_noticed(world):
     """The comparison must be able to fail: other CoTs, other loss and gradient."""
     rollouts = [cases.make_rollouts(world.processor, P, G, C, seed) for seed in (0, 1)]
-    cases = [cases.case_of(world, "plain", each) for each in rollouts]
-    _, right = cases.inspect(world.model, cases[0])
-    found, _ = cases.inspect(world.model, cases[1], right)
+    one, other = (cases.case_of(world, "plain", each) for each in rollouts)
+    _, right = cases.inspect(world.model, one)
+    found, _ = cases.inspect(world.model, other, right)
     assert found["gradient differs"] > 1e-2
 
 

@@ -1,12 +1,12 @@
-"""The course: a student's copy with functions to write, a grader that says what is wrong, and a proof of the grader.
+"""The course: a student's copy with functions to write, and a grader that says what is wrong.
 
     python -m lab.course OUT --variant 7         a student's copy in the new folder OUT; OUT/sheet.md is the sheet
     python -m lab.course --check 3               in the copy: is exercise 3 right? Without a number: all of them
     python -m lab.course --grade SUBMISSION --json results.json --variant 7
     python -m lab.course --gradescope autograder.zip --variant 7
-    python -m lab.course --prove                 blank fails, the reference passes, each usual mistake is named
 
-Exercises, points and lessons are in lab/course/. The instructor's page is lab/course/README.md.
+The instructor's page is lab/course/README.md. That the grader is right (blank fails, the reference passes, each usual
+mistake is named) is what test_proof.py shows.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import sys
 import tempfile
 import time
 import zipfile
@@ -26,6 +25,11 @@ from lab.course.checks import Ended, Raised, Wrong
 from lab.course.exercises import EXERCISES, Exercise, constants
 from lab.course.process import Submission
 from plumbing.settings import InputError, cli
+
+try:
+    from lab.course.mistakes import implementations
+except ImportError:  # a student's copy, which has no mistakes
+    implementations = None
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SECONDS = 30.0  # that one exercise of one submission may take
@@ -43,6 +47,11 @@ class Result:
     passed: int
     failed: str | None
     message: str
+
+    def __post_init__(self):
+        """A message may hold what the submission sent: cut short, and nothing that cannot be printed."""
+        text = self.message[:2000].encode("utf-8", "replace").decode()
+        object.__setattr__(self, "message", text)
 
     @property
     def points(self) -> float:
@@ -72,10 +81,9 @@ def handed_in(folder: pathlib.Path, exercise: Exercise) -> dict[str, bytes]:
     """{path: content} of an exercise's files in a submission. Wrong where one is missing, a link, or too large."""
     found = {}
     for name in exercise.files:
-        places = [path for path in (folder / name, folder / pathlib.Path(name).name) if os.path.lexists(path)]
-        if not places:
+        path = folder / name
+        if not os.path.lexists(path):
             raise Wrong(f"{name} was not handed in")
-        path = places[0]
         if not path.is_file() or not path.resolve().is_relative_to(folder.resolve()) or path.stat().st_size > LARGEST:
             raise Wrong(f"{name} must be a file of its own, of at most {LARGEST // 2**10} KB")
         found[name] = path.read_bytes()
@@ -92,7 +100,7 @@ def grade_one(exercise, submitted: dict[str, bytes], base: dict[str, str], varia
             (folder / name).write_bytes(content)
         folder.chmod(0o755)  # for another user, see process.py
         try:
-            submission = Submission(folder, exercise.places, constants(variant), seconds, quiet)
+            submission = Submission(folder, exercise.places, constants(variant), seconds, quiet, implementations)
             for place, file in submission.open().items():
                 if file != place.split("::")[0]:
                     raise Ended(f"{place} comes from {file}, not from the file that was handed in")
@@ -107,6 +115,9 @@ def grade_one(exercise, submitted: dict[str, bytes], base: dict[str, str], varia
                 return Result(exercise, passed, name, f"not written yet: {exercise.hint}")
             text = str(error) if isinstance(error, Raised) else f"{taught(lesson)} ({error})"
             return Result(exercise, passed, name, f"lesson {passed + 1} of {count}, {name}: {text}")
+        except Exception as error:  # a reply in right form that is no value of this kind: forged, or nonsense
+            text = f"the process sent something that is no answer ({type(error).__name__}: {str(error)[:200]})"
+            return Result(exercise, passed, lesson.__name__ if lesson else "does not run", text)
         finally:
             if submission:
                 submission.close()
@@ -204,7 +215,7 @@ def report(results: list[Result]) -> None:
 
 
 def main(argv=None) -> None:
-    """Writes a copy, checks it, grades a submission, builds the zip, or grades the grader."""
+    """Writes a copy, checks it, grades a submission, or builds the zip."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", help="write a student's copy into this new folder")
     parser.add_argument("--variant", type=int, default=0, help="constants of this variant; 0: the paper's (default 0)")
@@ -212,11 +223,9 @@ def main(argv=None) -> None:
     parser.add_argument("--grade", metavar="SUBMISSION", help="grade a folder that was handed in")
     parser.add_argument("--json", metavar="FILE", help="with --grade: the results, as Gradescope reads them")
     parser.add_argument("--gradescope", metavar="ZIP", help="write an autograder for Gradescope")
-    parser.add_argument("--prove", nargs="?", const="all", metavar="N",
-                        help="grade blank, reference, mistakes and rewrites of exercise N, or all")
     args = parser.parse_args(argv)
-    if sum(map(bool, (args.out, args.check, args.grade, args.gradescope, args.prove))) != 1:
-        raise InputError("say one of OUT, --check, --grade, --gradescope and --prove; see --help.")
+    if sum(map(bool, (args.out, args.check, args.grade, args.gradescope))) != 1:
+        raise InputError("say one of OUT, --check, --grade and --gradescope; see --help.")
     start = time.monotonic()
     if args.out:
         copies.make_copy(args.out, args.variant)
@@ -227,12 +236,8 @@ def main(argv=None) -> None:
         report(results)
         if args.json:
             pathlib.Path(args.json).write_text(json.dumps(as_json(results, time.monotonic() - start), indent=1))
-    elif args.gradescope:
-        write_autograder(args.gradescope, args.variant)
     else:
-        from lab.course.prove import prove  # not in a student's copy
-
-        sys.exit(prove(args.prove))
+        write_autograder(args.gradescope, args.variant)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The usual mistakes, each with the lesson that must name it; and right code written otherwise.
 
-A mistake is a change of the reference. `prove` grades them all as submissions. Not part of a student's copy: a
+A mistake is a change of the reference. test_proof.py grades them all as submissions. Not part of a student's copy: a
 mistake is the answer but for one word.
 """
 

@@ -91,10 +91,11 @@ class Submission:
         constants: {name: value}, e.g. "clip_low".
         seconds: the process is ended so long after it has begun to load the submission.
         quiet: its prints are thrown away; else they go to stderr, for a student who looks for a bug.
+        implementations: place -> {name: function}, right and wrong ones for exercise 10; None in a student's copy.
     """
 
-    def __init__(self, folder, places, constants, seconds=30.0, quiet=True):
-        self.c = types.SimpleNamespace(**constants)
+    def __init__(self, folder, places, constants, seconds=30.0, quiet=True, implementations=None):
+        self.c, self.implementations = types.SimpleNamespace(**constants), implementations
         self._channel, theirs = socket.socketpair()
         sys.stdout.flush(), sys.stderr.flush()  # what is buffered here would be printed by the child, too
         self._pid = os.fork()

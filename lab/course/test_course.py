@@ -18,7 +18,7 @@ import losses
 import metrics
 import rules
 from lab.course import __main__ as course
-from lab.course import copies, mistakes, prove
+from lab.course import copies, mistakes
 from lab.course.exercises import EXERCISES, VARIANTS
 from tests.conftest import ROOT, refuses
 
@@ -80,7 +80,7 @@ def test_the_constants_are_those_of_the_reference():
 
 
 def test_each_mistake_still_fits_the_reference():
-    """Cheap, and soon after the code has moved; whether its lesson names it is what --prove tells."""
+    """Cheap, and soon after the code has moved; whether its lesson names it is what test_proof.py tells."""
     for m in mistakes.MISTAKES:
         assert mistakes.with_changes(m.place, m.changes) != mistakes.source(m.file)
 
@@ -95,22 +95,6 @@ def test_points_and_lessons():
 
 
 # -- grading ----------------------------------------------------------------------------------------------------------
-def test_the_proof_and_that_it_finds_a_weak_lesson():
-    """`--prove` of one exercise (all of them: .ci/run); then the same with a lesson taken out: its mistake survives."""
-    script = """
-        import dataclasses
-        from lab.course import prove, exercises
-        assert prove.prove("4") == 0
-        row = exercises.EXERCISES[3]
-        without = tuple(lesson for lesson in row.lessons if lesson.__name__ != "a_group_of_one")
-        prove.course.chosen = lambda number: [dataclasses.replace(row, lessons=without)]
-        assert prove.prove("4") == 1
-    """
-    done = python(script)
-    assert "10 submissions, 0 not as they must be" in done.stdout, done.stdout
-    assert "WRONG  4 nan at G = 1: passes\n      must be: a_group_of_one" in done.stdout, done.stdout
-
-
 def python(script, *arguments):
     """Runs a script in a process of its own."""
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)], cwd=ROOT,
@@ -138,8 +122,8 @@ HOSTILE = {
     "draw_cot_mask": "raise SystemExit(0)",
     "group_advantages": "return torch.zeros(4 * 2**30, dtype=torch.uint8)",
     "kl_to_reference": """
-        import gc, sys, lab.lessons.checks, lab.lessons.equations
-        for module in (lab.lessons.checks, lab.lessons.equations):
+        import gc, sys, lab.course.checks, lab.course.equations
+        for module in (lab.course.checks, lab.course.equations):
             module.near = module.expect = lambda *args: None
         torch.allclose = torch.equal = lambda *args, **kwargs: True
         return log_probs
@@ -170,7 +154,7 @@ def graded(tmp_path_factory):
     solved = {f"my_tests.py::{name}": body for name, body in mistakes.TWO_TESTS.items()}
     good = texts | {"my_tests.py": mistakes.with_bodies("my_tests.py", solved)}
     half = {"losses.py": texts["losses.py"].replace("torch.maximum(-advantage", "torch.minimum(-advantage"),
-            "rules.py": texts["rules.py"]}  # uploaded without its folder, and the rest is missing
+            "metrics.py": texts["metrics.py"]}  # the rest is missing
     hostile = good | {
         "losses.py": with_bodies("losses.py", **HOSTILE), "rules.py": "raise SystemExit(0)\n",
         "layout.py": texts["layout.py"] + "def (:\n",
@@ -196,8 +180,8 @@ def test_a_good_submission_gets_all(graded):
 
 
 def test_a_half_submission(graded):
-    """Five exercises right, the clipped loss with min for max, one file missing of exercise 7, the rest not there."""
-    assert [graded["half"][n]["score"] for n in range(1, 11)] == [4, 5, 3, 6, 5, 1, 0, 0, 0, 0]
+    """Six exercises right, the clipped loss with min for max, the rest not there."""
+    assert [graded["half"][n]["score"] for n in range(1, 11)] == [4, 5, 3, 6, 5, 1, 0, 8, 0, 0]
     assert graded["half"][6]["output"] == (
         "lesson 2 of 9, the_larger_loss: Of the two losses take the LARGER: the clip may only take a gain away, "
         "never a loss. You took the smaller. (got 0.367879, expected 0.8)")
@@ -212,6 +196,34 @@ def test_a_half_submission(graded):
 def test_a_hostile_submission_costs_each_exercise_by_itself(graded, number, says):
     test = graded["hostile"][number]
     assert test["score"] == 0 and test["status"] == "failed" and re.search(says, test["output"]), test["output"]
+
+
+FORGED = (
+    '{"accepts": true}', '{"loaded": {}}', '{"value": {"fields": {}}}', '{"value": {"generator": 1%s}}' % ("0" * 30),
+    '{"value": {"tensor": [1e400, 1], "dtype": "int64"}}', r'{"wrong": "\ud800"}', '{"ended": "%s"}' % ("x" * 9999))
+
+
+def test_a_forged_reply_costs_its_own_exercise_alone(tmp_path):
+    """What a submission writes into the line by itself, in the form of a reply: no exercise beside it is lost."""
+    for number, reply in enumerate(FORGED):
+        forges = f"import os\nfor n in range(3, 50):\n    try:\n        os.write(n, {reply!r}.encode() + b'\\n')\n"
+        forges += "    except OSError:\n        pass\nreturn reward_chosen"
+        body = mistakes.with_bodies("losses.py", {"losses.py::bt_loss": forges})
+        copies.write({"losses.py": body}, tmp_path / str(number))
+    killed = mistakes.with_bodies("losses.py", {"losses.py::bt_loss": "import os\nos.kill(os.getpid(), 40)"})
+    copies.write({"losses.py": killed}, tmp_path / str(len(FORGED)))  # by a signal that has no name
+    done = python("""
+        import json, sys
+        from lab.course import __main__ as course
+        for number in range(int(sys.argv[2])):
+            results = course.grade(f"{sys.argv[1]}/{number}", exercises=course.EXERCISES[:3:2])
+            course.report(results)
+            print(json.dumps([[r.points, len(r.message)] for r in results]))
+    """, tmp_path, len(FORGED) + 1)
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[[")]
+    assert len(found) == len(FORGED) + 1
+    for (forged, length), (beside, _) in found:
+        assert forged == 0 and beside == 3 and length < 2100, found
 
 
 def test_check_in_a_copy(tmp_path):
@@ -250,8 +262,8 @@ def test_the_autograder_zip(tmp_path):
 
 
 def test_the_page_holds_the_mistakes_and_the_points():
-    page = (ROOT / "docs" / "course.md").read_text()
-    assert prove.as_told_in_the_docs() in page, "put what lab.lessons.prove.as_told_in_the_docs() says into the page"
+    """The points; the mistakes are compared in test_proof.py."""
+    page = (ROOT / "lab" / "course" / "README.md").read_text()
     for e in EXERCISES:
         assert f"| {e.number} | {e.title} | {e.points} | {e.minutes} |" in page, e.title
 

@@ -63,7 +63,7 @@ class Settings:
     eval_prompts: int = arg(32, "prompts of the evaluation, --group clips each", at_least=2)
     curve_every: int = arg(10, "updates between two points of the figure's curves", at_least=1)
     save_every: int = arg(5, "updates between two savings", at_least=1)
-    publish: bool = arg(False, "measure: also write docs/post_training.* and its figures")
+    publish: bool = arg(False, "measure: also write README.md of lab/post_training, post_training.json and the figures")
 
 
 FREE = ("out", "updates", "save_every", "eval_prompts", "curve_every", "publish")  # these may change when a run goes on

@@ -208,8 +208,8 @@ def publish(out: str) -> None:
     write_json(str(ROOT / "lab/post_training/post_training.json"), result)
     page = (ROOT / PAGE).read_text(encoding="utf-8")
     (ROOT / PAGE).write_text(filled(page, result), encoding="utf-8")
-    for name, kept in (("post_training.png", "post_training.png"), ("strip.png", "post_training_clips.png")):
-        shutil.copy(os.path.join(out, name), ROOT / "figures" / kept)
+    for name, kept in (("post_training.png", "post_training.png"), ("strip.png", "clips.png")):
+        shutil.copy(os.path.join(out, name), ROOT / "lab/post_training" / kept)
 
 
 def filled(page: str, result: dict) -> str:

@@ -3,13 +3,12 @@
 import csv
 import os
 
-from tests.test_evaluate import FEW
-
 import data
 import evaluate
 from lab.post_training import best_of
 from plumbing import jobs
 from tests.conftest import write_csv
+from tests.test_evaluate import FEW
 
 
 def test_best_of_and_one_video(tmp_path, tiny_model_dir, tiny_clips, capsys):

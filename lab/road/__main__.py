@@ -176,7 +176,7 @@ def write_parquet(path, rows: list[dict]) -> None:
 
 DOWNLOADS = {"TIGER-Lab/VideoFeedback2": video_feedback, "MJ-Bench/MJ-BENCH-VIDEO": mj_bench_video,
              "Rapidata/text-2-video-human-preferences-wan2.1": rapidata, "TIGER-Lab/GenAI-Bench": genai_bench,
-             "tianleliphoebe/genai-arena-video-mp4": genai_videos, "KwaiVGI/VideoGen-RewardBench": rewardbench}
+             "tianleliphoebe/genai-arena-video-mp4": genai_videos, "KlingTeam/VideoGen-RewardBench": rewardbench}
 
 
 # ---- 2. A stand-in for the annotator ---------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def test_the_page_is_the_whole_road():
              "evaluate.py")
     places = [text.index(step) for step in steps]
     assert places == sorted(places)
-    assert set(datasets.COMMANDS) == set(re.findall(r"lab\.datasets (\S+)", text))
+    assert set(datasets.COMMANDS) == set(re.findall(r"lab\.road\.datasets (\S+)", text))
 
 
 def test_comments_and_continued_lines():

@@ -8,11 +8,11 @@ import subprocess
 
 import numpy as np
 import pytest
-from tests.test_report import NASTY, judged
 
 import data
 from data import PreferencePair
 from lab.serve import page
+from tests.test_report import NASTY, judged
 
 
 class Tags(html.parser.HTMLParser):

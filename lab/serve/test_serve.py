@@ -131,7 +131,8 @@ def test_a_batch_keeps_the_good_and_names_the_bad(scorer, clips):
     good = next(iter(clips.values()))
     payload = {"prompt": [PROMPT, PROMPT, PROMPT], "video": [b64(good), b64(b"junk"), b64(good)], "thoughts": True}
     status, body = served(scorer, lambda *at: post(*at, payload), think=True, max_new_tokens=4)
-    assert status == 200 and body["results"][1] is None and body["results"][0] == body["results"][2]
+    assert status == 200 and body["results"][1] is None
+    assert body["results"][0] == pytest.approx(body["results"][2], abs=1e-4)  # a row beside others: other sums
     assert body["errors"][0] is None and "no mp4" in body["errors"][1] and "1 of 3 failed" in body["error"]
     assert isinstance(body["thoughts"][0], str) and body["thoughts"][1] is None and "rewards" not in body
 
@@ -226,7 +227,7 @@ def test_health_and_token(scorer, clips):
 
 def test_the_script_and_the_clients_of_the_docs(tiny_model_dir, clips, scorer):
     """A server as a user starts it; the client and flow_grpo's scorer as README.md prints them; Ctrl-C ends it."""
-    page, names = (ROOT / "docs" / "reward.md").read_text(encoding="utf-8"), {"torch": torch}
+    page, names = (ROOT / "lab" / "serve" / "README.md").read_text(encoding="utf-8"), {"torch": torch}
     for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
         if "def rewards_of" in block or "def descore_score" in block:
             exec(block, names)

@@ -9,8 +9,8 @@ Every run is the demo's own with a few settings changed (VARIANTS), kept in RUNS
 again, so a killed study goes on. Two runs at a time, each on one core. Rules and commit are printed before anything
 runs. Nothing is tuned on a test set.
 
-How is judged: study_verdict.py; which values: study_values.py; what needs a model: study_models.py; tables and
-figures: study_pages.py, study_figures.py.
+How is judged: verdict.py; which values: measures.py; what needs a model: models.py; tables and figures: pages.py,
+figures.py.
 """
 
 import argparse

@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from tests.test_answers import cot
 
 import data
 import evaluate
 import grpo
 from plumbing import logs
 from tests.conftest import refuses
+from tests.test_answers import cot
 
 
 def stating(score, good=True):

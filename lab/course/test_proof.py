@@ -4,8 +4,15 @@
     the reference   all points, and so does each function written otherwise
     each mistake    fails in the lesson that names it, and in no lesson before
 
-A mistake that survives is a finding: the lesson is too weak. Not part of a student's copy.
+A mistake that survives is a finding: the lesson is too weak. Whoever changes exercise 4 asks:
+
+    python -m lab.course.test_proof 4
 """
+
+import subprocess
+import sys
+
+import pytest
 
 from lab.course import __main__ as course
 from lab.course import copies, mistakes
@@ -21,7 +28,7 @@ def submissions(exercises):
         first, own = exercise.lessons[0].__name__, {file: mistakes.source(file) for file in exercise.files}
         yield exercise, "blank", {f: copies.without_bodies(f, text) for f, text in own.items()}, first, PAPER
         if exercise.number == 10:
-            yield from tests_that_catch(exercise)
+            yield from weak_and_strong_tests(exercise)
             continue
         yield exercise, "the reference", own, None, PAPER
         bodies = {p: mistakes.REWRITES[p] for p in exercise.places if p in mistakes.REWRITES}
@@ -36,7 +43,7 @@ def submissions(exercises):
             yield exercise, "the public file in a variant", own, DEFAULTS[exercise.number], OWN
 
 
-def tests_that_catch(exercise):
+def weak_and_strong_tests(exercise):
     """Exercise 10: two tests, and those two with one weakness."""
     solved = {f"my_tests.py::{name}": body for name, body in mistakes.TWO_TESTS.items()}
     yield exercise, "two tests", {"my_tests.py": mistakes.with_bodies("my_tests.py", solved)}, None, PAPER
@@ -63,12 +70,11 @@ WEAKENED = {
 }
 
 
-def prove(number: str = "all") -> int:
-    """Prints a line for each submission; exit code 0 if all came out as told. number: one exercise's, or "all"."""
-    chosen = course.chosen(number)
-    course.load_what_is_slow(chosen)
+def prove(exercises) -> int:
+    """Prints a line for each submission; 0 if all came out as told, else 1."""
+    course.load_what_is_slow(exercises)
     wrong = count = 0
-    for exercise, what, files, lesson, variant in submissions(chosen):
+    for exercise, what, files, lesson, variant in submissions(exercises):
         base = copies.student_files(variant, copies.RUN)
         result = course.grade_one(exercise, {name: text.encode() for name, text in files.items()}, base, variant)
         points = {"blank": 0}.get(what, result.points) if lesson else exercise.points
@@ -81,11 +87,41 @@ def prove(number: str = "all") -> int:
     return int(wrong > 0)
 
 
-def as_told_in_the_docs() -> str:
-    """The table of mistakes for lab/course/README.md: exercise, mistake, message. A test compares them."""
-    rows = ["| | mistake | what the student reads |", "|---|---|---|"]
+@pytest.mark.parametrize("number", [str(e.number) for e in EXERCISES])
+def test_blank_fails_the_reference_passes_and_each_mistake_is_named(number):
+    done = in_a_process("-m", "lab.course.test_proof", number)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+def test_the_proof_and_that_it_finds_a_weak_lesson():
+    """With a lesson taken out, its mistake survives."""
+    done = in_a_process("-c", """if True:
+        import dataclasses
+        from lab.course import test_proof
+        row = test_proof.EXERCISES[3]
+        without = tuple(lesson for lesson in row.lessons if lesson.__name__ != "a_group_of_one")
+        assert test_proof.prove([row]) == 0
+        assert test_proof.prove([dataclasses.replace(row, lessons=without)]) == 1
+    """)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "10 submissions, 0 not as they must be" in done.stdout, done.stdout
+    assert "WRONG  4 nan at G = 1: passes\n      must be: a_group_of_one" in done.stdout, done.stdout
+
+
+def in_a_process(*command):
+    """Grading forks, and autograd, which this process has used, does not survive a fork."""
+    return subprocess.run([sys.executable, *command], cwd=copies.ROOT, capture_output=True, text=True, timeout=200)
+
+
+def test_the_page_holds_the_mistakes():
+    """The page's table: exercise, mistake, and what the student reads."""
+    page = (copies.ROOT / "lab/course/README.md").read_text(encoding="utf-8")
     for exercise in EXERCISES:
         told = {lesson.__name__: course.taught(lesson) for lesson in exercise.lessons}
-        rows += [f"| {exercise.number} | {m.what} | {told[m.lesson]} |"
-                 for m in mistakes.MISTAKES if m.place in exercise.places]
-    return "\n".join(rows)
+        for m in mistakes.MISTAKES:
+            row = f"| {exercise.number} | {m.what} | {told.get(m.lesson)} |"
+            assert m.place not in exercise.places or row in page, f"put this row into the page: {row}"
+
+
+if __name__ == "__main__":
+    sys.exit(prove(course.chosen(sys.argv[1])))

@@ -1,0 +1,57 @@
+"""Imports run one way, lab -> toy -> top level -> plumbing, and in no circle. Read from the source, by ast."""
+
+import ast
+
+import pytest
+
+from tests.conftest import ROOT
+
+FOLDERS = ("", "plumbing/", "toy/", "lab/", "lab/*/")
+PATHS = [path for folder in FOLDERS for path in sorted(ROOT.glob(f"{folder}*.py")) if path.name != "conftest.py"]
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in PATHS}
+MOVING = {"rollout", "evaluate"}  # not yet rid of the shelf
+LEAVES = {"losses", "rules"}  # pure: plumbing may import them
+RANK = {"plumbing": 0, "toy": 2, "lab": 3}  # a module at the top has rank 1
+
+
+def imported(path) -> set[str]:
+    """All of ours that a file imports, in functions, too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inside = {f"{node.module}.{name.name}" for name in node.names} & set(MODULES)
+            found |= inside or {node.module}  # `from toy import look` is toy.look, `from toy.look import x` as well
+    return found & set(MODULES)
+
+
+EDGES = {name: imported(path) for name, path in MODULES.items()}
+
+
+def rank(module: str) -> int:
+    return RANK.get(module.split(".")[0], 1)
+
+
+@pytest.mark.parametrize("module", sorted(set(MODULES) - MOVING))
+def test_imports_run_one_way(module):
+    upwards = {other for other in EDGES[module] if rank(other) > rank(module)}
+    assert not upwards - (LEAVES if rank(module) == 0 else set()), f"{module} imports what stands above it"
+
+
+def test_the_leaves_import_nothing_of_ours_but_leaves():
+    assert all(EDGES[leaf] <= LEAVES for leaf in LEAVES)
+
+
+def test_no_circles():
+    """Modules that import nothing of ours are taken away, again and again; those of a circle stay."""
+    left = {name: set(others) for name, others in EDGES.items()}
+    while free := {name for name, others in left.items() if not others & set(left)}:
+        left = {name: others for name, others in left.items() if name not in free}
+    assert not left, f"in a circle, or above one: {sorted(left)}"
+
+
+def test_scripts_never_import_each_other():
+    """Run as `python a.py`, a script is `__main__`: imported from another, its module would stand in memory twice."""
+    scripts = {name for name, path in MODULES.items() if rank(name) == 1 and "cli(main)" in path.read_text("utf-8")} - MOVING
+    assert not {name: EDGES[name] & scripts for name in scripts if EDGES[name] & scripts}
