@@ -1,6 +1,6 @@
 """From a CSV row to what the model reads: pairs, frames, the prompt, token ids.
 
-    CSV row -> PreferencePair -> Video (decord, 2 fps) -> prompt ids + pixel patches (the Hugging Face processor)
+    CSV row -> PreferencePair -> Video (PyAV, 2 fps) -> prompt ids + pixel patches (the Hugging Face processor)
 
     python -m toy.look --show 3 --data pairs.csv --model Qwen/Qwen3-VL-8B-Instruct     prints examples, draws frames
 
@@ -16,9 +16,10 @@ import sys
 import numpy as np
 import torch
 
+from plumbing.decoder import LIMIT
 from plumbing.formats import read_records
 from plumbing.settings import InputError
-from plumbing.video import FrameCache, read_clip, resize
+from plumbing.video import FrameCache, from_memory, open_clip, resize
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -105,22 +106,24 @@ def read_pairs(csv_path: str, dimension: str = "TA", video_root: str | None = No
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 2. Frames: decord, at the target size, with the metadata that the model's timestamps need
+# 2. Frames: those on screen at 0, 1/fps, 2/fps, ... seconds, at the target size, and the times that the model is told
 # ---------------------------------------------------------------------------------------------------------------
 SIDE = 32  # frame sides are multiples of patch (16) x merge (2): one video token covers 32 x 32 pixels x 2 frames
 MIN_PIXELS = 3136  # 56 x 56 a frame at least (paper, stage 2; here in both stages): smaller clips are enlarged
+MAX_FRAMES = 512  # 4 minutes at 2 fps; a longer clip is refused, not silently cut
 
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """Sampled frames and where they came from.
+    """Sampled frames and their times.
 
     Attributes:
         frames: (F, H, W, 3) uint8, RGB; F is even and >= 2; H and W are multiples of 32.
-        source_fps: frames per second of the FILE. The processor turns frame_indices / source_fps into the timestamps
-            that the model reads, so a wrong value here silently shifts all of them.
-        total_num_frames: frames in the file.
-        frame_indices: which F of them were taken.
+        source_fps: the rate that frame_indices count at. The processor tells the model frame_indices / source_fps as
+            times, and knows no varying rate. So sample_frames counts in steps of 1/fps, whatever the file's own rate:
+            frame k was on screen at k / fps. A wrong value here silently shifts all times.
+        total_num_frames: such steps in the clip.
+        frame_indices: the step of each of the F frames.
     """
 
     frames: np.ndarray
@@ -154,47 +157,58 @@ def target_size(height: int, width: int, max_pixels: int) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def sample_indices(total_num_frames: int, source_fps: float, fps: float) -> list[int]:
-    """Indices of the frames at t = 0, 1/fps, 2/fps, ... seconds; the last is repeated to make an even number >= 2.
+def sample_steps(seconds: float, fps: float) -> list[int]:
+    """0, 1, 2, ...: the frames to show are those on screen at k / fps seconds, as long as the clip lasts.
 
-    Two frames form one temporal patch, hence even. Example: sample_indices(12, 8.0, 2.0) == [0, 4, 8, 8].
+    The last is repeated to make an even number >= 2: two frames form one temporal patch.
+    Example: sample_steps(1.5, 2.0) == [0, 1, 2, 2]. InputError beyond MAX_FRAMES.
     """
-    count = max(1, int(np.ceil(total_num_frames / source_fps * fps - 1e-6)))
-    indices = [min(int(k * source_fps / fps + 1e-6), total_num_frames - 1) for k in range(count)]  # the frame on screen
-    return indices + indices[-1:] * (count % 2)
+    if seconds * fps > MAX_FRAMES:
+        raise InputError(f"{seconds:.0f} s at {fps} fps is over {MAX_FRAMES} frames; cut it or lower --fps.")
+    steps = list(range(max(1, int(np.ceil(seconds * fps - 1e-6)))))
+    return steps + steps[-1:] * (len(steps) % 2)
 
 
-def sample_frames(path: str, fps: float = 2.0, max_pixels: int = 448 * 448, decode: bool = True) -> Video:
-    """Decodes a clip with decord at `fps` frames a second, straight to the size the model gets.
+def sample_indices(total_num_frames: int, source_fps: float, fps: float) -> list[int]:
+    """sample_steps as frame numbers of a clip of constant rate. sample_indices(12, 8.0, 2.0) == [0, 4, 8, 8]."""
+    steps = sample_steps(total_num_frames / source_fps, fps)
+    return [min(int(k * source_fps / fps + 1e-6), total_num_frames - 1) for k in steps]  # the frame on screen
+
+
+def sample_frames(path: str, fps: float = 2.0, max_pixels: int = 448 * 448, decode: bool = True, limit=LIMIT) -> Video:
+    """Shows the model what a player has on screen at 0, 1/fps, 2/fps, ... s, decoded straight to the model's size.
 
     Paper: 2 fps, at most 448 x 448 pixels in stage 1. decode False: a probe; all frames are black and take no memory.
-    Raises InputError for a file that is missing, empty, truncated or not a video.
+    Raises InputError for a file that is missing, empty, truncated, not a video, or not decoded within `limit` seconds.
     """
-    frames, source_fps, total, indices = read_clip(
-        path, fps, lambda total, rate: sample_indices(total, rate, fps),
-        lambda height, width: target_size(height, width, max_pixels), decode,
-    )
-    return Video(frames, source_fps, total, tuple(indices))
+    clip = open_clip(path, limit)
+    try:
+        steps = sample_steps(clip.seconds - 4 * clip.slack, fps)  # stamps are rounded, and so is the end
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    size = target_size(clip.height, clip.width, max_pixels)
+    frames = np.broadcast_to(np.uint8(0), (len(steps), *size, 3))
+    if decode:
+        frames, _ = clip.frames([k / fps for k in steps], size)
+    return Video(frames, fps, steps[-1] + 1, tuple(steps))
 
 
 def to_video(video, fps: float, max_pixels: int, source_fps: float | None = None) -> Video:
     """A path, a Video, or frames in memory -> Video.
 
-    Frames: array or tensor (F, H, W, 3), uint8 or float in [0, 1], all frames of the clip at `source_fps`; they are
-    sampled and resized as a file would be.
+    Frames: (F, H, W, 3), uint8 or float in [0, 1], or a list of images: all frames of the clip, at `source_fps`; they
+    are sampled and resized as a file would be.
     """
     if isinstance(video, Video):
         return video
     if isinstance(video, (str, os.PathLike)):
         return sample_frames(os.fspath(video), fps, max_pixels)
-    frames = torch.as_tensor(video)
-    if frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) == 0:
-        raise InputError(f"frames of shape {tuple(frames.shape)}: (F, H, W, 3) is needed, F >= 1.")
-    if not source_fps or source_fps <= 0:
+    frames = from_memory(video)
+    if not source_fps or not 0 < source_fps < float("inf"):
         raise InputError("frames in memory need source_fps, the frames per second they were made at.")
-    indices = sample_indices(len(frames), source_fps, fps)
-    sampled = resize(frames[indices], target_size(*frames.shape[1:3], max_pixels))
-    return Video(sampled, float(source_fps), len(frames), tuple(indices))
+    steps = sample_steps(len(frames) / source_fps, fps)
+    sampled = frames[sample_indices(len(frames), source_fps, fps)]
+    return Video(resize(sampled, target_size(*frames.shape[1:3], max_pixels)), fps, steps[-1] + 1, tuple(steps))
 
 
 # ---------------------------------------------------------------------------------------------------------------

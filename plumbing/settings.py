@@ -56,6 +56,8 @@ def parse(settings_class, doc: str, argv=None):
     settings = settings_class(**vars(parser.parse_args(argv)))
     for field in dataclasses.fields(settings_class):
         check_range(field, getattr(settings, field.name))
+    if hasattr(settings, "reader"):  # in the environment, so that loader workers read as this process does
+        os.environ["DESCORE_READER"] = settings.reader
     return settings
 
 

@@ -8,6 +8,7 @@ import torch
 from plumbing.logs import Log
 from plumbing.resume import StopSignal, load_checkpoint, save_checkpoint
 from plumbing.settings import InputError, arg
+from plumbing.video import READERS
 
 
 @dataclasses.dataclass
@@ -18,6 +19,7 @@ class CommonSettings:
     video_root: str | None = arg(None, "folder that relative video paths start from; default the CSV's")
     skip_bad_videos: bool = arg(False, "leave out pairs with an unreadable video; OUT/skipped.jsonl lists them")
     fps: float = arg(2.0, "sampled frames per second (paper: 2)", above=0)
+    reader: str = arg("pyav", "of video files; decord (the paper's) takes plain ones of constant rate", READERS)
     workers: int = arg(2, "processes that decode ahead; 0: decode in this one", at_least=0)
     frame_cache: str | None = arg(None, "folder that keeps sampled frames, so that later epochs need not decode")
     # model and optimisation

@@ -1,65 +1,248 @@
-"""From a video file to an array, through decord: what can be wrong with a file, and memory that cannot run away.
+"""From a video file to the frames that a player has on screen at given times; frames in memory; a cache on disk.
 
-Which frames are taken, and at what size, is decided in data.py.
+Which times, and what size, is decided in data.py. Files are opened in a process that can be ended (decoder.py).
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import zipfile
 
 import numpy as np
-import torch
 
-from plumbing.settings import InputError
+from plumbing.decoder import LIMIT, bounded
+from plumbing.settings import InputError, first_line
 
 os.environ.setdefault("DECORD_EOF_RETRY_MAX", "2048")  # read by decord when it is imported
 
-MAX_FRAMES = 512  # 4 minutes at 2 fps; a longer clip is refused, not silently cut
 MAX_SIDE = 8192  # pixels; larger frames are no video that anyone generated
+READERS = ["pyav", "decord"]  # of the flag --reader, which settings.parse keeps in the environment
 
 
-def read_clip(path: str, fps: float, choose_frames, choose_size, decode: bool) -> tuple[np.ndarray, float, int, list]:
-    """A video file -> (frames (F, H, W, 3) uint8, frames per second of the file, its number of frames, indices taken).
+class Unsupported(InputError):
+    """A file that may well be a valid video, but that this reader would not read, or would misread."""
 
-    choose_frames(total, source_fps) -> indices; choose_size(height, width) -> (H, W). decode False: the frames are
-    black and take no memory; only the first is decoded, for its size.
-    Raises InputError for a file that is missing, empty, truncated, not a video, too long or too large.
+
+# ---------------------------------------------------------------------------------------------------------------
+# 1. Files. Time stamps decide: a number times an average rate is no time where the rate varies or a clip was cut
+# ---------------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """What a file says of itself.
+
+    height, width: as displayed, turned upright and with square pixels. stamps: the seconds at which each frame comes
+    on screen, ascending, the first at 0. seconds: the clip's length; the last frame stays as long as the one before.
+    slack: by how much a stamp may be rounded up.
+    plain: one rate, square pixels, upright, not cut, no open key frame: what a reader by number gets right.
     """
-    from decord import DECORDError, VideoReader, cpu  # here, so that reading a CSV needs no decord
 
+    path: str
+    height: int
+    width: int
+    stamps: tuple[float, ...]
+    seconds: float
+    slack: float
+    plain: bool
+    limit: float = LIMIT
+
+    def frames(self, times: list[float], size: tuple[int, int]) -> tuple[np.ndarray, list[int]]:
+        """The frames on screen at `times` (seconds, ascending) -> (F, *size, 3) uint8 RGB, and their numbers."""
+        read = frames_decord if os.environ.get("DESCORE_READER") == "decord" else frames_pyav
+        return bounded(self.limit, self.path, read, self, times, size)
+
+
+def open_clip(path: str, limit: float = LIMIT) -> Clip:
+    """read_header in a process that ends after `limit` seconds: InputError then."""
+    return dataclasses.replace(bounded(limit, path, read_header, path), limit=limit)
+
+
+def read_header(path: str) -> Clip:
+    """Reads the time stamps of a file and decodes its first frame.
+
+    Raises InputError for a file that is missing, empty, truncated, not a video or too large; Unsupported by its name.
+    """
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such video; paths in a CSV are relative to the CSV (or to --video-root).")
     if os.path.getsize(path) == 0:
         raise InputError(f"{path}: the video file is empty.")
-    try:
-        reader = VideoReader(path, ctx=cpu(0), num_threads=1)
-        total, source_fps = len(reader), float(reader.get_avg_fps())
-        if total < 1 or not np.isfinite(source_fps) or source_fps <= 0:
+    with _opened(path) as (file, stream):
+        first = next(file.decode(stream), None)
+        if first is None:
             raise InputError(f"{path}: has no video frames.")
-        seconds = total / source_fps  # as the file claims: checked before anything of that size is made
-        if seconds * fps > MAX_FRAMES:
-            raise InputError(
-                f"{path}: {seconds:.0f} s at {fps} fps is over {MAX_FRAMES} frames; cut it or lower --fps."
-            )
-        indices = choose_frames(total, source_fps)
-        full = reader[0].shape[:2]
-        if max(full) > MAX_SIDE:
-            raise InputError(f"{path}: frames of {full[1]} x {full[0]} pixels; at most {MAX_SIDE} a side are read.")
-        height, width = choose_size(*full)
-        del reader  # it goes on decoding in the background: keeping it would double the time of what follows
-        frames = np.broadcast_to(np.uint8(0), (len(indices), height, width, 3))
-        if decode:
-            reader = VideoReader(path, ctx=cpu(0), width=width, height=height, num_threads=1)
-            frames = reader.get_batch(indices).asnumpy()
+        width, height = first.width, first.height
+        if max(width, height) > MAX_SIDE:
+            raise InputError(f"{path}: frames of {width} x {height} pixels; at most {MAX_SIDE} a side are read.")
+        swap, *flips = _turn(path, first)
+        pixel = stream.sample_aspect_ratio or 1  # width / height of a pixel
+        width = max(1, round(width * pixel))
+    with _opened(path) as (file, stream):
+        packets = [p for p in file.demux(stream) if p.size]
+        tick, opened = float(stream.time_base), False
+        stamps = [p.dts if file.format.name == "avi" or p.pts is None else p.pts for p in packets]
+        declared = _declared(file, stream)
+    if None in stamps:
+        raise Unsupported(f"{path}: {file.format.name} has no time stamps; put it into an mp4 file.")
+    key = None
+    for packet, stamp in zip(packets, stamps):  # in the order of decoding
+        opened |= key is not None and stamp < key  # shown before the key frame, stored behind it
+        key = stamp if packet.is_keyframe else key
+    shown = sorted({stamp for packet, stamp in zip(packets, stamps) if not packet.is_discard})
+    if not shown:
+        raise InputError(f"{path}: has no video frames.")
+    steps = np.diff(shown)
+    seconds = (shown[-1] - shown[0] + (steps[-1] if len(steps) else 1)) * tick
+    end = shown[0] * tick + seconds
+    if end < declared - 0.5:
+        raise InputError(f"{path}: is cut short: it ends at {end:.1f} s of {declared:.1f}; copy it anew.")
+    even = len(shown) < 2 or np.ptp(steps) * tick <= 2e-3  # mkv counts in milliseconds
+    plain = even and pixel == 1 and not (swap or opened or any(flips)) and len(shown) == len(packets)
+    stamps = tuple((stamp - shown[0]) * tick for stamp in shown)
+    slack = 1e-6 + (0.4 * tick if tick <= 1e-3 else 0)  # containers with ticks of their own round: mkv to milliseconds
+    return Clip(path, *((width, height) if swap else (height, width)), stamps, seconds, slack, plain)
+
+
+@contextlib.contextmanager
+def _opened(path: str):
+    """Yields (container, its main video stream); what FFmpeg says becomes one sentence."""
+    import av
+
+    try:
+        with av.open(path) as file:
+            stream = file.streams.best("video")
+            if stream is None:
+                raise InputError(f"{path}: has no video frames.")
+            if getattr(stream, "codec_context", None) is None:
+                raise Unsupported(f"{path}: its codec has no decoder here; encode it as H.264.")
+            stream.codec_context.thread_count = 1  # files are read side by side already
+            yield file, stream
+    except (av.error.DecoderNotFoundError, av.codec.codec.UnknownCodecError) as error:
+        raise Unsupported(f"{path}: its codec has no decoder here ({error}); encode it as H.264.") from error
+    except (av.error.FFmpegError, EOFError) as error:
+        raise InputError(f"{path}: is broken or not a video ({error.strerror or type(error).__name__}).") from error
+
+
+def _declared(file, stream) -> float:
+    """The seconds that avi, mkv and webm say they hold; 0 if unknown. A truncated mp4 cannot be opened at all."""
+    if file.format.name == "avi":
+        return float((stream.duration or 0) * stream.time_base)
+    if "matroska" not in file.format.name:
+        return 0.0
+    parts = stream.metadata.get("DURATION", "0:0:0").split(":")  # 00:00:04.125000000
+    return sum(float(part) * 60**k for k, part in enumerate(reversed(parts)))
+
+
+def _turn(path: str, frame) -> tuple[bool, bool, bool]:
+    """The display matrix, which phones write -> (swap height and width, then flip upside down, left to right)."""
+    found = frame.side_data.get("DISPLAYMATRIX")
+    if found is None:
+        return False, False, False
+    a, b, _, c, d = np.frombuffer(bytes(found), "<i4")[:5] / 65536  # x' = a x + c y, y' = b x + d y
+    if not sorted((abs(a), abs(b))) == sorted((abs(c), abs(d))) == [0, 1] or abs(a) != abs(d):
+        raise Unsupported(f"{path}: is turned by no multiple of 90 degrees; encode it upright.")
+    return a == 0, b + d < 0, a + c < 0
+
+
+def frames_pyav(clip: Clip, times: list[float], size: tuple[int, int]) -> tuple[np.ndarray, list[int]]:
+    """Decodes in order from the first frame on, and scales those that are asked for. Never jumps: behind an open key
+    frame a jump lands frames late."""
+    from av.video.reformatter import VideoReformatter
+
+    out, numbers, scaler = np.empty((len(times), *size, 3), np.uint8), [], VideoReformatter()
+
+    def show(frame, k, until):
+        """Fills in frame k for all times that come before `until`."""
+        start = len(numbers)
+        while len(numbers) < len(times) and times[len(numbers)] + clip.slack < until:
+            numbers.append(k)
+        if len(numbers) > start:
+            swap, *flips = _turn(clip.path, frame)
+            height, width = size[::-1] if swap else size
+            pixels = scaler.reformat(frame, width, height, "rgb24", interpolation="BILINEAR", threads=1).to_ndarray()
+            pixels = pixels.swapaxes(0, 1) if swap else pixels
+            up, left = (slice(None, None, -1 if flip else 1) for flip in flips)
+            out[start : len(numbers)] = pixels[up, left]
+
+    with _opened(clip.path) as (file, stream):
+        last, zero, now = None, None, 0.0
+        for k, frame in enumerate(file.decode(stream)):
+            if file.format.name == "avi":  # holds no order of showing: frames come at its one rate
+                time = clip.stamps[min(k, len(clip.stamps) - 1)]
+            elif frame.pts is None:
+                raise Unsupported(f"{clip.path}: frame {k} has no time stamp; encode it anew.")
+            else:
+                zero = frame.pts if zero is None else zero
+                time = float((frame.pts - zero) * stream.time_base)
+            if time < now:
+                raise Unsupported(f"{clip.path}: time runs back at frame {k}; encode it anew.")
+            if frame.is_corrupt:
+                raise InputError(f"{clip.path}: is damaged at frame {k} ({time:.2f} s); copy it anew.")
+            if last is not None:
+                show(last, k - 1, time)
+            last, now = frame, time
+            if len(numbers) == len(times):
+                return out, numbers
+        if last is None:
+            raise InputError(f"{clip.path}: has no video frames.")
+        show(last, k, float("inf"))
+    return out, numbers
+
+
+def frames_decord(clip: Clip, times: list[float], size: tuple[int, int]) -> tuple[np.ndarray, list[int]]:
+    """The reader that the released code uses. It finds frames by number, so it gets plain files alone."""
+    from decord import DECORDError, VideoReader, cpu
+
+    if not clip.plain:
+        raise Unsupported(f"{clip.path}: --reader decord would misread it (its rate varies, it is cut or turned, its "
+                          "key frames are open, or its pixels not square); leave the flag out.")
+    numbers = [max(0, int(np.searchsorted(clip.stamps, time + clip.slack, "right")) - 1) for time in times]
+    try:
+        reader = VideoReader(clip.path, ctx=cpu(0), width=size[1], height=size[0], num_threads=1)
+        starts = reader.get_frame_timestamp(range(len(reader)))[:, 0]  # read from the index, nothing is decoded yet
+        if len(reader) != len(clip.stamps) or np.abs(starts - starts[0] - clip.stamps).max() > 2e-3:
+            raise Unsupported(f"{clip.path}: decord takes other time stamps than FFmpeg; leave out --reader decord.")
+        return reader.get_batch(numbers).asnumpy(), numbers
     except (DECORDError, RuntimeError, IndexError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(f"{path}: is broken or not a video ({reason.strip()[-120:]}).") from error
-    return frames, source_fps, total, indices
+        raise Unsupported(f"{clip.path}: decord cannot read it ({first_line(error)[-120:]}).") from error
 
 
-def resize(frames: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
+# ---------------------------------------------------------------------------------------------------------------
+# 2. Frames in memory
+# ---------------------------------------------------------------------------------------------------------------
+def from_memory(video):
+    """Frames in memory -> a tensor (F, H, W, 3), uint8 or float in [0, 1]. InputError for any other shape or range.
+
+    video: such an array or tensor, or a list of images. A VAE's -1..1, or floats up to 255, would be clipped to another
+    picture, and get a plausible reward.
+    """
+    import torch
+
+    try:
+        if isinstance(video, (list, tuple)):
+            images = [image.convert("RGB") if hasattr(image, "convert") else image for image in video]
+            video = np.stack([np.asarray(image) for image in images])
+        frames = torch.as_tensor(video)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"a video must be a path, an array (F, H, W, 3) or a list of images of one size; this is a "
+                         f"{type(video).__name__} ({first_line(error)}).") from error
+    if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
+        raise InputError(f"frames of shape {tuple(frames.shape)}: (F, H, W, 3) is needed, F >= 1.")
+    if frames.dtype != torch.uint8:
+        if frames.dtype == torch.bool or frames.is_complex():
+            raise InputError(f"frames of type {frames.dtype}: uint8, or floats in [0, 1], are needed.")
+        low, high = frames.min().item(), frames.max().item()
+        if frames.is_floating_point() and not (-1e-3 <= low <= high <= 1 + 1e-3):  # nan fails every comparison
+            raise InputError(f"frames hold floats from {low:g} to {high:g}: [0, 1] is needed; a VAE's -1..1 becomes it "
+                             "by x / 2 + .5, 0..255 by x / 255.")
+        if not frames.is_floating_point() and not 0 <= low <= high <= 255:
+            raise InputError(f"frames hold integers from {low} to {high}: 0 to 255 is needed; scale them.")
+    return frames
+
+
+def resize(frames, size: tuple[int, int]) -> np.ndarray:
     """Frames in memory (F, H, W, 3), uint8 or float in [0, 1] -> uint8 of `size` (H, W), antialiased as a file is."""
+    import torch  # here: a process that only decodes starts in a third of a second without it
+
     if frames.is_floating_point():
         frames = (frames.clamp(0, 1) * 255).round()
     resized = torch.nn.functional.interpolate(
@@ -69,9 +252,9 @@ def resize(frames: torch.Tensor, size: tuple[int, int]) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 2. Sampled frames on disk, so that a clip that is used in every epoch is decoded once
+# 3. Sampled frames on disk, so that a clip that is used in every epoch is decoded once
 # ---------------------------------------------------------------------------------------------------------------
-VERSION = 2  # of how frames are sampled: a change there must not find old frames
+VERSION = 3  # of how frames are sampled: a change there must not find old frames
 
 
 class FrameCache:
@@ -94,7 +277,8 @@ class FrameCache:
             return vars(decode(path, fps, max_pixels))  # for its message
         info = os.stat(path)
         clip = os.path.abspath(path), info.st_size, info.st_mtime_ns
-        key = hashlib.sha256(repr((clip, fps, max_pixels, VERSION)).encode())
+        reader = os.environ.get("DESCORE_READER", "pyav")
+        key = hashlib.sha256(repr((clip, fps, max_pixels, reader, VERSION)).encode())
         file = os.path.join(self.folder, key.hexdigest()[:32] + ".npz")
         try:
             with np.load(file) as saved:

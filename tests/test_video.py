@@ -1,22 +1,155 @@
-"""Clips that are missing, broken or huge: one sentence with the path."""
+"""What a player shows at 0, 1/fps, 2/fps, ... s is what the model gets; a clip that cannot be read is one sentence."""
 
 import pathlib
+import pickle
+import time
 
 import av
-import decord
 import numpy as np
 import pytest
 
 import data
-from plumbing import video
+from plumbing import decoder, video
 from plumbing.settings import InputError
+from tests import clips
+
+X265 = {"x265-params": "log-level=none:keyint=48"}
+EVERY_12 = list(range(0, 240, 12))  # 24 frames a second, seen at 2
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "text", "truncated", "tail zeroed", "audio", "directory"])
+def numbers(path, fps=2.0):
+    """The numbers of the frames that the model gets, without the one that is repeated to make them even."""
+    sampled = data.sample_frames(str(path), fps)
+    assert [i / sampled.source_fps for i in sampled.frame_indices] == pytest.approx(
+        [min(k, sampled.total_num_frames - 1) / fps for k in range(len(sampled.frames))])
+    return [clips.number(frame) for frame in sampled.frames[: sampled.total_num_frames]]
+
+
+def on_screen(ticks, fps=2.0):
+    """From the definition: the last frame whose time has come, at each k / fps up to the end."""
+    times = [(tick - ticks[0]) / 600 for tick in ticks]
+    seconds, shown = 2 * times[-1] - times[-2], []
+    while len(shown) / fps < seconds - 1e-6:
+        shown.append(max(k for k, t in enumerate(times) if t <= len(shown) / fps + 1e-3))
+    return shown
+
+
+def test_plain_clips_and_the_times_between_frames(tmp_path):
+    plain = clips.write(tmp_path / "plain.mp4", 240)
+    assert numbers(plain) == EVERY_12 and numbers(plain, 5.0) == [int(k * 4.8 + 1e-6) for k in range(50)]
+    assert numbers(clips.write(tmp_path / "webm.webm", 90, 30, "libvpx-vp9")) == [0, 15, 30, 45, 60, 75]
+    assert numbers(clips.write(tmp_path / "mkv.mkv", 90, 30), 3.0) == list(range(0, 90, 10))  # stamps: 333, 667 ms
+    ntsc = clips.write(tmp_path / "ntsc.mkv", 90, clips.Fraction(30000, 1001))
+    assert numbers(ntsc) == [0, 14, 29, 44, 59, 74, 89]  # frame 15 comes at .5005 s
+
+
+def test_a_cut_without_re_encoding_begins_where_the_player_begins(tmp_path):
+    plain = clips.write(tmp_path / "plain.mp4", 240)
+    assert numbers(clips.cut(plain, tmp_path / "front.mp4", 3.0)) == list(range(72, 240, 12))
+    assert numbers(clips.cut(plain, tmp_path / "both.mp4", 1.25, 4.0)) == list(range(30, 144, 12))
+    h265 = clips.write(tmp_path / "hevc.mp4", 144, codec="libx265", options=X265)
+    assert numbers(clips.cut(h265, tmp_path / "hevc_cut.mp4", 3.0)) == list(range(72, 144, 12))
+
+
+@pytest.mark.parametrize("name, codec", [("x.mp4", "libx264"), ("x.mkv", "libx264"), ("x.webm", "libvpx-vp9"),
+                                         ("x.mp4", "mpeg4")])
+def test_a_varying_rate(tmp_path, name, codec):
+    ticks = clips.UNEVEN
+    assert on_screen(ticks) == [0, 12, *range(13, 24)]
+    assert numbers(clips.write(tmp_path / name, 24, 30, codec, ticks=ticks)) == on_screen(ticks)
+    held = [0, 20, 40, 1200, 1220, 2400, 2700]  # a still of two seconds, then another
+    assert numbers(clips.write(tmp_path / f"held_{name}", 7, 30, codec, ticks=held)) == on_screen(held)
+    late = [tick + 600 for tick in ticks]  # the first frame comes at 1 s: the clip begins with it
+    assert numbers(clips.write(tmp_path / f"late_{name}", 24, 30, codec, ticks=late)) == on_screen(ticks)
+
+
+def test_open_key_frames_and_avi(tmp_path):
+    assert numbers(clips.write(tmp_path / "hevc.mp4", 144, codec="libx265", options=X265)) == EVERY_12[:12]
+    open_groups = {"g": "24", "x264-params": "open-gop=1:bframes=3:scenecut=0"}
+    assert numbers(clips.write(tmp_path / "open.mp4", 144, options=open_groups)) == EVERY_12[:12]
+    # AVI has no display times: its frames come one after the other
+    b_frames = {"g": "24", "bf": "2"}
+    assert numbers(clips.write(tmp_path / "mpeg4.mp4", 144, codec="mpeg4", options=b_frames)) == EVERY_12[:12]
+    assert numbers(clips.write(tmp_path / "x.avi", 144, options={"g": "48"})) == EVERY_12[:12]
+    assert numbers(clips.write(tmp_path / "y.avi", 144, codec="mpeg4")) == EVERY_12[:12]
+
+
+def test_av1_and_gif_are_read(tmp_path):
+    assert numbers(clips.write(tmp_path / "av1.mp4", 48, codec="libsvtav1")) == [0, 12, 24, 36]
+    assert numbers(clips.write(tmp_path / "x.gif", 40, 20, "gif", pix_fmt="rgb8")) == [0, 10, 20, 30]
+
+
+def test_pixels_that_are_not_square_and_clips_that_are_turned(tmp_path):
+    """The target size comes from the displayed shape; the picture is upright, and may be mirrored."""
+    wide = clips.write(tmp_path / "wide.mp4", 48, pixel=2)
+    assert data.sample_frames(wide).frames.shape[1:3] == (96, 320) and numbers(wide) == [0, 12, 24, 36]
+    tall = clips.write(tmp_path / "tall.mp4", 24, pixel="1/2")
+    assert data.sample_frames(tall).frames.shape[1:3] == (96, 64)  # displayed 80 wide
+    for name, undo, matrix in (
+        ("quarter", lambda x: np.rot90(x), (0, 1, -1, 0)),  # stored turned left, shown turned right: as phones do
+        ("three quarters", lambda x: np.rot90(x, 3), (0, -1, 1, 0)),
+        ("half", lambda x: np.rot90(x, 2), (-1, 0, 0, -1)),
+        ("mirror", lambda x: x[:, ::-1], (-1, 0, 0, 1)),
+    ):
+        stored = clips.write(tmp_path / f"{name}_stored.mp4", 48, turn=undo)
+        turned = clips.set_matrix(stored, tmp_path / f"{name}.mp4", *matrix)
+        assert numbers(turned) == [0, 12, 24, 36], name
+        frames = data.sample_frames(turned).frames
+        assert frames.shape[1:3] == (96, 160)
+        assert np.abs(frames[1].astype(int) - clips.picture(12)).mean() < 8, name
+    slanted = clips.set_matrix(stored, tmp_path / "slanted.mp4", 2, 1, -1, 2)
+    with pytest.raises(video.Unsupported, match="no multiple of 90 degrees"):
+        data.sample_frames(slanted)
+
+
+def test_a_probe_counts_as_many_frames_as_are_decoded(tmp_path):
+    plain = clips.write(tmp_path / "plain.mp4", 100)
+    for path in (plain, clips.cut(plain, tmp_path / "cut.mp4", 1.7), clips.write(tmp_path / "x.avi", 50),
+                 clips.write(tmp_path / "v.mkv", 24, 30, ticks=clips.UNEVEN)):
+        probe, whole = data.sample_frames(path, decode=False), data.sample_frames(path)
+        assert probe.frames.shape == whole.frames.shape and probe.metadata() == whole.metadata()
+        assert not probe.frames.any() and probe.frames.base.nbytes == 1
+
+
+def test_decord_is_the_twin_on_plain_clips_and_refuses_the_rest(tmp_path, monkeypatch, tiny_clips):
+    """Same frames; pixels within what two scalers differ by. What it would misread is refused by its name."""
+    plain = clips.write(tmp_path / "plain.mp4", 240)
+    times = [k / 2 for k in range(20)]
+    for path, size in [(plain, (96, 160)), (plain, (64, 96)), (tiny_clips[0], (64, 64))]:
+        clip = video.read_header(path)
+        ours, theirs = video.frames_pyav(clip, times[:8], size), video.frames_decord(clip, times[:8], size)
+        assert clip.plain and ours[1] == theirs[1]
+        assert np.abs(ours[0].astype(int) - theirs[0]).mean() < 2
+    monkeypatch.setenv("DESCORE_READER", "decord")
+    assert numbers(plain) == EVERY_12
+    mirrored = clips.set_matrix(plain, tmp_path / "mirrored.mp4", -1, 0, 0, 1)
+    for path in (clips.cut(plain, tmp_path / "cut.mp4", 3.0), mirrored, clips.write(tmp_path / "x.avi", 144),
+                 clips.write(tmp_path / "v.mp4", 24, 30, ticks=clips.UNEVEN),
+                 clips.write(tmp_path / "v.mkv", 24, 30, ticks=clips.UNEVEN),
+                 clips.write(tmp_path / "hevc.mp4", 144, codec="libx265", options=X265),
+                 clips.write(tmp_path / "wide.mp4", 48, pixel=2),
+                 clips.write(tmp_path / "av1.mp4", 48, codec="libsvtav1")):
+        with pytest.raises(video.Unsupported, match="decord") as error:
+            data.sample_frames(path)
+        assert path in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "text", "truncated", "truncated index first",
+                                  "truncated.mkv", "truncated.webm", "truncated.avi", "zeros.mkv", "zeros.webm",
+                                  "zeros.avi", "tail zeroed", "audio", "directory"])
 def test_bad_videos_are_one_sentence(kind, tmp_path, tiny_clips):
     path, good = tmp_path / "x.mp4", pathlib.Path(tiny_clips[0]).read_bytes()
     if kind == "directory":
         path.mkdir()
+    elif kind == "truncated index first":
+        good = pathlib.Path(clips.write(path, 99, movflags="faststart")).read_bytes()
+        path.write_bytes(good[: len(good) // 2])
+    elif "." in kind:
+        path = tmp_path / kind
+        clips.write(path, 99, codec="libvpx-vp9" if "webm" in kind else "libx264")
+        good = path.read_bytes()
+        half = len(good) // 2
+        path.write_bytes(good[:half] if "truncated" in kind else good[:half] + bytes(400) + good[half + 400 :])
     elif kind == "audio":
         with av.open(str(path), "w") as file:
             stream = file.add_stream("aac", rate=16000)
@@ -30,13 +163,35 @@ def test_bad_videos_are_one_sentence(kind, tmp_path, tiny_clips):
     with pytest.raises(InputError) as error:
         data.sample_frames(str(path))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert not isinstance(error.value, video.Unsupported)
 
 
-def test_a_clip_that_claims_to_be_huge_is_refused_before_it_is_decoded(tiny_clips, monkeypatch):
-    monkeypatch.setattr(decord.VideoReader, "__len__", lambda self: 10**9)
-    with pytest.raises(InputError, match="over 512 frames"):
-        data.sample_frames(tiny_clips[0])
-    monkeypatch.undo()
+def test_a_clip_that_claims_to_be_huge_is_refused_before_it_is_decoded(tmp_path, tiny_clips, monkeypatch):
+    long = clips.write(tmp_path / "long.mkv", 3, ticks=[0, 20, 600 * 10**5])
+    with pytest.raises(InputError, match="long.mkv: 200000 s at 2.0 fps is over 512 frames"):
+        data.sample_frames(long)
     monkeypatch.setattr(video, "MAX_SIDE", 32)
     with pytest.raises(InputError, match="64 x 64 pixels"):
-        data.sample_frames(tiny_clips[0])
+        video.read_header(tiny_clips[0])
+
+
+# -- no file may hold a process for ever ----------------------------------------------------------------------------
+def test_a_reader_that_does_not_come_back_is_ended_and_the_next_file_is_read(tmp_path, tiny_clips, monkeypatch):
+    monkeypatch.setattr(video, "read_header", clips.sleeps)
+    bad = tmp_path / "sleeps.mp4"
+    bad.write_bytes(pathlib.Path(tiny_clips[0]).read_bytes())
+    began = time.monotonic()
+    with pytest.raises(InputError, match="sleeps.mp4: not decoded within 0.5 s"):
+        data.sample_frames(str(bad), limit=0.5)
+    assert time.monotonic() - began < 20 and len(data.sample_frames(tiny_clips[0]).frames) == 8
+
+
+def test_a_decoder_that_crashes_is_an_error_of_its_file(tiny_clips):
+    import os
+
+    with pytest.raises(InputError, match="x.mp4: the decoder ended with code 3"):
+        decoder.bounded(9.0, "x.mp4", os._exit, 3)
+    with pytest.raises(ZeroDivisionError):  # a bug stays one
+        decoder.bounded(9.0, "x.mp4", divmod, 1, 0)
+    assert len(data.sample_frames(tiny_clips[0]).frames) == 8
+    assert isinstance(pickle.loads(pickle.dumps(video.Unsupported("AV1"))), video.Unsupported)

@@ -27,7 +27,7 @@ def show(pair: PreferencePair, processor, fps: float, max_pixels: int) -> list[V
         text = processor.tokenizer.decode(inputs["input_ids"])
         text = re.sub(r"(<\|video_pad\|>)+", lambda m: f"<|video_pad|> x {m.group().count('pad')}", text)
         print(
-            f"--- {path}: {video.total_num_frames} frames at {video.source_fps:.2f} fps -> {len(video.frames)} frames "
+            f"--- {path}: {video.total_num_frames / fps:.2f} s -> {len(video.frames)} frames "
             f"of {video.frames.shape[1]} x {video.frames.shape[2]} at {fps} fps = {num_video} video tokens of "
             f"{len(inputs['input_ids'])} prompt tokens; CoT {len(cot_ids)} tokens"
         )

@@ -17,7 +17,6 @@ computed: lab/serve/README.md. Needs requirements-wan.txt.
 
 import contextlib
 import dataclasses
-import math
 import os
 import random
 
@@ -43,7 +42,7 @@ from plumbing.settings import (
     write_jsonl,
     written_whole,
 )
-from plumbing.video import read_clip, resize
+from plumbing.video import open_clip
 
 FPS = 16.0  # of Wan's clips
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -199,12 +198,10 @@ class Wan:
     def encode(self, path: str) -> torch.Tensor:
         """The first frames of a video file -> latents."""
         s = self.s
-        wide = math.ceil(s.width / 32) * 32  # decord scales to multiples of 32 only
-        frames, _, total, _ = read_clip(path, 1.0, lambda total, _: list(range(min(total, s.frames))),
-                                        lambda height, width: (s.height, wide), decode=True)
-        if total < s.frames:
-            raise InputError(f"{path}: has {total} frames, and --frames {s.frames} are needed; lower it.")
-        frames = frames if wide == s.width else resize(torch.from_numpy(frames), (s.height, s.width))
+        clip = open_clip(path)
+        if len(clip.stamps) < s.frames:
+            raise InputError(f"{path}: has {len(clip.stamps)} frames, and --frames {s.frames} are needed; lower it.")
+        frames, _ = clip.frames(clip.stamps[: s.frames], (s.height, s.width))
         pixels = torch.from_numpy(frames).to(self.device, self.pipe.vae.dtype).permute(3, 0, 1, 2)[None] / 127.5 - 1
         mean, std = self.latent_scale()
         return (self.pipe.vae.encode(pixels).latent_dist.mode().float() - mean) / std
