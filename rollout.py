@@ -26,6 +26,7 @@ from plumbing.checkpoint import load_backbone
 from plumbing.formats import write_cots
 from plumbing.jobs import Item, Phase, claim_out, readable_pairs, task_seed, write_skipped
 from plumbing.settings import InputError, arg, cli, parse, rollout_flags
+from plumbing.video import READERS
 from plumbing.vllm_engine import VLLMEngine, require_room
 from rules import extract_answer
 
@@ -233,7 +234,7 @@ def open_batch(batch: list[Item], s, phase: Phase, tokenizer) -> list[tuple[Item
     """The items with their sampled frames. A broken video or an endless prompt is refused here, before any work is
     done on the batch, so that one bad item costs the others nothing.
 
-    Decoded by as many threads as this rank has cores: decord works outside Python's lock.
+    Decoded by as many threads as this rank has cores: each in a process of its own.
     """
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         videos = list(pool.map(frames_or_error, batch, [s] * len(batch)))
@@ -297,6 +298,7 @@ class ThinkingSettings:
         12288, "prompt + CoT tokens that vLLM takes at most; a video with more is refused", at_least=1)
     engine_tp: int = arg(1, "tensor parallel vLLM: ranks that hold one engine together", at_least=1)
     max_new_tokens: int = arg(4096, "CoT tokens at most (paper: 4096)", at_least=1)
+    reader: str = arg("pyav", "of video files; decord (the paper's) takes plain ones of constant rate", READERS)
     skip_bad_videos: bool = arg(False, "leave out what cannot be read; skipped.jsonl in the output folder lists it")
     seed: int = arg(0, "decides the sampled CoTs", at_least=0)
 

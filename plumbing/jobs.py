@@ -11,6 +11,7 @@ import typing
 import numpy as np
 
 from plumbing.settings import InputError, first_line, write_json, write_jsonl
+from plumbing.video import Unsupported
 
 
 def task_seed(*parts) -> int:
@@ -97,7 +98,8 @@ class Phase:
         """A bad item: left out and listed with --skip-bad-videos, else the end, with its line named."""
         if not self.skip:
             raise InputError(f"line {item.line}: {error}") from error
-        self.skipped.append({**item._asdict(), "error": str(error)})
+        unsupported = isinstance(error, Unsupported)
+        self.skipped.append({**item._asdict(), "error": str(error), "unsupported": unsupported})
         self.bar.update(1)
 
     def finish(self) -> tuple[dict, list[dict]]:
@@ -111,6 +113,8 @@ def write_skipped(out: str, skipped: list[dict], ranks) -> None:
     """OUT/skipped.jsonl: what this run left out."""
     if ranks.is_main:
         write_jsonl(os.path.join(out, "skipped.jsonl"), skipped)
+        if count := sum(record["unsupported"] for record in skipped):
+            print(f"{count} of {len(skipped)} skipped videos are unsupported by the reader, not broken")
 
 
 def identity(model: str) -> str:
@@ -140,7 +144,8 @@ def identity(model: str) -> str:
 
 def claim_out(out: str, s, ranks) -> None:
     """COLLECTIVE: refuses a folder that holds results of another model or other settings; they must not be mixed."""
-    names = ("think", "thoughts", "max_new_tokens", "temperature", "engine", "fps", "max_pixels", "dtype", "seed")
+    names = ("think", "thoughts", "max_new_tokens", "temperature", "engine", "fps", "reader", "max_pixels", "dtype",
+             "seed")
     now, path = {"model": identity(s.model)} | {n: getattr(s, n) for n in names}, os.path.join(out, "settings.json")
     if ranks.is_main:
         if read_log(out, "thoughts") or read_log(out, "rewards"):
@@ -161,7 +166,7 @@ def readable_pairs(pairs: list, settings, ranks, sample_frames) -> list:
     broken one when its turn comes.
     """
     paths = sorted({path for pair in pairs for path in pair.videos})
-    bad = {path: "no such file" for path in paths if not os.path.isfile(path)}
+    bad = {path: ("no such file", False) for path in paths if not os.path.isfile(path)}
     if not settings.skip_bad_videos:
         for pair in pairs:
             if path := next((path for path in pair.videos if path in bad), None):
@@ -172,13 +177,14 @@ def readable_pairs(pairs: list, settings, ranks, sample_frames) -> list:
         try:
             sample_frames(path, settings.fps, settings.max_pixels)
         except InputError as error:
-            found.append((path, str(error)))
+            found.append((path, (str(error), isinstance(error, Unsupported))))
     bad.update(ranks.gather_objects(found))
     kept = [pair for pair in pairs if not bad.keys() & set(pair.videos)]
     if ranks.is_main and bad:
-        records = [{"video": path, "reason": reason} for path, reason in sorted(bad.items())]
+        records = [{"video": path, "reason": why, "unsupported": kind} for path, (why, kind) in sorted(bad.items())]
         write_jsonl(os.path.join(settings.out, "skipped.jsonl"), records, add=True)
-        print(f"skipped {len(pairs) - len(kept)} pairs with {len(bad)} bad videos; see {settings.out}/skipped.jsonl")
+        print(f"skipped {len(pairs) - len(kept)} pairs with {len(bad)} bad videos ({sum(k for _, k in bad.values())} "
+              f"unsupported, not broken); see {settings.out}/skipped.jsonl")
     if not kept:
         raise InputError("no pair is left with two readable videos.")
     return kept

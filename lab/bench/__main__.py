@@ -201,8 +201,8 @@ def rollout(world) -> list[dict]:
 
 
 def decode(world) -> list[dict]:
-    """A rendered 720p clip -> the model's frames: decord straight at the target size (data.sample_frames), or at full
-    size and then resized. "differs": mean |pixel - ours| of 255."""
+    """A rendered 720p clip -> the model's frames: straight at the target size (data.sample_frames), or by decord
+    at full size and then resized. "differs": mean |pixel - ours| of 255."""
     from decord import VideoReader, cpu
 
     rng, fps, seconds = np.random.default_rng(world.settings.seed), 24, 2 if world.settings.quick else 5

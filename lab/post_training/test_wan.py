@@ -18,6 +18,7 @@ import data  # noqa: E402
 import losses  # noqa: E402
 import parallel  # noqa: E402
 from lab.post_training import wan  # noqa: E402
+from plumbing.video import open_clip  # noqa: E402
 from tests.conftest import refuses, run  # noqa: E402
 
 PROMPTS = ["a red circle moves left", "a blue square stands still"]
@@ -84,7 +85,7 @@ def test_a_clip_s_latents_are_scaled_as_wan_s(processor, tiny_clips):
     made = tiny_wan(processor, frames=5, width=32)
     latents, config = made.encode(tiny_clips[0]), made.pipe.vae.config
     mean, std = (torch.tensor(v).view(1, 16, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
-    frames = data.read_clip(tiny_clips[0], 1.0, lambda total, fps: range(5), lambda h, w: (16, 32), True)[0]
+    frames = open_clip(tiny_clips[0]).frames([k / 4 for k in range(5)], (16, 32))[0]  # 4 fps
     pixels = torch.from_numpy(frames).permute(3, 0, 1, 2)[None] / 255 * 2 - 1
     assert torch.allclose(latents * std + mean, made.pipe.vae.encode(pixels).latent_dist.mode(), atol=1e-4)
     with pytest.raises(data.InputError, match="--frames 401"):

@@ -9,6 +9,7 @@ import os
 
 import data
 from plumbing.settings import InputError, first_line
+from plumbing.video import Unsupported
 
 VIDEO_TYPES = (".mp4", ".webm", ".mov", ".avi", ".mkv", ".gif")
 
@@ -105,6 +106,8 @@ class Videos:
         if self.check:
             try:
                 data.sample_frames(found[0], decode=False)
+            except Unsupported:
+                return None, "video is unsupported, not broken"
             except InputError:
                 return None, "video cannot be read"
         return found[0], ""
