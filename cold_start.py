@@ -236,10 +236,9 @@ def main(argv=None) -> None:
     claim_run(settings, ranks)
     pairs = prepare_pairs(settings.data, settings, ranks, need_cots=True)
     val_pairs = prepare_pairs(settings.val, settings, ranks, need_cots=False) if settings.val else []
-    how = {"empty": ranks.world > 1, "random_init": settings.random_init}
     dtype = parallel.load_dtype(settings.train, ranks)
     # new_head: the base model has none, so query and head start from scratch; stage 2 will insist on them.
-    model = DeScore.from_pretrained(settings.model, dtype=dtype, new_head=True, **how)
+    model = DeScore.from_pretrained(settings.model, dtype=dtype, new_head=True, empty=ranks.world > 1)
     pairs = fitting_pairs(pairs, model.processor, settings, ranks, sequence_lengths)  # before hours of training
     if val_pairs:
         val_pairs = fitting_pairs(val_pairs, model.processor, settings, ranks, sequence_lengths)

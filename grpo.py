@@ -5,14 +5,15 @@
     laptop   python grpo.py --data runs/data/train_rl.csv --model runs/stage1/model ...   (STAGE2 in the Makefile)
     8 GPUs   torchrun --nproc_per_node 8 grpo.py --model runs/stage1/model --data train_rl.csv --engine vllm
 
-The defaults are the paper's. The loop in `train` is the paper's algorithm, step by step:
+The defaults are the paper's. The loop in `train` is the paper's algorithm, step by step, and the file goes on in its
+order; mini.py is the same on one page:
 
     1 draw pairs      2 generate: G CoTs for each of the two videos      3 rollout rewards, by rules only
     4 group advantages      5 old and reference log-probs      6 update: one forward gives GRPO + KL + BT
     7 hand the new weights to the rollout engine      8 log
 
-What to expect: `rollout_reward` and `quality` rise slowly; `pair_accuracy` must not fall. `grpo_loss` stays near 0 and
-`ratio_max` at 1 while there is one update per rollout batch: that is right, see losses.grpo_loss.
+What to expect: `rollout_reward` and `quality` rise slowly; `pair_accuracy` must not fall. `grpo_loss` near 0 and
+`ratio_max` 1 are right: losses.grpo_loss says why.
 
 The two objectives are independent: the rules never see the head's score, and no gradient of the GRPO
 loss reaches the head, because log-probs do not pass through it.
@@ -28,24 +29,13 @@ import parallel
 from layout import lay_out
 from losses import bt_loss, group_advantages, grpo_loss, kl_to_reference
 from model import DeScore, to_device
-from plumbing.checkpoint import SETTINGS_FILE, save_model
+from plumbing import logs
 from plumbing.jobs import readable_pairs, task_seed
-from plumbing.logs import (
-    GRPO_PANELS,
-    Sums,
-    draw_curves,
-    engine_gap,
-    grpo_line,
-    grpo_metrics,
-    note_update,
-    reward_scale,
-    write_samples,
-)
 from plumbing.resume import claim_run, require_finite
 from plumbing.settings import annotated_pairs, arg, cli, grpo_flags, parse
-from plumbing.training import CommonSettings, Run
+from plumbing.training import CommonSettings, Run, save_run
 from rollout import decode_cot, make_engine
-from rules import RolloutReward, coupled_rewards, rollout_reward
+from rules import RolloutReward, rollout_reward
 
 
 @dataclasses.dataclass
@@ -56,12 +46,12 @@ class Settings(CommonSettings):
     data: str = arg(None, "training pairs with true verdicts: a CSV in DeScore's RL format")
     max_pixels: int = arg(307_200, "pixels per frame at most (paper, stage 2: 307,200)", at_least=1024)
     # model
-    model: str = arg(None, "a DeScore folder: OUT/model of stage 1; with --objective preference also a base model")
+    model: str = arg(None, "a DeScore folder: OUT/model of stage 1")
     train: str = arg("full", "what of the LLM is trained (paper: full)", choices=["lora", "full"])
     # rollouts
-    rollouts: int = arg(8, "G, CoTs sampled per video (paper: 8)", at_least=1)
+    rollouts: int = arg(8, "G, CoTs sampled per video (paper: 8)", at_least=2)
     max_new_tokens: int = arg(4096, "tokens per CoT at most (paper: 4096)", at_least=1)
-    temperature: float = arg(1.0, "sampling temperature (paper: 1)", at_least=0)
+    temperature: float = arg(1.0, "of sampling, and so of all log-probs (paper: 1)", above=0)
     engine: str = arg("transformers", "who samples; vllm for real models", choices=["transformers", "vllm"])
     engine_memory: float = arg(
         0.4, "share of a GPU's memory that vLLM may use; it sleeps during the update", above=0, at_most=1)
@@ -69,9 +59,6 @@ class Settings(CommonSettings):
     engine_max_len: int = arg(12288, "prompt + CoT tokens that vLLM takes at most; more is an error", at_least=1)
     rows_per_batch: int = arg(64, "CoTs the transformers engine samples at a time", at_least=1)
     # rollout reward
-    objective: str = arg(
-        "rules", "R_qual: rules (the paper's verdicts), or preference: the stated score ranks the pair as people did; "
-        "a coupled generative model, with --bt-coef 0, from the base model", ["rules", "preference"])
     weight_quality: float = arg(0.7, "weight of R_qual (paper: .7)", at_least=0)
     weight_format: float = arg(0.1, "weight of R_fmt (paper: .1)", at_least=0)
     weight_length: float = arg(0.2, "weight of R_len (paper: .2)", at_least=0)
@@ -83,8 +70,6 @@ class Settings(CommonSettings):
     clip_dual: float = arg(3.0, "dual clip for negative advantages (EasyR1's default: 3)", above=1)
     kl_coef: float = arg(
         1e-5, "weight of the KL to the start of this stage (paper's launch script: 1e-5); 0: no reference", at_least=0)
-    engine_cap: float = arg(
-        0.0, "weighs a token's loss by min(trainer / engine probability, this); 0: off (not in the paper)", at_least=0)
     bt_coef: float = arg(
         5e-3, "weight of BT over rollouts, Eq. 10 (paper: 5e-3); 0 switches BT off; rewards then drift", at_least=0)
     # optimisation
@@ -101,22 +86,27 @@ class Settings(CommonSettings):
     out: str = arg("runs/stage2", "output folder")
     save_every: int = arg(10, "rollout batches between checkpoints; 0: only at the end", at_least=0)
 
+    @property
+    def on_policy(self) -> bool:
+        """One update per rollout batch: the policy that is updated IS the one that sampled."""
+        return self.mini_pairs == self.batch_pairs
 
-# ---------------------------------------------------------------------------------------------------------------
-# One pair's rollouts, kept together so that nothing can land on the wrong rollout (docs/differences.md, row 5)
-# ---------------------------------------------------------------------------------------------------------------
+
 @dataclasses.dataclass
-class Rollouts:
-    """All that belongs to one pair. The first index is the video (0 = A, 1 = B), the second the rollout i = 0..G-1."""
+class PairRollouts:
+    """All that belongs to ONE pair, so that nothing can land on another one's rollout (docs/differences.md, row 5).
+
+    The first index is the video (0 = A, 1 = B), the second the rollout i = 0..G-1. The steps fill it in their order.
+    """
 
     pair: data.PreferencePair
     prefixes: list[dict]  # [2]
     cots: list[list[list[int]]]  # [2][G] token ids
+    engine_log_probs: list[list[list[float]] | None] = (None, None)  # [2][G][token], if the engine tells
     rule_rewards: list[list[RolloutReward]] = None  # [2][G]
     advantages: torch.Tensor = None  # (2, G)
-    engine_log_probs: list[list[list[float]] | None] = (None, None)  # [2][G][token], if the engine tells
-    old: torch.Tensor = None  # (2G, T) log-probs when sampled, if they differ from the current ones
-    reference: torch.Tensor = None  # (2G, T) log-probs under the reference
+    old: torch.Tensor = None  # (2G, T) log-probs before the batch's first update; on-policy nobody asks for them
+    reference: torch.Tensor = None  # (2G, T) log-probs under the reference; None with --kl-coef 0
     video_features: object = None  # what the frozen tower saw, from the first pass of a step to its last
 
     @property
@@ -132,153 +122,19 @@ class Rollouts:
         return {**dataclasses.asdict(self.pair), "cots": self.cots, "advantages": self.advantages.tolist()}
 
 
-def generate(items, engine, settings, step) -> list[Rollouts]:
-    """2: G CoTs for each of the two videos of each pair."""
-    prefixes = [prefix for _, both in items for prefix in both]
-    seeds = [[task_seed(settings.seed, step, pair.line, video, i) for i in range(settings.rollouts)]
-             for pair, _ in items for video in (0, 1)]  # each CoT's own: the sample does not depend on its batch-mates
-    cots = engine.generate(prefixes, seeds, settings.max_new_tokens, settings.temperature)
-    log_probs = getattr(engine, "log_probs", None) or [None] * len(cots)  # as the engine saw them, if it tells
-    rollouts = []
-    for n, (pair, both) in enumerate(items):
-        a_and_b = slice(2 * n, 2 * n + 2)  # the pair's two videos among all
-        rollouts.append(Rollouts(pair, both, cots[a_and_b], engine_log_probs=log_probs[a_and_b]))
-    return rollouts
-
-
-def rule_rewards(rollouts: Rollouts, tokenizer, settings) -> list[list[RolloutReward]]:
-    """3: rollout rewards [2][G] by the rules, each video against its own true verdicts."""
-    weights = settings.weight_quality, settings.weight_format, settings.weight_length
-    span = settings.length_low, settings.length_high
-    annotations = rollouts.pair.annotation_a, rollouts.pair.annotation_b
-    return [
-        [rollout_reward(decode_cot(tokenizer, cot), len(cot), truth, weights, span) for cot in row]
-        for row, truth in zip(rollouts.cots, annotations, strict=True)
-    ]
-
-
-def preference_rewards(rollouts: Rollouts, tokenizer, settings) -> list[list[RolloutReward]]:
-    """3, --objective preference: rollout rewards [2][G] by who won; no verdict is needed. See rules.coupled_rewards."""
-    weights = settings.weight_quality, settings.weight_format, settings.weight_length
-    span = settings.length_low, settings.length_high
-    texts = [[(decode_cot(tokenizer, cot), len(cot)) for cot in row] for row in rollouts.cots]
-    return coupled_rewards(*texts, rollouts.pair.label, weights, span)
-
-
-REWARDS = {"rules": rule_rewards, "preference": preference_rewards}  # --objective
-
-
-def lay_out_pair(model, rollouts: Rollouts, settings) -> dict:
-    """The tensors of a pair's ONE forward, CoTs ordered A_1..A_G, B_1..B_G.
-
-    Packed: two rows, each a prefix and its G CoTs. Plain: a row per CoT.
-    """
-    if settings.packing:
-        batch = lay_out(model.backbone, rollouts.prefixes, rollouts.cots)
-    else:
-        prefixes = [prefix for prefix, row in zip(rollouts.prefixes, rollouts.cots) for _ in row]
-        batch = lay_out(model.backbone, prefixes, [[cot] for row in rollouts.cots for cot in row])
-    return to_device(batch, model.query.device)
-
-
-@torch.no_grad()
-def log_probs_now(model, rollouts: Rollouts, settings, ranks) -> torch.Tensor:
-    """COLLECTIVE under FSDP. 5: the log-probs (2G, T) of a pair's rollouts under the model as it is.
-
-    The tower is frozen in stage 2, so what it saw is kept for the next pass, of the policy or of the reference.
-    """
-    with ranks.autocast():
-        output = model(lay_out_pair(model, rollouts, settings), video_features=rollouts.video_features)
-    rollouts.video_features = output.video_features
-    return output.log_probs
-
-
-def old_log_probs(output, rollouts: Rollouts) -> torch.Tensor:
-    """log π_old (2G, T), detached: taken before the update, or, on-policy, the current ones, which ARE the old ones."""
-    return output.log_probs.detach() if rollouts.old is None else rollouts.old
-
-
-def losses_of(output, mask, rollouts: Rollouts, settings, counts) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The three losses of one pair: GRPO (Eq. 7), KL (Eq. 7), BT (Eq. 10), each with the whole update's denominator.
-
-    mask (2G, T). GRPO and KL train the thinking, through log-probs that do not pass through the head: their gradient
-    never reaches it. BT trains the score, and through its hidden states the LLM.
-    """
-    log_probs, old = output.log_probs, old_log_probs(output, rollouts)  # (2G, T), rows A_1..A_G, B_1..B_G
-    advantages = rollouts.advantages.flatten().to(mask.device)  # (2G,) in the same order
-    weight = None
-    if settings.engine_cap and rollouts.engine_log_probs[0]:
-        weight = engine_gap(old, rollouts).exp().clamp(max=settings.engine_cap)
-    clip = settings.clip_low, settings.clip_high, settings.clip_dual
-    grpo = grpo_loss(log_probs, old, advantages, mask, *clip, token_weight=weight, denominator=counts["tokens"])
-    kl = torch.zeros((), device=mask.device)
-    if rollouts.reference is not None:
-        kl = (kl_to_reference(log_probs, rollouts.reference) * mask).sum() / counts["tokens"]
-    # Eq. 10: rollout i of the winner against rollout i of the loser. Rows are A_1..A_G, B_1..B_G, so i is i in both.
-    reward_a, reward_b = output.rewards.view(2, -1)  # (G,) each
-    if rollouts.pair.label > 0:
-        bt = bt_loss(reward_a, reward_b, denominator=counts["bt"])
-    elif rollouts.pair.label < 0:
-        bt = bt_loss(reward_b, reward_a, denominator=counts["bt"])
-    else:  # a human tie has no winner; times 0 keeps the head in the graph, so that ranks' backwards match
-        bt = 0.0 * output.rewards.sum()
-    return grpo, kl, bt
-
-
-def denominators(mini: list[Rollouts], settings, ranks) -> dict[str, float]:
-    """COLLECTIVE: what the sums of an update are divided by, over all ranks, known before its first backward.
-
-    "tokens": CoT tokens, for GRPO and KL; "bt": pairs of rollouts that have a winner, for BT.
-    """
-    tokens, decided = sum(r.num_tokens for r in mini), sum(r.pair.label != 0 for r in mini)
-    counts = ranks.sum({"tokens": tokens, "bt": decided * settings.rollouts})
-    return {name: max(1.0, count) for name, count in counts.items()}
-
-
-def update(model, optimizer, mini: list[Rollouts], settings, ranks) -> dict[str, float]:
-    """COLLECTIVE. 6: one update from this rank's pairs of a mini-batch. Returns what is logged of it."""
-    counts, sums = denominators(mini, settings, ranks), Sums()
-    for rollouts in mini:
-        batch = lay_out_pair(model, rollouts, settings)
-        with ranks.autocast():
-            output = model(batch, video_features=rollouts.video_features)  # ONE forward: log-probs and rewards
-        rollouts.video_features = None  # this was the step's last pass: nothing stays in memory while sampling
-        grpo, kl, bt = losses_of(output, batch["response_mask"], rollouts, settings, counts)
-        loss = grpo + settings.kl_coef * kl + settings.bt_coef * bt  # Eq. 7 and Eq. 10
-        require_finite(loss.item(), "loss", [rollouts.record()], settings, ranks)
-        parallel.backward(loss, ranks)
-        sums.add(grpo_loss=grpo.item(), kl=kl.item(), bt_loss=bt.item())
-        note_update(sums, output, batch["response_mask"], old_log_probs(output, rollouts), rollouts, settings, counts)
-    norms = parallel.take_step(model, optimizer, [r.record() for r in mini], settings, ranks)
-    ratio_max = max(ranks.gather_objects([sums.pop("ratio_max")]))
-    return {**ranks.sum(sums), "ratio_max": ratio_max, **norms}
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # The loop
 # ---------------------------------------------------------------------------------------------------------------
-def log_probs_before(model, reference, rollouts: Rollouts, settings, ranks) -> None:
-    """COLLECTIVE under FSDP. 5: log-probs under the policy that sampled, and under the reference, before the update.
+def train(model, reference, engine, pairs, settings: Settings, ranks, rewards=None) -> None:
+    """The loop of stage 2; the steps are those of the docstring at the top.
 
-    With one update per rollout batch the old log-probs are the current ones, and need no pass of their own. The
-    reference is the model at the start of this stage: with LoRA the same weights without the adapter.
+    rewards: (PairRollouts, tokenizer, settings) -> [2][G] RolloutReward, step 3; default `rule_rewards`. A model that
+    is rewarded otherwise is a file that hands over its own (lab/study/coupled.py).
     """
-    if settings.mini_pairs < settings.batch_pairs:
-        rollouts.old = log_probs_now(model, rollouts, settings, ranks)
-    if settings.kl_coef == 0:
-        return
-    if reference is not None:
-        rollouts.reference = log_probs_now(reference, rollouts, settings, ranks)
-    else:
-        with model.reference_policy():
-            rollouts.reference = log_probs_now(model, rollouts, settings, ranks)
-
-
-def train(model, reference, engine, pairs, settings: Settings, ranks) -> None:
-    """The loop of stage 2; the steps are those of the docstring at the top."""
+    rewards = rewards or rule_rewards
     optimizer = parallel.make_optimizer(model, settings)
     run = Run("stage 2", model, optimizer, len(pairs), settings, ranks)
-    if run.first or settings.random_init:
+    if run.first:
         engine.sync(parallel.trained_weights(model))
     dataset = data.EncodedPairs(pairs, model.processor, settings.fps, settings.max_pixels, settings.frame_cache)
     order = [index for _, indices in run.draws() for index in indices]
@@ -293,8 +149,7 @@ def train(model, reference, engine, pairs, settings: Settings, ranks) -> None:
         drawn = run.seconds()
         batch = generate(items, engine, settings, step)  # 2 generate
         for rollouts in batch:
-            # 3 rollout rewards: by rules only, never by the head (--objective preference: by who won)
-            rollouts.rule_rewards = REWARDS[settings.objective](rollouts, tokenizer, settings)
+            rollouts.rule_rewards = rewards(rollouts, tokenizer, settings)  # 3 rollout rewards: never by the head
             rollouts.advantages = group_advantages(rollouts.totals())  # 4 group advantages: (2, G)
         generated = run.seconds()
         for rollouts in batch:
@@ -304,53 +159,193 @@ def train(model, reference, engine, pairs, settings: Settings, ranks) -> None:
         for i in range(0, run.local_pairs, mini_size):  # one mini-batch = one optimizer step
             updates.append(update(model, optimizer, batch[i : i + mini_size], settings, ranks))  # 6 update
         engine.sync(parallel.trained_weights(model))  # 7 the engine samples the next batch from the new weights
-        metrics = grpo_metrics(batch, updates, tokenizer.eos_token_id, settings, ranks)  # 8 log
+        metrics = logs.grpo_metrics(batch, updates, tokenizer.eos_token_id, settings, ranks)  # 8 log
         metrics |= {"wait_share": drawn / run.seconds(), "generate_seconds": generated - drawn}
         metrics |= {"update_seconds": run.seconds() - generated, "step_seconds": run.seconds()}
         run.save(step, metrics)
         if ranks.is_main:
             texts = [decode_cot(tokenizer, cot) for cot in batch[0].cots[0]]
-            write_samples(os.path.join(settings.out, "samples.jsonl"), step, batch[0], texts)
-        run.finish_step(step, metrics, grpo_line(metrics))
+            logs.write_samples(os.path.join(settings.out, "samples.jsonl"), step, batch[0], texts)
+        run.finish_step(step, metrics, logs.grpo_line(metrics))
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# The steps, in their order
+# ---------------------------------------------------------------------------------------------------------------
+def generate(items, engine, settings, step) -> list[PairRollouts]:
+    """2: G CoTs for each of the two videos of each pair."""
+    prefixes = [prefix for _, both in items for prefix in both]
+    seeds = [[task_seed(settings.seed, step, pair.line, video, i) for i in range(settings.rollouts)]
+             for pair, _ in items for video in (0, 1)]  # each CoT's own: the sample does not depend on its batch-mates
+    cots = engine.generate(prefixes, seeds, settings.max_new_tokens, settings.temperature)
+    log_probs = getattr(engine, "log_probs", None) or [None] * len(cots)  # as the engine saw them, if it tells
+    rollouts = []
+    for n, (pair, both) in enumerate(items):
+        a_and_b = slice(2 * n, 2 * n + 2)  # the pair's two videos among all
+        rollouts.append(PairRollouts(pair, both, cots[a_and_b], engine_log_probs=log_probs[a_and_b]))
+    return rollouts
+
+
+def rule_rewards(rollouts: PairRollouts, tokenizer, settings) -> list[list[RolloutReward]]:
+    """3: rollout rewards [2][G] by the rules, each video against its own true verdicts."""
+    weights = settings.weight_quality, settings.weight_format, settings.weight_length
+    span = settings.length_low, settings.length_high
+    annotations = rollouts.pair.annotation_a, rollouts.pair.annotation_b
+    return [
+        [rollout_reward(decode_cot(tokenizer, cot), len(cot), truth, weights, span) for cot in row]
+        for row, truth in zip(rollouts.cots, annotations, strict=True)
+    ]
+
+
+def log_probs_before(model, reference, rollouts: PairRollouts, settings, ranks) -> None:
+    """COLLECTIVE under FSDP. 5: log-probs under the policy that sampled, and under the reference, before the update.
+
+    On-policy the old log-probs are those of the update's own forward, and need no pass. The reference is the model at
+    the start of this stage: with LoRA the same weights without the adapter.
+    """
+    if not settings.on_policy:
+        rollouts.old = log_probs_now(model, rollouts, settings, ranks)
+    if settings.kl_coef == 0:
+        return
+    if reference is not None:
+        rollouts.reference = log_probs_now(reference, rollouts, settings, ranks)
+    else:
+        with model.reference_policy():
+            rollouts.reference = log_probs_now(model, rollouts, settings, ranks)
+
+
+@torch.no_grad()
+def log_probs_now(model, rollouts: PairRollouts, settings, ranks) -> torch.Tensor:
+    """COLLECTIVE under FSDP: the log-probs (2G, T) of a pair's rollouts under the model as it is."""
+    return forward_pair(model, rollouts, settings, ranks)[0].log_probs
+
+
+def forward_pair(model, rollouts: PairRollouts, settings, ranks):
+    """COLLECTIVE under FSDP: a pair's ONE forward -> (Output, mask (2G, T)), CoTs ordered A_1..A_G, B_1..B_G.
+
+    The tower is frozen in stage 2, so what it saw is kept for the next pass, of the policy or of the reference.
+    """
+    batch = lay_out_pair(model, rollouts, settings)
+    with ranks.autocast():
+        output = model(batch, video_features=rollouts.video_features, temperature=settings.temperature)
+    rollouts.video_features = output.video_features
+    return output, batch["response_mask"]
+
+
+def lay_out_pair(model, rollouts: PairRollouts, settings) -> dict:
+    """The tensors of a pair's ONE forward, CoTs ordered A_1..A_G, B_1..B_G.
+
+    Packed: two rows, each a prefix and its G CoTs. Plain: a row per CoT.
+    """
+    if settings.packing:
+        batch = lay_out(model.backbone, rollouts.prefixes, rollouts.cots)
+    else:
+        prefixes = [prefix for prefix, row in zip(rollouts.prefixes, rollouts.cots) for _ in row]
+        batch = lay_out(model.backbone, prefixes, [[cot] for row in rollouts.cots for cot in row])
+    return to_device(batch, model.query.device)
+
+
+def update(model, optimizer, mini: list[PairRollouts], settings, ranks) -> dict[str, float]:
+    """COLLECTIVE. 6: one update from this rank's pairs of a mini-batch. Returns what is logged of it."""
+    counts, sums = denominators(mini, settings, ranks), logs.Sums()
+    for rollouts in mini:
+        output, mask = forward_pair(model, rollouts, settings, ranks)  # ONE forward: log-probs and rewards
+        rollouts.video_features = None  # this was the step's last pass: nothing stays in memory while sampling
+        old = output.log_probs.detach() if settings.on_policy else rollouts.old  # log π_old (2G, T)
+        grpo, kl, bt = losses_of(output, old, mask, rollouts, settings, counts)
+        loss = grpo + settings.kl_coef * kl + settings.bt_coef * bt  # Eq. 7 and Eq. 10
+        require_finite(loss.item(), "loss", [rollouts.record()], settings, ranks)
+        parallel.backward(loss, ranks)
+        sums.add(grpo_loss=grpo.item(), kl=kl.item(), bt_loss=bt.item())
+        logs.note_update(sums, output, mask, old, rollouts, settings, counts)
+    norms = parallel.take_step(model, optimizer, [r.record() for r in mini], settings, ranks)
+    ratio_max = max(ranks.gather_objects([sums.pop("ratio_max")]))
+    return {**ranks.sum(sums), "ratio_max": ratio_max, **norms}
+
+
+def losses_of(output, old, mask, rollouts: PairRollouts, settings, counts) -> tuple[torch.Tensor, ...]:
+    """The three losses of one pair: GRPO (Eq. 7), KL (Eq. 7), BT (Eq. 10), each with the whole update's denominator.
+
+    old, mask (2G, T). GRPO and KL train the thinking, through log-probs that do not pass through the head: their
+    gradient never reaches it. BT trains the score, and through its hidden states the LLM.
+    """
+    log_probs = output.log_probs  # (2G, T), rows A_1..A_G, B_1..B_G
+    advantages = rollouts.advantages.flatten().to(mask.device)  # (2G,) in the same order
+    clip = settings.clip_low, settings.clip_high, settings.clip_dual
+    grpo = grpo_loss(log_probs, old, advantages, mask, *clip, denominator=counts["tokens"])
+    kl = torch.zeros((), device=mask.device)
+    if rollouts.reference is not None:
+        kl = (kl_to_reference(log_probs, rollouts.reference) * mask).sum() / counts["tokens"]
+    # Eq. 10: rollout i of the winner against rollout i of the loser. Rows are A_1..A_G, B_1..B_G, so i is i in both.
+    reward_a, reward_b = output.rewards.view(2, -1)  # (G,) each
+    if rollouts.pair.label > 0:
+        bt = bt_loss(reward_a, reward_b, denominator=counts["bt"])
+    elif rollouts.pair.label < 0:
+        bt = bt_loss(reward_b, reward_a, denominator=counts["bt"])
+    else:  # a human tie has no winner; times 0 keeps the head in the graph, so that ranks' backwards match
+        bt = 0.0 * output.rewards.sum()
+    return grpo, kl, bt
+
+
+def denominators(mini: list[PairRollouts], settings, ranks) -> dict[str, float]:
+    """COLLECTIVE: what the sums of an update are divided by, over all ranks, known before its first backward.
+
+    "tokens": CoT tokens, for GRPO and KL; "bt": pairs of rollouts that have a winner, for BT.
+    """
+    tokens, decided = sum(r.num_tokens for r in mini), sum(r.pair.label != 0 for r in mini)
+    counts = ranks.sum({"tokens": tokens, "bt": decided * settings.rollouts})
+    return {name: max(1.0, count) for name, count in counts.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The script
+# ---------------------------------------------------------------------------------------------------------------
 def main(argv=None) -> None:
     """Reads and checks the data, builds policy, reference and engine, trains, saves."""
     settings = parse(Settings, __doc__, argv)
+    ranks, pairs = begin(settings)
+    annotated_pairs(pairs, settings.data)
+    run(open_policy(settings, ranks), pairs, settings, ranks)
+
+
+def begin(settings: Settings):
+    """COLLECTIVE: checks the flags, claims --out, reads --data -> (ranks, pairs whose videos can be read)."""
     ranks = parallel.start(settings.seed, settings.cpu_offload)
     grpo_flags(settings, ranks)
     claim_run(settings, ranks)
     pairs = data.read_pairs(settings.data, video_root=settings.video_root)
-    pairs = readable_pairs(pairs, settings, ranks, data.sample_frames)
-    if settings.objective == "rules":
-        annotated_pairs(pairs, settings.data)
-    from_base = settings.objective == "preference" and not os.path.isfile(os.path.join(settings.model, SETTINGS_FILE))
-    how = {"empty": ranks.world > 1, "random_init": settings.random_init, "new_head": from_base}
-    model = DeScore.from_pretrained(settings.model, dtype=parallel.load_dtype(settings.train, ranks), **how)
+    return ranks, readable_pairs(pairs, settings, ranks, data.sample_frames)
+
+
+def open_policy(settings: Settings, ranks, new_head: bool = False) -> DeScore:
+    """COLLECTIVE: the model that is trained, not yet sharded. new_head: --model may be a base model, without a head."""
+    dtype = parallel.load_dtype(settings.train, ranks)
+    model = DeScore.from_pretrained(settings.model, dtype=dtype, empty=ranks.world > 1, new_head=new_head)
     model.settings.update(fps=settings.fps, max_pixels=settings.max_pixels)
-    if from_base and settings.bt_coef == 0:  # its score is in the text, and nothing trains the head
-        model.settings["score"] = "text"
-    # The vision tower rests (paper), and no dropout: π_θ must equal π_old at the first update, or the ratio is not 1.
+    # The vision tower is frozen (paper). No dropout: π_θ must equal π_old at the first update, or the ratio is not 1.
     model.make_trainable(settings.train, False, settings.lora_r, settings.lora_alpha, lora_dropout=0.0)
     if settings.gradient_checkpointing:
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def run(model: DeScore, pairs, settings: Settings, ranks, rewards=None) -> None:
+    """COLLECTIVE: adds reference and engine, trains, saves. rewards: as in `train`."""
     reference = None
     if settings.kl_coef > 0 and settings.train == "full":  # with LoRA the reference is the model without its adapter
-        reference = DeScore.from_pretrained(settings.model, dtype=parallel.load_dtype("lora", ranks), **how)
+        # new_head: the policy's has been checked, and nobody asks the reference for a reward
+        reference = DeScore.from_pretrained(
+            settings.model, dtype=parallel.load_dtype("lora", ranks), empty=ranks.world > 1, new_head=True)
         reference.eval().requires_grad_(False)
         parallel.shard(reference, ranks, settings.shard_ranks, settings.cpu_offload, frozen=True)
     own = model.backbone if ranks.world == 1 else None  # under FSDP the transformers engine needs an unsharded copy
     engine = make_engine(
         settings.engine, settings.model, model.processor, ranks, own, settings.seed, settings.engine_max_len,
-        settings.rows_per_batch, memory=settings.engine_memory, tp=settings.engine_tp, dummy=settings.random_init,
+        settings.rows_per_batch, memory=settings.engine_memory, tp=settings.engine_tp,
     )
     parallel.shard(model, ranks, settings.shard_ranks, settings.cpu_offload)
-    train(model, reference, engine, pairs, settings, ranks)
-    model.settings.update(reward_scale(settings.out))
-    save_model(model, os.path.join(settings.out, "model"), ranks)
-    if ranks.is_main:
-        draw_curves(settings.out, GRPO_PANELS, os.path.join(settings.out, "curves.png"), "Stage 2: GRPO + BT")
-    ranks.print(f"wrote {settings.out}/model, metrics.jsonl, samples.jsonl and curves.png")
+    train(model, reference, engine, pairs, settings, ranks, rewards)
+    save_run(model, settings, ranks, logs.GRPO_PANELS, "Stage 2: GRPO + BT")
     ranks.finish(engine)
 
 

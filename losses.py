@@ -105,13 +105,18 @@ def group_advantages(rollout_rewards: torch.Tensor, epsilon: float = 1e-6) -> to
     return torch.where(flat, 0.0, centred / (rewards.std(dim=1, keepdim=True) + epsilon))
 
 
-def token_log_probs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+def token_log_probs(logits: torch.Tensor, token_ids: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """log π(token) for each row of logits. logits (M, V), token_ids (M,) -> (M,) fp32. Not numbered here.
+
+        π = softmax(logits / temperature)
+
+    The temperature is the sampler's: ratio and KL are about the policy that wrote the CoTs, and at another temperature
+    that is another policy.
 
     logits[m] must come from the position BEFORE token m: position t predicts token t + 1.
     """
     assert logits.ndim == 2 and token_ids.shape == logits.shape[:1], (logits.shape, token_ids.shape)
-    return -F.cross_entropy(logits.float(), token_ids, reduction="none")
+    return -F.cross_entropy(logits.float() / temperature, token_ids, reduction="none")
 
 
 def grpo_loss(
@@ -122,7 +127,6 @@ def grpo_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.3,
     clip_dual: float = 3.0,
-    token_weight: torch.Tensor | None = None,
     denominator: float | None = None,
 ) -> torch.Tensor:
     """Clipped token-level policy-gradient loss. Eq. 7 without its KL term, which `kl_to_reference` adds.
@@ -134,8 +138,7 @@ def grpo_loss(
 
     log π -> log_probs (N, T), with gradient; log π_old -> old_log_probs (N, T), detached; A -> advantages (N,), one per
     CoT; mask (N, T): 1 on CoT tokens, EOS included, 0 on padding. Averaged over all tokens, so a long CoT weighs more
-    than a short one. token_weight (N, T): multiplies each token's loss, default 1 (`--engine-cap`; not in the paper).
-    Defaults: EasyR1's, which the released code uses.
+    than a short one. Defaults: EasyR1's, which the released code uses.
 
     "Loss 0, ratio 1: is it broken?" No. On-policy (one update per rollout batch) π_old IS π, so ρ = 1 and L = −mean(A),
     which is 0 up to differences in length, because advantages are centred. The GRADIENT is not 0: dρ/dθ = d log π/dθ,
@@ -147,8 +150,6 @@ def grpo_loss(
     ratio = policy_ratio(log_probs, old_log_probs, mask)  # (N, T)
     losses = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high))
     losses = torch.where(advantage < 0, torch.minimum(losses, -advantage * clip_dual), losses)
-    if token_weight is not None:
-        losses = losses * token_weight
     return (losses * mask).sum() / (denominator or mask.sum().clamp(min=1))
 
 

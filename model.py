@@ -70,9 +70,10 @@ class DeScore(nn.Module):
         nn.init.normal_(self.head.weight, std=hidden**-1)
         self.logit_chunk = 1024  # positions whose (chunk, V) logits exist at a time: 0.6 GB in fp32 at V = 151,936
 
-    def forward(self, batch: dict, want_log_probs: bool = True, video_features=None) -> Output:
+    def forward(self, batch: dict, want_log_probs=True, video_features=None, temperature: float = 1.0) -> Output:
         """One pass: rewards at the queries, and log-probs of the CoT tokens. `batch` comes from `lay_out`.
 
+        temperature: that of sampling; log-probs are those of the policy that samples, softmax(logits / temperature).
         video_features: those of an earlier Output for the same videos, so that the tower need not look again. Only
         while the tower is frozen: a trained one must look in every forward. They go in and out openly, because FSDP
         hands the forward a copy of the batch: what is written there, nobody sees.
@@ -94,10 +95,10 @@ class DeScore(nn.Module):
         # fp32 for the head whatever the backbone computes in: a bf16 reward near 5 has steps of 0.03.
         with torch.autocast(hidden.device.type, enabled=False):
             rewards = self.head(hidden[batch["query_index"]].float()).squeeze(-1)  # (N,)
-        log_probs = self._response_log_probs(hidden, batch) if want_log_probs else None
+        log_probs = self._response_log_probs(hidden, batch, temperature) if want_log_probs else None
         return Output(rewards, log_probs, video_features)
 
-    def _response_log_probs(self, hidden, batch):
+    def _response_log_probs(self, hidden, batch, temperature):
         """log π of each CoT token: `lm_head` on CoT positions only, in chunks whose logits are recomputed in backward.
 
         Full logits of one 8B sequence (6,144 x 151,936 fp32) would be 3.7 GB; most of its positions are video.
@@ -107,7 +108,7 @@ class DeScore(nn.Module):
         token_ids = batch["response_ids"][mask]  # (M,)
 
         def chunk_log_probs(states, token_ids):
-            return token_log_probs(self.backbone.lm_head(states), token_ids)
+            return token_log_probs(self.backbone.lm_head(states), token_ids, temperature)
 
         pieces = [
             checkpoint(chunk_log_probs, states[i : i + self.logit_chunk], token_ids[i : i + self.logit_chunk],
@@ -264,17 +265,14 @@ class DeScore(nn.Module):
         return {name: layer.scaling["default"] for name, layer in self.lora_layers().items()}
 
     @classmethod
-    def from_pretrained(
-        cls, path: str, device="cpu", dtype=torch.float32, new_head=False, empty=False, random_init=False
-    ) -> "DeScore":
+    def from_pretrained(cls, path: str, device="cpu", dtype=torch.float32, new_head=False, empty=False) -> "DeScore":
         """Opens a DeScore folder, or, with `new_head=True`, a plain Qwen3-VL to start stage 1 from.
 
         Strict: a missing or extra weight, another size, or a base model without a head is an InputError, never a random
         head (difference 16). In evaluation mode, as transformers does it. `empty=True`: the backbone stays on
-        the meta device, without memory, until `fill`; parallel.shard does that block by block. `random_init=True`: only
-        config.json and the processor are read, to measure the speed and memory of a size without its weights.
+        the meta device, without memory, until `fill`; parallel.shard does that block by block.
         """
-        return open_model(cls, path, device, dtype, new_head, empty, random_init)
+        return open_model(cls, path, device, dtype, new_head, empty)
 
 
 def part_of(name: str) -> str:

@@ -163,7 +163,7 @@ def make_engine(
 
     `backbone`: an unsharded one that is already there, for the transformers engine to use as it is. `max_model_len`:
     prompt + CoT tokens that vLLM takes at most. `vllm`: memory (its share of the GPU), tp (ranks that hold one engine
-    together), dummy (start without weights), sleeps (between calls: there is a trainer).
+    together), sleeps (between calls: there is a trainer).
     """
     on_cpu = ranks.device.type == "cpu"
     if name == "vllm":
@@ -177,8 +177,6 @@ def make_engine(
         return VLLMEngine(path, processor, banned, seed + ranks.rank // tp, limit, **vllm)
     if name != "transformers":
         raise InputError(f"--engine {name}: choose transformers or vllm.")
-    if vllm.get("dummy") and backbone is None:
-        raise InputError("--random-init on several ranks needs --engine vllm.")
     shared = backbone is not None
     if not shared:
         backbone = load_backbone(path, torch.float32 if on_cpu else torch.bfloat16).to(ranks.device).eval()

@@ -6,8 +6,8 @@
     R_fmt  in {0, 1}   `<think>...</think>`, then an `<answer>` with JSON verdicts on all dimensions
     R_len  in [0, 1]   0 up to 500 tokens, 1 from 2,000, linear between
 
-Rules can be checked by hand and cannot be flattered, as a reward model could. The head's score never enters: thinking
-and scoring have an objective each (grpo.py). At the end, for comparison: how a COUPLED generative model is rewarded.
+Rules can be checked by hand and cannot be gamed, as a reward model could. The head's score never enters: thinking and
+scoring have an objective each (grpo.py).
 """
 
 import ast
@@ -128,36 +128,3 @@ def rollout_reward(
     """
     parts = quality_reward(text, annotation), format_reward(text), length_reward(num_tokens, *length_range)
     return RolloutReward(sum(w * part for w, part in zip(weights, parts, strict=True)), *parts)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Not DeScore: the coupled generative model of Fig. 1a, grpo.py --objective preference
-# ---------------------------------------------------------------------------------------------------------------
-def win_shares(own: list[float], other: list[float]) -> list[float]:
-    """For each of `own` the share of `other` that it exceeds; equal counts 1/2. [4, 2], [3, 2] -> [1, .25]."""
-    return [sum((s > o) + 0.5 * (s == o) for o in other) / len(other) for s in own]
-
-
-def coupled_rewards(
-    texts_a: list[tuple[str, int]], texts_b: list[tuple[str, int]], label: int, weights=(0.7, 0.1, 0.2),
-    length_range=(500, 2000),
-) -> list[list[RolloutReward]]:
-    """[2][G] rewards of a model whose score is text, and knows no gradient but the policy's. Only R_qual differs:
-
-        R_qual = S_i R_fmt,  S_i = 1/G Σ_j [1(s_i^w > s_j^l) + ½ 1(s_i^w = s_j^l)]
-
-    for the winner's rollout i, mirrored for the loser's; s is the `overall_score` that a CoT states (none: 3, and
-    R_fmt is 0). texts: (text, number of tokens) of each CoT of videos A and B; label: +1 A won, -1 B, 0 a human tie,
-    for which S is ½ for all, and teaches nothing. Not in the paper, which does not say how its baseline was rewarded.
-    """
-    # Times the label: a winner wants the higher score, a loser the lower one, so that its -s exceeds the winner's.
-    a, b = ([label * overall_score(text) for text, _ in row] for row in (texts_a, texts_b))
-    shares = win_shares(a, b), win_shares([-s for s in b], [-s for s in a])
-    rewards = []
-    for row, wins in zip((texts_a, texts_b), shares):
-        rewards.append([])
-        for (text, num_tokens), share in zip(row, wins):
-            well, length = format_reward(text), length_reward(num_tokens, *length_range)
-            total = weights[0] * share * well + weights[1] * well + weights[2] * length
-            rewards[-1].append(RolloutReward(total, share * well, well, length))
-    return rewards

@@ -7,7 +7,6 @@ import inspect
 import json
 import os
 import shutil
-import zlib
 
 import torch
 import transformers
@@ -64,17 +63,16 @@ def trained_settings(path: str) -> dict:
         raise InputError(f"{path}: is no DeScore checkpoint ({error}); give a folder that training wrote") from error
 
 
-def open_model(cls, path: str, device, dtype: torch.dtype, new_head: bool, empty: bool, random_init: bool):
+def open_model(cls, path: str, device, dtype: torch.dtype, new_head: bool, empty: bool):
     """DeScore.from_pretrained; `cls` is DeScore."""
     settings_path = os.path.join(path, SETTINGS_FILE)
     settings = {"base_model": str(path)}
     if os.path.isfile(settings_path):
         settings = trained_settings(path)
-    elif not new_head and not random_init:
+    elif not new_head:
         raise InputError(
             f"{path}: has no {SETTINGS_FILE}, so no reward head; give --model a folder that cold_start.py wrote."
         )
-    empty = empty or random_init
     backbone = empty_backbone(path, dtype) if empty else load_backbone(path, dtype)
     try:
         processor = AutoProcessor.from_pretrained(path)
@@ -82,9 +80,9 @@ def open_model(cls, path: str, device, dtype: torch.dtype, new_head: bool, empty
         raise InputError(f"{path}: the processor's files are missing or broken ({first_line(error)}).") from error
     model = cls(backbone, processor, settings)
     if empty:
-        model.weights = RandomWeights(backbone) if random_init else Weights(path, backbone)
+        model.weights = Weights(path, backbone)
         model.query = nn.Parameter(model.weights[EMBEDDING].to(dtype).float().mean(dim=0))
-    if not random_init and (not new_head or os.path.isfile(settings_path)):
+    if not new_head or os.path.isfile(settings_path):
         sizes = backbone.config.text_config
         for key, have in (("hidden_size", sizes.hidden_size), ("layers", sizes.num_hidden_layers)):
             if settings.get(key) != have:
@@ -268,19 +266,6 @@ class Weights:
     def __getitem__(self, name: str) -> torch.Tensor:
         with open_tensors(self.places[name]) as tensors:
             return tensors.get_tensor(name)
-
-
-class RandomWeights:
-    """In place of `Weights`: normal with std .02, norms 1, biases 0; by name, so every rank draws the same."""
-
-    def __init__(self, backbone):
-        self.shapes = {name: value.shape for name, value in backbone.state_dict().items()}
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if len(self.shapes[name]) == 1:
-            return torch.full(self.shapes[name], float("norm" in name and name.endswith("weight")))
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        return torch.randn(self.shapes[name], generator=generator) * 0.02
 
 
 def read_tensors(file: str) -> dict[str, torch.Tensor]:

@@ -1,11 +1,13 @@
 """The frame around both stages' loops: which steps are left, this rank's share of each, and what follows a step."""
 
 import dataclasses
+import os
 import time
 
 import torch
 
-from plumbing.logs import Log
+from plumbing.checkpoint import save_model
+from plumbing.logs import Log, draw_curves, reward_scale
 from plumbing.resume import StopSignal, load_checkpoint, save_checkpoint
 from plumbing.settings import InputError, arg
 from plumbing.video import READERS
@@ -35,7 +37,6 @@ class CommonSettings:
     shard_ranks: int = arg(
         0, "ranks that share one copy of the weights; 0: all; 8: inside nodes of 8 GPUs (hybrid)", at_least=0)
     cpu_offload: bool = arg(False, "weights and optimizer wait in the host's memory: slow, but fits (needs torchrun)")
-    random_init: bool = arg(False, "random weights of --model's size, read from config.json: to measure, not to train")
     # output
     keep: int = arg(2, "checkpoints kept on disk", at_least=1)
     resume: bool = arg(False, "go on from the newest checkpoint in --out, exactly where it was")
@@ -123,3 +124,15 @@ class Run:
         if self.stopping:
             self.ranks.print(f"stopped after step {step}; the same command with --resume goes on")
             raise KeyboardInterrupt
+
+
+def save_run(model, settings, ranks, panels: dict[str, list[str]], title: str) -> None:
+    """COLLECTIVE: what a finished run leaves in --out, OUT/model and OUT/curves.png.
+
+    The rewards' mean and spread go along, for those who want them on a common scale: DeScore.reward(normalize=True).
+    """
+    model.settings.update(reward_scale(settings.out))
+    save_model(model, os.path.join(settings.out, "model"), ranks)
+    if ranks.is_main:
+        draw_curves(settings.out, panels, os.path.join(settings.out, "curves.png"), title)
+    ranks.print(f"wrote {settings.out}/model, metrics.jsonl and curves.png")

@@ -16,14 +16,14 @@ class VLLMEngine:
     """One vLLM engine per process, in this process. docs/engines.md says how it is used.
 
     banned: ids that may not be sampled. limit: prompt + CoT tokens at most. memory: its share of the GPU.
-    tp: ranks that hold one engine together. dummy: start without weights, they come with the first sync.
+    tp: ranks that hold one engine together.
     sleeps: give the GPU's memory back after every `generate`, for the update of a trainer beside it.
     """
 
     needs = ("short_ids", "input_ids", "video")  # of a prefix: the patches are made anew in vLLM
 
     def __init__(self, path: str, processor, banned: list[int], seed: int, limit: int, memory=0.4, dtype="auto",
-                 on_cpu=False, tp=1, dummy=False, sleeps=True):
+                 on_cpu=False, tp=1, sleeps=True):
         # The engine in this process, so that weights can be handed over. To be set before the import.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         try:
@@ -35,8 +35,6 @@ class VLLMEngine:
         options = {"gpu_memory_utilization": memory}
         if on_cpu:
             options = {"kv_cache_memory_bytes": 64 << 20, "block_size": 32}
-        if dummy:
-            options["load_format"] = "dummy"
         state = torch.get_rng_state()  # the engine reseeds the global generators
         self.llm = LLM(
             model=path, dtype=dtype, max_model_len=limit, seed=seed, enforce_eager=on_cpu,

@@ -67,7 +67,7 @@ def both_stages(path: str, csv: str, train: str, ranks) -> dict:
     model = load(path, train, ranks).train()
     reference = load(path, train, ranks, frozen=True).eval().requires_grad_(False)
     pair, prefixes = data.EncodedPairs(data.read_pairs(csv), model.processor)[ranks.rank]
-    rollouts = grpo.Rollouts(pair, prefixes, [[[70, 71], [80]], [[90, 91, 92], [75]]], advantages=torch.ones(2, 2))
+    rollouts = grpo.PairRollouts(pair, prefixes, [[[70, 71], [80]], [[90, 91, 92], [75]]], advantages=torch.ones(2, 2))
     settings = grpo.Settings(rollouts=2, kl_coef=1e-2, out=".")
     rollouts.old = grpo.log_probs_now(model, rollouts, settings, ranks)
     rollouts.reference = grpo.log_probs_now(reference, rollouts, settings, ranks)

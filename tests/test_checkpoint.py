@@ -166,18 +166,6 @@ def test_empty_loading_is_strict(tiny_model_dir, tmp_path):
             DeScore.from_pretrained(str(folder), empty=True)
 
 
-def test_random_init_needs_no_weights_and_is_the_same_on_every_rank(base_dir, prefixes, tmp_path):
-    folder = shutil.copytree(base_dir, tmp_path / "sizes", ignore=shutil.ignore_patterns("*.safetensors"))
-    models = [DeScore.from_pretrained(str(folder), random_init=True) for _ in "ab"]
-    for one in models:
-        checkpoint.fill(one, one, "cpu")
-    a, b = (one.backbone.state_dict() for one in models)
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    with torch.no_grad():
-        rewards = models[0](lay_out(models[0].backbone, prefixes[:1], [[[5, 6, 7]]])).rewards
-    assert torch.isfinite(rewards).all()
-
-
 def test_saved_weights_are_readable_as_the_umask_says(model, tmp_path):
     before = os.umask(0o022)
     try:

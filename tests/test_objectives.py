@@ -111,7 +111,7 @@ def rollouts(world, processor):
     """A pair that A has won, and its rollouts with advantages as if judged."""
     pair = dataclasses.replace(data.read_pairs(world["train_rl"])[0], label=1)
     ((_, prefixes),) = data.take(data.EncodedPairs([pair], processor), [0])
-    return grpo.Rollouts(pair, prefixes, COTS, advantages=ADVANTAGES)
+    return grpo.PairRollouts(pair, prefixes, COTS, advantages=ADVANTAGES)
 
 
 def update(model, rollouts, settings, *more):
@@ -152,7 +152,7 @@ def test_eq10_pairs_rollout_i_of_the_winner_with_rollout_i_of_the_loser(rollouts
     assert update(model, rollouts, settings)[1]["bt_loss"] == pytest.approx(for_two_videos, rel=1e-4)
 
     # From here one video twice: only the CoTs differ, so margins are small and of both signs.
-    rollouts = grpo.Rollouts(rollouts.pair, [rollouts.prefixes[0]] * 2, COTS, advantages=ADVANTAGES)
+    rollouts = grpo.PairRollouts(rollouts.pair, [rollouts.prefixes[0]] * 2, COTS, advantages=ADVANTAGES)
     r_a, r_b = rewards_one_by_one(model, rollouts)
     gradients, logged = update(model, rollouts, settings)
     assert logged["bt_loss"] == pytest.approx(by_hand(r_a, r_b), rel=1e-4)
@@ -196,7 +196,8 @@ def test_the_update_descends_the_sum_of_its_three_losses(rollouts, model, tiny_m
         for name, parameter in other.named_parameters():
             if "language_model" in name:
                 parameter.mul_(1.2)
-    rollouts.old = grpo.log_probs_now(model, rollouts, settings, parallel.Ranks())  # fixed, or the loss would not move
+    settings = dataclasses.replace(settings, batch_pairs=2)  # two updates a batch: log π_old is fixed
+    rollouts.old = grpo.log_probs_now(model, rollouts, settings, parallel.Ranks())
     rollouts.reference = grpo.log_probs_now(other, rollouts, settings, parallel.Ranks())
     gradients, logged = update(model, rollouts, settings)
     assert logged["kl"] > 1e-3
@@ -230,7 +231,7 @@ def test_the_clip_settings_reach_the_loss(rollouts, model, settings, shift, up, 
 
     L = -(up Σ_{A>0} A_i T_i + down Σ_{A<0} A_i T_i) / Σ T_i with the ratios `up` and `down` that the clip leaves.
     """
-    settings = dataclasses.replace(settings, clip_low=0.1, clip_high=0.4, clip_dual=1.5)
+    settings = dataclasses.replace(settings, clip_low=0.1, clip_high=0.4, clip_dual=1.5, batch_pairs=2)
     rollouts.old = grpo.log_probs_now(model, rollouts, settings, parallel.Ranks()) - shift
     _, logged = update(model, rollouts, settings)
     pushes = [a * len(cot) * (up if a > 0 else down)
@@ -281,7 +282,7 @@ def test_flat_groups_and_cut_off_cots_are_counted(rollouts, model, settings):
     """Three of four groups are flat: all CoTs of a video are worth the same. One CoT of twelve met the limit of 5."""
     eos = model.processor.tokenizer.eos_token_id
     # R = .2 T / 7
-    settings = dataclasses.replace(settings, length_low=0, length_high=7, batch_pairs=2, max_new_tokens=5)
+    settings = dataclasses.replace(settings, length_low=0, length_high=7, batch_pairs=2, mini_pairs=2, max_new_tokens=5)
     pair = dataclasses.replace(rollouts.pair, annotation_a=TRUTH, annotation_b=TRUTH)
     same, other = [[70, 71, eos], [80, 81, eos], [90, 91, eos]], [[70, 71, 72, 73, 74], [80, eos], [90, 91, eos]]
     batch = [dataclasses.replace(rollouts, pair=pair, cots=cots) for cots in ([same, other], [same, same])]

@@ -31,9 +31,3 @@ def test_what_is_malformed_loses_the_format_reward_only():
     assert [rules.format_reward(text) for text in (cot(), *MALFORMED)] == [1.0] + [0.0] * len(MALFORMED)
     # style "3" is no verdict: not well formed, and 4 of 5 right: .7 * .8 + 0 + .2 * 1 = .76
     assert rules.rollout_reward(cot(style="3"), 2000, TRUTH).total == pytest.approx(0.76)
-
-
-def test_win_shares_by_hand():
-    # 4 beats 3 and 2; 2 loses to 3 and meets its equal: (0 + 1/2) / 2
-    assert rules.win_shares([4, 2], [3, 2]) == [1.0, 0.25]
-    assert rules.win_shares([3, 2], [4, 2]) == [0.5, 0.25]

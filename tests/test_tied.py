@@ -102,13 +102,6 @@ def test_a_second_lm_head_must_be_the_same(base, tmp_path, empty):
         DeScore.from_pretrained(str(tmp_path), new_head=True, empty=empty)
 
 
-def test_random_weights_are_tied_too(base):
-    model = DeScore.from_pretrained(base, random_init=True)
-    model.make_trainable("full", vision=False)
-    model = parallel.shard(model, parallel.Ranks())
-    assert is_tied(model.backbone) and not any(p.is_meta for p in model.parameters())
-
-
 def test_an_empty_model_has_the_parameters_of_a_full_one(base):
     """FSDP shards what is there while the model is empty: two matrices would be sharded and trained apart."""
     full, empty = DeScore.from_pretrained(base, new_head=True), DeScore.from_pretrained(base, new_head=True, empty=True)

@@ -120,17 +120,18 @@ def make_prefix(processor, length: int, seed: int) -> dict:
     return prefix
 
 
-def make_rollouts(processor, prefix_tokens: int, group: int, cot_tokens: int, seed: int) -> grpo.Rollouts:
+def make_rollouts(processor, prefix_tokens: int, group: int, cot_tokens: int, seed: int) -> grpo.PairRollouts:
     """One pair: two prefixes of P tokens, G random CoTs of C tokens for each, random rollout rewards."""
     generator = torch.Generator().manual_seed(seed)
     words = torch.randint(256, (2, group, cot_tokens), generator=generator)  # ids below 256 are letters
     advantages = group_advantages(torch.rand(2, group, generator=generator))
     prefixes = [make_prefix(processor, prefix_tokens, seed + video) for video in (0, 1)]
-    return grpo.Rollouts(data.PreferencePair("a", "b", "a prompt", 1), prefixes, words.tolist(), advantages=advantages)
+    pair = data.PreferencePair("a", "b", "a prompt", 1)
+    return grpo.PairRollouts(pair, prefixes, words.tolist(), advantages=advantages)
 
 
 # ---- 3. Stage 2: one update of one pair, forward and backward, in three layouts ------------------------------
-def case_of(world, layout: str, rollouts: grpo.Rollouts):
+def case_of(world, layout: str, rollouts: grpo.PairRollouts):
     """A function without arguments: one update in a layout, returns the loss. KL weighs 1e-2 (released config): with
     the launch script's 1e-5 the comparison would not see it."""
     settings = grpo.Settings(rollouts=len(rollouts.cots[0]), packing=layout == "packed", kl_coef=1e-2)
@@ -145,7 +146,7 @@ def case_of(world, layout: str, rollouts: grpo.Rollouts):
     return functools.partial(update_released if layout == "released" else update_ours, world, rollouts, settings)
 
 
-def update_ours(world, rollouts: grpo.Rollouts, settings: grpo.Settings) -> float:
+def update_ours(world, rollouts: grpo.PairRollouts, settings: grpo.Settings) -> float:
     """grpo.py's own update without the optimizer: reference pass, ONE forward, one backward. Returns the loss."""
     model, ranks = world.model, world.ranks
     model.zero_grad()
@@ -153,16 +154,15 @@ def update_ours(world, rollouts: grpo.Rollouts, settings: grpo.Settings) -> floa
     rollouts.old = grpo.log_probs_now(model, rollouts, settings, ranks) if world.settings.old_pass else None
     rollouts.reference = grpo.log_probs_now(world.reference, rollouts, settings, ranks)
     counts = {"tokens": rollouts.num_tokens, "bt": settings.rollouts}
-    batch = grpo.lay_out_pair(model, rollouts, settings)
-    with ranks.autocast():
-        output = model(batch, video_features=rollouts.video_features)
-    policy, kl, bt = grpo.losses_of(output, batch["response_mask"], rollouts, settings, counts)
+    output, mask = grpo.forward_pair(model, rollouts, settings, ranks)
+    old = output.log_probs.detach() if rollouts.old is None else rollouts.old
+    policy, kl, bt = grpo.losses_of(output, old, mask, rollouts, settings, counts)
     loss = policy + settings.kl_coef * kl + settings.bt_coef * bt
     parallel.backward(loss, ranks)
     return loss.item()
 
 
-def update_released(world, rollouts: grpo.Rollouts, settings: grpo.Settings) -> float:
+def update_released(world, rollouts: grpo.PairRollouts, settings: grpo.Settings) -> float:
     """The released code's passes, from their description (docs/differences.md), with our losses.
 
     Per micro-batch of rollouts, a row per CoT, the whole video in each: forwards for old and reference log-probs, then
@@ -192,7 +192,7 @@ def update_released(world, rollouts: grpo.Rollouts, settings: grpo.Settings) -> 
         batch = grpo.lay_out_pair(model, part, settings)
         with ranks.autocast():
             output = Output(torch.zeros(2 * len(part.cots[0]), device=ranks.device), full_log_probs(model, batch))
-        policy, kl, _ = grpo.losses_of(output, batch["response_mask"], part, settings, counts)
+        policy, kl, _ = grpo.losses_of(output, part.old, batch["response_mask"], part, settings, counts)
         loss = policy + settings.kl_coef * kl
         parallel.backward(loss, ranks)
         with ranks.autocast():
@@ -226,7 +226,7 @@ def forward_flops(model: DeScore, prefix: dict, cots: list[int]) -> dict[str, fl
             "lm_head": lm_head, "vision": vision}
 
 
-def count_flops(world, rollouts: grpo.Rollouts, packed: bool, forward_only: bool = False) -> float:
+def count_flops(world, rollouts: grpo.PairRollouts, packed: bool, forward_only: bool = False) -> float:
     """FLOPs of one update: backward is twice a forward, the reference one more; the frozen tower runs forward only,
     once for policy and reference together.
 

@@ -24,9 +24,11 @@ import platform
 import shutil
 import statistics
 import tempfile
+import zlib
 
 import numpy as np
 import torch
+from transformers import AutoProcessor
 
 import cold_start
 import data
@@ -38,6 +40,7 @@ from lab.bench.__main__ import table
 from lab.bench.cases import forward_flops, measure, with_peak
 from losses import bt_loss, group_advantages
 from model import DeScore
+from plumbing import checkpoint
 from plumbing.settings import InputError, arg, cli, parse
 
 CASES = ("stage1-lora", "stage2-lora", "stage2-full")
@@ -83,10 +86,32 @@ def cut_copy(s: Settings, folder: str) -> None:
         json.dump(config, file)
 
 
+class RandomWeights:
+    """In place of `Weights`: normal with std .02, norms 1, biases 0; by name, so every rank draws the same."""
+
+    def __init__(self, backbone):
+        self.shapes = {name: value.shape for name, value in backbone.state_dict().items()}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if len(self.shapes[name]) == 1:
+            return torch.full(self.shapes[name], float("norm" in name and name.endswith("weight")))
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        return torch.randn(self.shapes[name], generator=generator) * 0.02
+
+
+def random_model(folder: str, dtype: torch.dtype) -> DeScore:
+    """A DeScore of the size that config.json says, empty until `checkpoint.fill`; no file with weights is read."""
+    backbone = checkpoint.empty_backbone(folder, dtype)
+    model = DeScore(backbone, AutoProcessor.from_pretrained(folder))
+    model.weights = RandomWeights(backbone)
+    model.query = torch.nn.Parameter(model.weights[checkpoint.EMBEDDING].to(dtype).float().mean(dim=0))
+    return model.eval()
+
+
 def load(folder: str, s: Settings, ranks, train: str, stage: int) -> DeScore:
-    """The model as cold_start.py and grpo.py make it on one rank, with --random-init."""
+    """The model as cold_start.py and grpo.py make it on one rank, with random weights."""
     dtype = torch.bfloat16 if s.bf16 and train != "full" else parallel.load_dtype(train, ranks)
-    model = DeScore.from_pretrained(folder, dtype=dtype, random_init=True)
+    model = random_model(folder, dtype)
     model.make_trainable(train, vision=stage == 1)
     if s.gradient_checkpointing:
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
@@ -121,7 +146,7 @@ def stage_1(model, item, settings: cold_start.Settings, ranks):
     return update
 
 
-def stage_2(model, reference, rollouts: grpo.Rollouts, settings: grpo.Settings, ranks):
+def stage_2(model, reference, rollouts: grpo.PairRollouts, settings: grpo.Settings, ranks):
     """-> (update, which returns losses and gradient norms). reference None: the model without its adapter."""
     optimizer = parallel.make_optimizer(model, settings)
     parallel.set_learning_rate(optimizer, 1, 1)
@@ -182,7 +207,7 @@ def run_case(case: str, folder: str, s: Settings, ranks, rate: float | None) -> 
         words = torch.randint(vocabulary // 2, (2, s.rollouts, c), generator=generator).tolist()
         advantages = group_advantages(torch.rand(2, s.rollouts, generator=generator))
         pair = data.PreferencePair("a", "b", "a prompt", 1)
-        rollouts = grpo.Rollouts(pair, prefixes, words, advantages=advantages)
+        rollouts = grpo.PairRollouts(pair, prefixes, words, advantages=advantages)
         cots, update = [[c] * s.rollouts] * 2, stage_2(model, reference, rollouts, settings, ranks)
     held = sum(x.nbytes for part in (model, reference) if part is not None for x in part.parameters())
     found, peak = with_peak(update)

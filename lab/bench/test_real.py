@@ -1,11 +1,15 @@
 """lab.bench.real in miniature: it runs each stage's own update at the layers asked for, and what it counts is right."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
+import parallel
 from lab.bench import real
+from layout import lay_out
+from plumbing import checkpoint
 from tests.conftest import refuses
 
 
@@ -49,3 +53,27 @@ def test_bad_flags_are_one_sentence(base_dir, tmp_path, capsys):
     refuses(capsys, real.main, "--model", base_dir, "--text-layers", "3", *out, says="--text-layers 3: give 1 to 2")
     layers = "--text-layers", "1", "--vision-layers", "1"
     refuses(capsys, real.main, "--model", base_dir, *layers, "--clips", "a.mp4", *out, says="a pair needs two")
+
+
+def test_random_weights_need_no_file_and_is_the_same_on_every_rank(base_dir, prefixes, tmp_path):
+    folder = shutil.copytree(base_dir, tmp_path / "sizes", ignore=shutil.ignore_patterns("*.safetensors"))
+    models = [real.random_model(str(folder), torch.float32) for _ in "ab"]
+    for one in models:
+        checkpoint.fill(one, one, "cpu")
+    a, b = (one.backbone.state_dict() for one in models)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    with torch.no_grad():
+        rewards = models[0](lay_out(models[0].backbone, prefixes[:1], [[[5, 6, 7]]])).rewards
+    assert torch.isfinite(rewards).all()
+
+
+def test_random_weights_are_tied_too(base_dir, tmp_path):
+    folder = shutil.copytree(base_dir, tmp_path / "tied")
+    config = json.loads((folder / "config.json").read_text())
+    config["tie_word_embeddings"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    model = real.random_model(str(folder), torch.float32)
+    model.make_trainable("full", vision=False)
+    model = parallel.shard(model, parallel.Ranks())
+    assert model.backbone.lm_head.weight is model.backbone.get_input_embeddings().weight
+    assert not any(p.is_meta for p in model.parameters())

@@ -225,11 +225,6 @@ def grpo_denominator(f):
     near(one_token(f, -1.0, 0.0, denominator=8), 1 / 8)
 
 
-def token_weight_multiplies(f):
-    """`token_weight` multiplies each token's loss; the number of tokens stays what it is."""
-    near(one_token(f, -1.0, 0.0, token_weight=tensor([[0.25]])), 0.25)
-
-
 def default_clips(f):
     """The defaults of the clips are not those of your copy. A variant has its own constants, in the signature."""
     case = tensor([[2.0], [0.9], [-2.0]]), torch.zeros(3, 1), tensor([-1.0, 1.0, -2.0]), torch.ones(3, 1)

@@ -99,8 +99,6 @@ MISTAKES = (
         "    return (losses * mask).sum() / denominator")),
     _m(GRPO, "micro-batch mean", "grpo_denominator",
        ("(denominator or mask.sum().clamp(min=1))", "mask.sum().clamp(min=1)")),
-    _m(GRPO, "weights in the number of tokens", "token_weight_multiplies",
-       ("losses = losses * token_weight", "losses, mask = losses * token_weight, mask * token_weight")),
     _m(ANSWERS, "search for fullmatch", "nothing_around_the_blocks", ("LAYOUT.fullmatch(text)", "LAYOUT.search(text)")),
     _m(ANSWERS, "any verdict will do", "verdicts_on_all_dimensions",
        ("len(read_verdicts(text)) == len(DIMENSIONS)", "bool(read_verdicts(text))")),
@@ -181,8 +179,7 @@ REWRITES = {
         ratio = policy_ratio(log_probs, old_log_probs, mask)
         gain = torch.minimum(a * ratio, a * torch.clip(ratio, 1 - clip_low, 1 + clip_high))
         gain = torch.where(a < 0, gain.maximum(a * clip_dual), gain)
-        weight = mask if token_weight is None else mask * token_weight
-        return -(gain * weight).sum() / (mask.sum() if denominator is None else denominator)
+        return -(gain * mask).sum() / (mask.sum() if denominator is None else denominator)
     """,
     ANSWERS: """
         if not LAYOUT.fullmatch(text):

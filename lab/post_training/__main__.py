@@ -124,7 +124,7 @@ def step_loss(policy, base, step, asked, advantages, s: Settings, totals: dict) 
     at, weight = (step.sigma, step.t, step.t_next), flow.step_weight(step.t, step.t_next)
     mean = step_mean(policy, step.x, asked, step.t, step.t_next, step.sigma)
     log_prob, old = flow.step_log_prob(step.x_next, mean, *at)[:, None], step.log_prob[:, None]  # (N, 1)
-    loss = grpo_loss(log_prob, old, advantages, torch.ones_like(old), s.clip, s.clip, token_weight=weight)
+    loss = weight * grpo_loss(log_prob, old, advantages, torch.ones_like(old), s.clip, s.clip)
     with torch.no_grad():
         totals["clipped"] += clipped_tokens(log_prob, old, advantages, torch.ones_like(old), s.clip, s.clip).item()
         totals["off"] += ((log_prob - old).exp() - 1).abs().mean().item()

@@ -159,8 +159,8 @@ class Wan:
         v = self.velocity(step.x, step.t, prompt, self.s.guidance)
         mean = flow.sde_mean(step.x, v, step.t, step.t_next, step.sigma)
         log_prob = flow.step_log_prob(step.x_next, mean, *at)  # (1,)
-        loss = grpo_loss(log_prob[:, None], step.log_prob[:, None], advantage, torch.ones_like(log_prob)[:, None],
-                         self.s.clip, self.s.clip, token_weight=weight, denominator=count)
+        loss = weight * grpo_loss(log_prob[:, None], step.log_prob[:, None], advantage,
+                                  torch.ones_like(log_prob)[:, None], self.s.clip, self.s.clip, denominator=count)
         if self.s.kl:
             loss = loss + self.s.kl * weight**2 * flow.step_kl(mean, ref_mean, *at).sum() / count
         return loss

@@ -98,7 +98,7 @@ CLAIMS = (
 # name -> (the demo's run that is repeated, the settings that are changed, on the first seed only?). {run}: that seed's
 # folder. The coupled model starts from the base, as DeScore does: 60 steps of it cost what stage 1 and 2 cost together.
 VARIANTS = {
-    "coupled": ("stage2", {"model": "{run}/base", "objective": "preference", "bt_coef": 0.0, "max_steps": 60}, False),
+    "coupled": ("stage2", {"model": "{run}/base", "bt_coef": 0.0, "max_steps": 60}, False),
     "mask_0": ("stage1", {"mask_probability": 0.0}, False),
     "mask_25": ("stage1", {"mask_probability": 0.25}, True),
     "mask_75": ("stage1", {"mask_probability": 0.75}, True),
@@ -137,8 +137,10 @@ def again(run: str, name: str, steps: int | None) -> Task:
     settings |= {"overwrite": True, "resume": False, "workers": 0, "frame_cache": f"{run}/frames"}
     if steps:
         settings["max_steps"] = steps
-    script = "grpo.py" if stage == "stage2" else "cold_start.py"
-    return Task(name, run, [script, *flags(settings)], f"{run}/study/{name}/model/descore.json")
+    script = ["grpo.py"] if stage == "stage2" else ["cold_start.py"]
+    if name == "coupled":
+        script = ["-m", "lab.study.coupled"]
+    return Task(name, run, [*script, *flags(settings)], f"{run}/study/{name}/model/descore.json")
 
 
 def flags(settings: dict) -> list[str]:

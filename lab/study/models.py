@@ -23,6 +23,7 @@ from tqdm import tqdm
 import data
 import grpo
 import parallel
+from lab.study.coupled import preference_rewards
 from layout import lay_out
 from losses import group_advantages
 from model import DeScore, to_device
@@ -36,6 +37,7 @@ CSVS = {"in-domain": "test_in_domain", "genai-bench": "test_genai_bench",
         "videogen-rewardbench": "test_videogen_rewardbench"}
 MOST_WRONG = 5  # k of error tolerance
 DRAWS = 32  # of the gradient's CoTs
+OBJECTIVES = {"rules": grpo.rule_rewards, "preference": preference_rewards}  # what the policy is rewarded for
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -162,12 +164,11 @@ def one_draw(model, items, engine, settings, parameters, draw: int) -> dict[str,
     batch = grpo.generate(items, engine, settings, 10_000 + draw)
     counts = grpo.denominators(batch, settings, ranks)
     for rollouts in batch:
-        tensors = grpo.lay_out_pair(model, rollouts, settings)
-        output = model(tensors)
-        for objective, rule in grpo.REWARDS.items():
+        output, mask = grpo.forward_pair(model, rollouts, settings, ranks)
+        for objective, rule in OBJECTIVES.items():
             rollouts.rule_rewards = rule(rollouts, model.processor.tokenizer, settings)
             rollouts.advantages = group_advantages(rollouts.totals())
-            policy, _, bt = grpo.losses_of(output, tensors["response_mask"], rollouts, settings, counts)
+            policy, _, bt = grpo.losses_of(output, output.log_probs.detach(), mask, rollouts, settings, counts)
             losses = {f"GRPO, {objective}": policy} | ({"BT": bt} if objective == "rules" else {})
             for name, loss in losses.items():
                 grads = torch.autograd.grad(loss, parameters, retain_graph=True)

@@ -1,4 +1,4 @@
-"""--objective preference, the coupled generative model: rewards by hand, both ways round; the script from a base."""
+"""The coupled generative model: rewards by hand, both ways round; the script from a base."""
 
 import json
 
@@ -7,6 +7,7 @@ import pytest
 import data
 import evaluate
 import grpo
+from lab.study import coupled
 from plumbing import logs
 from tests.conftest import refuses
 from tests.test_answers import cot
@@ -20,9 +21,8 @@ def judged(processor, texts_a, texts_b, label):
     encode = processor.tokenizer
     pair = data.PreferencePair("a", "b", "a prompt", label)
     cots = [[data.encode_cot(encode, text) for text in row] for row in (texts_a, texts_b)]
-    rollouts = grpo.Rollouts(pair, [{}, {}], cots)
-    settings = grpo.Settings(objective="preference", length_low=1, length_high=2)
-    return grpo.REWARDS["preference"](rollouts, encode, settings)
+    rollouts = grpo.PairRollouts(pair, [{}, {}], cots)
+    return coupled.preference_rewards(rollouts, encode, coupled.Settings(length_low=1, length_high=2))
 
 
 def test_rewards_by_hand(processor):
@@ -51,8 +51,8 @@ def test_from_a_base_model_on_pairs_without_verdicts(world, base_dir, tmp_path, 
     """Labels are enough; the head is new, nothing trains it, and nobody may take it for a score."""
     out = tmp_path / "coupled"
     flags = ["--model", base_dir, "--out", out, "--rollouts", "2", "--batch-pairs", "1", "--mini-pairs", "1",
-             "--max-new-tokens", "4", "--workers", "0", "--max-steps", "1", "--bt-coef", "0"]
-    grpo.main([*map(str, flags), "--data", world["train_cold_start"], "--objective", "preference"])
+             "--max-new-tokens", "4", "--workers", "0", "--max-steps", "1"]
+    coupled.main([*map(str, flags), "--data", world["train_cold_start"]])
     line = logs.read_metrics(str(out))[0]
     assert line["quality"] == line["format"] == 0 and line["grad_norm_head"] == 0
     with open(out / "model/descore.json", encoding="utf-8") as file:
@@ -68,3 +68,9 @@ def test_from_a_base_model_on_pairs_without_verdicts(world, base_dir, tmp_path, 
 def test_rules_still_want_verdicts(world, tiny_model_dir, tmp_path, capsys):
     flags = ["--model", tiny_model_dir, "--out", tmp_path / "x", "--batch-pairs", "1", "--mini-pairs", "1"]
     refuses(capsys, grpo.main, *flags, "--data", world["train_cold_start"], says="has no video_1_scores")
+
+
+def test_win_shares_by_hand():
+    # 4 beats 3 and 2; 2 loses to 3 and meets its equal: (0 + 1/2) / 2
+    assert coupled.win_shares([4, 2], [3, 2]) == [1.0, 0.25]
+    assert coupled.win_shares([3, 2], [4, 2]) == [0.5, 0.25]

@@ -16,6 +16,7 @@ import grpo
 import rollout
 import toy.world
 from lab.study import __main__ as study
+from lab.study import coupled as coupled_model
 from lab.study import measures, models, pages
 from lab.study.verdict import (
     CANNOT_TELL,
@@ -307,12 +308,13 @@ def finished(tmp_path):
 
 
 SCRIPTS = {"cold_start.py": cold_start.Settings, "grpo.py": grpo.Settings, "evaluate.py": evaluate.Settings,
-           "rollout.py": rollout.Settings}
+           "rollout.py": rollout.Settings, "lab.study.coupled": coupled_model.Settings}
 
 
 def test_every_variant_is_the_demo_s_run_but_for_what_it_says(finished):
     for name, (stage, changes, _) in study.VARIANTS.items():
         command = study.again(finished, name, None).command
+        command = command[1:] if command[0] == "-m" else command
         kind = SCRIPTS[command[0]]
         got, own = parse(kind, "", command[1:]), models.settings_of(f"{finished}/{stage}", kind)
         differ = {f.name for f in dataclasses.fields(kind) if getattr(got, f.name) != getattr(own, f.name)}
@@ -329,7 +331,7 @@ def test_variants_are_what_their_names_say():
     assert [changes[f"mask_{p}"]["mask_probability"] for p in (0, 25, 75)] == [0, 0.25, 0.75]
     assert changes["no_anchor"] == {"bt_coef": 0} and changes["anchor_paper"] == {"bt_coef": grpo.Settings().bt_coef}
     coupled = changes["coupled"]  # the policy gradient alone, from the base
-    assert coupled["bt_coef"] == 0 and coupled["objective"] == "preference" and coupled["model"] == "{run}/base"
+    assert coupled["bt_coef"] == 0 and coupled["model"] == "{run}/base" and coupled["max_steps"] == 60
     for share in (8, 4, 2):  # the demo reads all pairs three times: enough of the fewer ones for as many steps
         assert {changes[f"{stage}_{share}"]["epochs"] > 3 * share for stage in ("stage1", "discriminative")} == {True}
 
@@ -340,8 +342,9 @@ def test_every_claim_s_tasks_exist_and_every_command_is_known(finished):
     named = {task.name for phase in phases for task in phase}
     assert wanted <= named
     for task in [task for phase in phases for task in phase]:
-        if task.command[0] != "-m":
-            parse(SCRIPTS[task.command[0]], "", task.command[1:])
+        command = task.command[1:] if task.command[0] == "-m" else task.command
+        if command[0] != "lab.study.models":
+            parse(SCRIPTS[command[0]], "", command[1:])
         assert not study.is_done(task)
     later = {task.name for phase in study.tasks(finished, False, wanted, None) for task in phase}
     assert named - later == {"mask_25", "mask_75", "anchor_paper", "eval_anchor_paper"}  # on the first seed only
