@@ -183,7 +183,7 @@ def test_a_half_submission(graded):
     """Six exercises right, the clipped loss with min for max, the rest not there."""
     assert [graded["half"][n]["score"] for n in range(1, 11)] == [4, 5, 3, 6, 5, 1, 0, 8, 0, 0]
     assert graded["half"][6]["output"] == (
-        "lesson 2 of 9, the_larger_loss: Of the two losses take the LARGER: the clip may only take a gain away, "
+        "lesson 2 of 8, the_larger_loss: Of the two losses take the LARGER: the clip may only take a gain away, "
         "never a loss. You took the smaller. (got 0.367879, expected 0.8)")
     assert graded["half"][7]["output"] == "rules.py was not handed in"
 
