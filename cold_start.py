@@ -3,7 +3,7 @@
     CSV with collected CoTs (rollout.py) + a Qwen3-VL   ->   OUT/model, a DeScore folder; OUT/metrics.jsonl,
     OUT/curves.png
 
-    laptop   python cold_start.py --data runs/data/train_cots.csv --model runs/base ...   (STAGE1 in the Makefile)
+    laptop   the line in scripts/demo.sh
     8 GPUs   torchrun --nproc_per_node 8 cold_start.py --data train_cots.csv --val val_cots.csv --out runs/stage1
 
 The defaults are the paper's. What to expect: the loss starts near ln 2 = 0.6931; `accuracy` starts

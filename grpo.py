@@ -2,8 +2,8 @@
 
     CSV with true verdicts + OUT of stage 1   ->   OUT/model, a DeScore folder; metrics.jsonl, samples.jsonl, curves.png
 
-    laptop   python grpo.py --data runs/data/train_rl.csv --model runs/stage1/model ...   (STAGE2 in the Makefile)
-    8 GPUs   torchrun --nproc_per_node 8 grpo.py --model runs/stage1/model --data train_rl.csv --engine vllm
+    laptop   the line in scripts/demo.sh
+    8 GPUs   torchrun --nproc_per_node 8 grpo.py --model runs/stage1/model --data train_rl.csv --out OUT --engine vllm
 
 The defaults are the paper's. The loop in `train` is the paper's algorithm, step by step, and the file goes on in its
 order; mini.py is the same on one page:

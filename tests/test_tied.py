@@ -13,7 +13,6 @@ import grpo
 import parallel
 import rollout
 import toy.base_model
-from lab.road import import_released
 from layout import lay_out
 from model import DeScore
 from plumbing import logs
@@ -147,27 +146,6 @@ def test_the_query_is_no_row_of_the_matrix(tied, prefixes):
         tied.query.add_(1.0)
         after = tied(batch)
     assert torch.equal(before.log_probs, after.log_probs) and not torch.equal(before.rewards, after.rewards)
-
-
-def test_import_of_a_released_checkpoint(tied, prefixes, processor, tmp_path):
-    released = copy.deepcopy(processor)
-    tokens = {"additional_special_tokens": ["<Reward>"]}
-    released.tokenizer.add_special_tokens(tokens, replace_extra_special_tokens=False)
-    row = released.tokenizer.convert_tokens_to_ids("<Reward>")
-    batch = lay_out(tied.backbone, prefixes[:1], [[[70, 71]]])
-    with torch.no_grad():
-        tied.backbone.get_input_embeddings().weight[row] = tied.query
-        expected = tied(batch)
-    source = tmp_path / "released"
-    tied.backbone.save_pretrained(source)
-    released.save_pretrained(source)
-    torch.save({"rm_head.weight": tied.head.weight.data}, source / "rm_head.pth")
-    import_released.main(["--dir", str(source), "--out", str(tmp_path / "ours")])
-    ours = DeScore.from_pretrained(str(tmp_path / "ours"))
-    with torch.no_grad():
-        found = ours(batch)
-    assert is_tied(ours.backbone) and torch.allclose(found.rewards, expected.rewards, atol=1e-5)
-    assert torch.allclose(found.log_probs, expected.log_probs, atol=1e-5)
 
 
 def test_sync_hands_over_one_matrix_and_both_uses_follow(tied, base, prefixes, processor):

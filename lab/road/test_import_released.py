@@ -11,6 +11,7 @@ from lab.road import import_released
 from layout import lay_out
 from model import DeScore
 from plumbing.settings import InputError
+from tests.test_tied import base, is_tied, tied  # noqa: F401
 
 
 def test_import_of_a_released_checkpoint(model, prefixes, processor, tmp_path):
@@ -44,3 +45,24 @@ def test_import_of_a_released_checkpoint(model, prefixes, processor, tmp_path):
     torch.save({"rm_head.weight": Evil()}, f"{folder}/rm_head.pth")
     with pytest.raises(InputError, match="more than plain tensors"):
         import_released.import_released(folder)
+
+
+def test_import_of_a_released_checkpoint_that_is_tied(tied, prefixes, processor, tmp_path):  # noqa: F811
+    released = copy.deepcopy(processor)
+    tokens = {"additional_special_tokens": ["<Reward>"]}
+    released.tokenizer.add_special_tokens(tokens, replace_extra_special_tokens=False)
+    row = released.tokenizer.convert_tokens_to_ids("<Reward>")
+    batch = lay_out(tied.backbone, prefixes[:1], [[[70, 71]]])
+    with torch.no_grad():
+        tied.backbone.get_input_embeddings().weight[row] = tied.query
+        expected = tied(batch)
+    source = tmp_path / "released"
+    tied.backbone.save_pretrained(source)
+    released.save_pretrained(source)
+    torch.save({"rm_head.weight": tied.head.weight.data}, source / "rm_head.pth")
+    import_released.main(["--dir", str(source), "--out", str(tmp_path / "ours")])
+    ours = DeScore.from_pretrained(str(tmp_path / "ours"))
+    with torch.no_grad():
+        found = ours(batch)
+    assert is_tied(ours.backbone) and torch.allclose(found.rewards, expected.rewards, atol=1e-5)
+    assert torch.allclose(found.log_probs, expected.log_probs, atol=1e-5)

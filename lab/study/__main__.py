@@ -257,7 +257,7 @@ def commit() -> str:
     def git(*words):
         return subprocess.run(["git", *words], cwd=pages.ROOT, capture_output=True, text=True).stdout.strip()
 
-    changed = " with changes" if git("status", "--porcelain", "--", "*.py", "Makefile") else ""
+    changed = " with changes" if git("status", "--porcelain", "--", "*.py", "Makefile", "scripts") else ""
     return (git("rev-parse", "--short", "HEAD") or "unknown") + changed
 
 
