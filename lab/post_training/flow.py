@@ -83,13 +83,36 @@ class Step:
     log_prob: torch.Tensor  # (N,): (3), when sampled
 
 
+def shifted(u, shift: float):
+    """t = s u / (1 + (s − 1) u): a time u in [0, 1] moved towards noise. Not numbered. Wan: s = 3 at 480p, 5 at 720p.
+
+    The larger a clip, the more noise it takes to hide what it shows, so large clips need more of their steps there.
+    s = 1: u itself, to the last bit. Worked: s = 3: 0, .1, .5, 1 -> 0, .25, .75, 1.
+    """
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def grid(steps: int, shift: float = 1.0) -> list[float]:
+    """The sampler's times, steps + 1 of them from 1 to 0: an even grid, shifted ONCE. Not numbered.
+
+    Worked: 10 steps, s = 3: 1, .964, ..., .429, .25, 0. Take them from here, not from diffusers: its
+    `FlowMatchEulerDiscreteScheduler.set_timesteps(10)` shifts the smallest time of an already shifted range again and
+    ends .278, .0089, 0. For the ODE that is harmless. But the last SDE step of Flow-GRPO is the one before the last:
+    from .278 to .0089 it adds noise of std .225, and what follows is too short to take it out. Every clip that the
+    reward sees is then noisy: data of std .02 come out at .208, where the ODE on the same times gives .008. On this
+    grid, .0015 and .0012 (test_the_last_sde_step_leaves_no_noise): a few long steps end near the mean of what
+    is possible: less varied than the data, but clean.
+    """
+    return [shifted(1 - k / steps, shift) for k in range(steps + 1)]
+
+
 NOISES = {"flow-grpo": {"a": 0.7}, "longcat": {"a": 1.0, "cap": 0.45}}  # --noise -> the arguments of (1)
 
 
 def noisy_steps(noise: str, steps: int, draw) -> set[int]:
     """Which of the sampler's steps are SDE steps. LongCat: one early one, draw(n) below n; Flow-GRPO: all but the last.
 
-    The last never is: nothing would take its noise out of the clip again.
+    The last never is: nothing would take its noise out of the clip again. And it must be a long one: see `grid`.
     """
     return {int(draw(max(1, steps // 2)))} if noise == "longcat" else set(range(steps - 1))
 

@@ -172,6 +172,5 @@ def sample(
 
     noise: arguments of flow.noise_scale; `name` seeds what is drawn.
     """
-    times = [1 - k / steps for k in range(steps + 1)]
-    return flow.sample(lambda x, t: generator.velocity(x, t, asked), start, times, noisy, noise,
+    return flow.sample(lambda x, t: generator.velocity(x, t, asked), start, flow.grid(steps), noisy, noise,
                        lambda k: noise_of(start.shape, *name, k))

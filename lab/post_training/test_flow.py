@@ -1,5 +1,6 @@
 """One test per equation of lab/post_training/flow.py: a number worked by hand, torch.distributions, a closed form."""
 
+import itertools
 import math
 
 import pytest
@@ -40,20 +41,19 @@ def test_sde_mean_by_hand():
     assert flow.sde_mean(X, V, T, NEXT, 0.0).item() == pytest.approx(0.8, abs=1e-6)
 
 
-def gaussian_path(mean, std, steps, a, cap=None, sign=1.0):
+def gaussian_path(mean, std, times, a, cap=None, sign=1.0, noisy=None):
     """Mean and std of x after each step, exactly, for data N(mean, std²), where v* has a closed form.
 
     E[x₀ given x] and E[ε given x] are linear in x, so a step is x' = A x + B + σ√Δ z: no sampling is needed.
-    sign -1 turns the drift's correction.
+    sign -1 turns the drift's correction. noisy: which are SDE steps; None: all.
     """
     at, var, path = 0.0, 1.0, []  # x at t = 1 is noise
-    for k in range(steps):
-        t, t_next = 1 - k / steps, 1 - (k + 1) / steps
+    for k, (t, t_next) in enumerate(itertools.pairwise(times)):
         x = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
         away = x - (1 - t) * mean
         total = (1 - t) ** 2 * std**2 + t**2  # the variance of x_t
         v = t / total * away - (mean + (1 - t) * std**2 / total * away)  # E[ε] - E[x₀]
-        sigma = flow.noise_scale(t, t_next, a, cap)
+        sigma = flow.noise_scale(t, t_next, a, cap) if noisy is None or k in noisy else 0.0
         # sde_mean is fp32; its linear map, read off at x = 0 and x = 1
         euler = flow.sde_mean(x, v, t, t_next, 0.0).double()
         zero, one = (euler + sign * (flow.sde_mean(x, v, t, t_next, sigma).double() - euler)).squeeze(1).tolist()
@@ -65,13 +65,38 @@ def gaussian_path(mean, std, steps, a, cap=None, sign=1.0):
 @pytest.mark.parametrize("a, cap", [(0.7, None), (1.0, 0.45), (0.3, None)])
 def test_the_sde_ends_with_the_mean_and_spread_of_the_ode(a, cap):
     """Data N(2, .5²). The noise that steps add is taken back by their drift; a wrong sign is not near it."""
-    ode, sde = gaussian_path(2.0, 0.5, 1000, 0.0), gaussian_path(2.0, 0.5, 1000, a, cap)
+    times = flow.grid(1000)
+    ode, sde = gaussian_path(2.0, 0.5, times, 0.0), gaussian_path(2.0, 0.5, times, a, cap)
     assert ode[-1] == pytest.approx((2.0, 0.5), abs=5e-3)
     assert sde[-1] == pytest.approx(ode[-1], abs=5e-3)
-    assert gaussian_path(2.0, 0.5, 1000, a, cap, sign=-1.0)[-1][1] > 0.7
+    assert gaussian_path(2.0, 0.5, times, a, cap, sign=-1.0)[-1][1] > 0.7
     # On the way it is not: the substitution at t = 1 gives the first step a variance of its own, however many steps.
     if cap is None:
         assert sde[0][1] ** 2 == pytest.approx(1 + a**4 / 4, abs=0.01)
+
+
+def test_times_are_an_even_grid_that_is_shifted_once():
+    assert flow.grid(4) == [1.0, 0.75, 0.5, 0.25, 0.0]
+    # 3 * .5 / (1 + 2 * .5) = .75; 3 * .25 / 1.5 = .5; 3 * .75 / 2.5 = .9
+    assert flow.grid(4, 3.0) == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0])
+    assert flow.grid(10, 3.0)[-2:] == pytest.approx([0.25, 0.0])
+
+
+@pytest.mark.parametrize("noise", flow.NOISES)
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0])
+@pytest.mark.parametrize("steps", [4, 10, 20])
+def test_the_last_sde_step_leaves_no_noise(noise, shift, steps):
+    """Data N(0, .02²): clips with SDE steps are as clean as the ODE's, however few the steps are."""
+    def end(times, noisy):
+        return gaussian_path(0.0, 0.02, times, **flow.NOISES[noise], noisy=noisy)[-1][1]
+
+    noisy = flow.noisy_steps(noise, steps, lambda n: n - 1)
+    times = flow.grid(steps, shift)
+    assert end(times, noisy) - end(times, set()) < 0.005 and end(times, noisy) < 0.02
+    if noise == "flow-grpo" and (steps, shift) == (10, 3.0):  # what the docstring of grid says
+        assert [round(end(times, n), 4) for n in (noisy, set())] == [0.0015, 0.0012]
+        twice = [*times[:-2], 0.278, 0.0089, 0.0]  # as diffusers' times end
+        assert end(twice, noisy | {9}) > 0.2 > 0.02 > end(twice, set())
 
 
 def test_log_prob_and_kl_are_those_of_torch_distributions():

@@ -62,7 +62,22 @@ def test_only_the_lora_is_trained(processor):
     made = tiny_wan(processor)
     names = [name for name, p in made.transformer.named_parameters() if p.requires_grad]
     assert names and all(".lora_" in name for name in names) and len(names) == 2 * 2 * 2 * 4  # A, B; layers; attentions
+    scalings = {m.scaling["default"] for m in made.transformer.modules() if hasattr(m, "lora_A")}
+    assert scalings == {2.0}  # alpha / r
     assert made.pipe.text_encoder is None and made.shape == (1, 16, 3, 2, 2)
+
+
+class ShiftedOnce(FlowMatchEulerDiscreteScheduler):
+    """diffusers' own, told the even grid: by itself it takes the range from sigmas that are shifted already."""
+
+    def set_timesteps(self, steps, device=None, **more):
+        super().set_timesteps(sigmas=[1 - k / steps for k in range(steps)], device=device)
+
+
+def test_the_times_are_diffusers_of_an_even_grid(processor):
+    made, theirs = tiny_wan(processor, steps=10), ShiftedOnce(shift=3.0)
+    theirs.set_timesteps(10)
+    assert made.times == pytest.approx(theirs.sigmas.tolist(), abs=1e-6) and made.times[-2] == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
@@ -74,7 +89,7 @@ def test_without_noise_our_sampler_is_wan_s_own(processor, guidance):
     theirs = {"prompt_embeds": embeds, "negative_prompt_embeds": empty, "latents": made.draw(3), "height": 16,
               "width": 16, "num_frames": 9, "num_inference_steps": 4, "guidance_scale": guidance}
     made.pipe.set_progress_bar_config(disable=True)
-    made.pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)  # one that we did not make
+    made.pipe.scheduler = ShiftedOnce(shift=3.0)
     wanted = made.pipe(**theirs, output_type="latent").frames
     assert torch.allclose(latents, wanted, atol=1e-4) and not trail
     video = torch.from_numpy(made.pipe(**theirs, output_type="np").frames[0])
@@ -82,10 +97,10 @@ def test_without_noise_our_sampler_is_wan_s_own(processor, guidance):
 
 
 def test_a_clip_s_latents_are_scaled_as_wan_s(processor, tiny_clips):
-    made = tiny_wan(processor, frames=5, width=32)
+    made = tiny_wan(processor, frames=5, width=64)  # not as high as wide
     latents, config = made.encode(tiny_clips[0]), made.pipe.vae.config
     mean, std = (torch.tensor(v).view(1, 16, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
-    frames = open_clip(tiny_clips[0]).frames([k / 4 for k in range(5)], (16, 32))[0]  # 4 fps
+    frames = open_clip(tiny_clips[0]).frames([k / 4 for k in range(5)], (16, 64))[0]  # 4 fps
     pixels = torch.from_numpy(frames).permute(3, 0, 1, 2)[None] / 255 * 2 - 1
     assert torch.allclose(latents * std + mean, made.pipe.vae.encode(pixels).latent_dist.mode(), atol=1e-4)
     with pytest.raises(data.InputError, match="--frames 401"):
@@ -140,6 +155,90 @@ def test_kl_is_zero_at_the_start_and_pulls_back_later(processor):
     assert made.grpo_step_loss(PROMPTS[0], step, nothing, 1) < loss
 
 
+@pytest.mark.parametrize("noise", ["longcat", "flow-grpo"])
+def test_the_weight_of_the_kl_is_the_square_of_the_step_s(processor, noise):
+    """flow.py (5): the gradient of log p shrinks with √(Δ (1 − t) / t), the KL with its square."""
+    made = tiny_wan(processor, trained=True, kl=0.5, noise=noise)
+    (step,) = made.sample(PROMPTS[0], 3, 4, {1})[1]
+    with made.reference():
+        v_ref = made.velocity(step.x, step.t, PROMPTS[0], 5.0)
+    means = [wan.flow.sde_mean(step.x, v, step.t, step.t_next, step.sigma)
+             for v in (made.velocity(step.x, step.t, PROMPTS[0], 5.0), v_ref)]
+    kl = (means[0] - means[1]).square().mean() / (2 * step.sigma**2 * (step.t - step.t_next))
+    square = step.t / ((step.t - step.t_next) * (1 - step.t)) if noise == "longcat" else 1.0
+    loss = made.grpo_step_loss(PROMPTS[0], step, torch.zeros(1), 4).item()
+    assert loss == pytest.approx((0.5 * square * kl / 4).item(), rel=1e-4) and loss > 0
+
+
+def test_flow_dpo_draws_its_times_as_the_sampler_s_are_shifted(processor):
+    """u uniform: its median .5 becomes .75 at shift 3, its quarter .5."""
+    made, times = tiny_wan(processor), []
+
+    def velocity(x, t, prompt, guidance=1.0):
+        times.append(t)
+        return torch.zeros_like(x)
+
+    made.velocity = velocity
+    for seed in range(300):
+        made.dpo_pair_loss(PROMPTS[0], made.draw(1), made.draw(2), seed)
+        assert len({*times[-4:]}) == 1  # one t for both clips and their references
+    quarter, half = (torch.tensor(times).quantile(q).item() for q in (0.25, 0.5))
+    assert quarter == pytest.approx(0.5, abs=0.06) and half == pytest.approx(0.75, abs=0.06)
+
+
+@pytest.mark.parametrize("label", [1, -1])
+def test_flow_dpo_trains_towards_the_better_clip(processor, label):
+    """The winner is B where the label is -1. After some steps the policy is nearer to it than to the other."""
+    made, names = tiny_wan(processor, beta=100.0), ("a.mp4", "b.mp4")
+    clips = {name: made.draw(seed) for seed, name in enumerate(names)}
+    made.encode = clips.__getitem__
+    pair = data.PreferencePair(*names, PROMPTS[0], label)
+    optimizer, noise, t = torch.optim.AdamW(made.trained, lr=1e-2), made.draw(9), 0.6
+
+    def lead():
+        """How much better the policy has become at A than at B, against the reference."""
+        errors = []
+        for clip in clips.values():
+            x = wan.flow.noised(clip, noise, t)
+            with torch.no_grad():
+                error = wan.flow.flow_error(made.velocity(x, t, PROMPTS[0]), clip, noise)
+            with made.reference():
+                errors.append(wan.flow.flow_error(made.velocity(x, t, PROMPTS[0]), clip, noise) - error)
+        return (errors[0] - errors[1]).item()
+
+    for number in range(8):
+        wan.dpo_update(made, [(number, pair)], optimizer, made.s, parallel.start(0))
+    assert lead() * label > 1e-3, lead()
+
+
+@pytest.mark.parametrize("noise", ["flow-grpo", "longcat"])
+def test_every_clip_and_step_has_noise_of_its_own(processor, noise):
+    """Over two prompts of two clips. Start noise: one a clip, or with LongCat one a prompt."""
+    made, starts, drawn = tiny_wan(processor, noise=noise, guidance=1.0), [], []
+    sample = made.sample
+
+    def watched(prompt, start_seed, seed, noisy):
+        latents, trail = sample(prompt, start_seed, seed, noisy)
+        starts.append(made.draw(start_seed))
+        for step in trail:
+            mean = wan.flow.sde_mean(step.x, made.velocity(step.x, step.t, prompt), step.t, step.t_next, step.sigma)
+            drawn.append((step.x_next - mean) / (step.sigma * (step.t - step.t_next) ** 0.5))
+        return latents, trail
+
+    made.sample, optimizer = watched, torch.optim.SGD(made.trained, lr=0.0)
+    wan.grpo_update(made, list(enumerate(PROMPTS)), lambda clips, _: torch.tensor([0.0, 1.0]), optimizer, made.s,
+                    parallel.start(0))
+
+    def alike(noises):
+        """(N, N): which of them are the same, by correlation."""
+        return torch.corrcoef(torch.stack(noises).flatten(1)) > 0.9
+
+    assert len(drawn) == 4 * (3 if noise == "flow-grpo" else 1)
+    assert torch.equal(alike(drawn), torch.eye(len(drawn), dtype=torch.bool))
+    wanted = torch.eye(4) if noise == "flow-grpo" else torch.block_diag(torch.ones(2, 2), torch.ones(2, 2))
+    assert torch.equal(alike(starts), wanted.bool())
+
+
 def test_flow_dpo_starts_at_ln_2_falls_and_leaves_the_reference(processor):
     made = tiny_wan(processor, beta=100.0)
     chosen, rejected = made.draw(1), made.draw(2)
@@ -190,8 +289,15 @@ def flags(wan_dir, out, **more):
     return [*words, "--no-think"]
 
 
-def test_the_script_and_two_ranks_give_the_same_lora(processor, wan_dir, tiny_model_dir, tmp_path):
+def test_the_script_and_two_ranks_give_the_same_lora(processor, wan_dir, tiny_model_dir, tmp_path, monkeypatch):
     """Prompts' clips and noise follow from their numbers, gradients are summed: ranks change only who does what."""
+    rates, reward = [], wan.DeScore.reward
+
+    def watched(*args, **more):
+        rates.append(more["source_fps"])
+        return reward(*args, **more)
+
+    monkeypatch.setattr(wan.DeScore, "reward", watched)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     loras = []
     for ranks in (1, 2):
@@ -203,6 +309,7 @@ def test_the_script_and_two_ranks_give_the_same_lora(processor, wan_dir, tiny_mo
         loras.append({name: p for name, p in fresh.transformer.named_parameters() if ".lora_" in name})
         (line,) = (json.loads(line) for line in open(out / "metrics.jsonl"))
         assert set(line) == {"step", "reward", "group_std", "loss", "grad_norm"} and line["grad_norm"] > 0
+    assert {*rates} == {16.0}  # frames per second of Wan's clips: by it the reward model is told each frame's time
     assert loras[0].keys() == loras[1].keys() and loras[0]
     assert any(p.abs().max() > 0 for name, p in loras[0].items() if "lora_B" in name)  # B starts at 0
     for name, p in loras[0].items():

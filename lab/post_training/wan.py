@@ -85,14 +85,12 @@ class Wan:
     """The generator: Wan's pipeline with a LoRA, its text encoder used up at the start."""
 
     def __init__(self, pipe, prompts: list[str], s: Settings, device="cpu"):
-        from diffusers import FlowMatchEulerDiscreteScheduler
         from peft import LoraConfig
 
         self.pipe, self.s, self.device = pipe.to(device), s, device
         # Wan comes with UniPC, whose step looks back at earlier ones: it has no Gaussian of its own, hence no log p.
-        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=s.shift)
-        pipe.scheduler.set_timesteps(s.steps)
-        self.times = pipe.scheduler.sigmas.tolist()  # steps + 1 numbers, from 1 to 0
+        # Neither are its times taken, nor those of diffusers' Euler scheduler, which shifts twice: see flow.grid.
+        self.times = flow.grid(s.steps, s.shift)
         with torch.no_grad():
             self.embeds = {p: pipe.encode_prompt(p, do_classifier_free_guidance=False)[0] for p in {*prompts, ""}}
         pipe.text_encoder = None  # 5.7 B parameters, more than four times the generator
@@ -170,8 +168,7 @@ class Wan:
 
         t is uniform, then shifted as the sampler's steps are. Without guidance: what is trained is v itself.
         """
-        u = random.Random(seed).random()
-        t = self.s.shift * u / (1 + (self.s.shift - 1) * u)
+        t = flow.shifted(random.Random(seed).random(), self.s.shift)
         noise, errors = self.draw(seed), []
         for latents in (chosen, rejected):
             x = flow.noised(latents, noise, t)
