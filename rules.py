@@ -13,7 +13,6 @@ scoring have an objective each (grpo.py).
 import ast
 import dataclasses
 import json
-import math
 import re
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -26,7 +25,7 @@ VERDICTS = ("0", "1", "2", "N/A")  # missing or wrong, partly, as asked, not ask
 LAYOUT = re.compile(
     r"\s*<think>(?:(?!</?think>).)+</think>\s*<answer>(?:(?!</?answer>).)+</answer>\s*", flags=re.DOTALL
 )
-FENCE = re.compile(r"```(?:json)?\s*(.*?)\s*```", flags=re.DOTALL)  # Qwen likes to put JSON into a Markdown fence
+FENCE = "```"  # Qwen likes to put JSON into a Markdown fence
 
 
 def parse_literal(text: str):
@@ -41,14 +40,19 @@ def parse_literal(text: str):
 
 
 def extract_answer(text: str) -> dict | None:
-    """The JSON object inside the last `<answer>...</answer>` of a text, fenced or not; None when there is none."""
-    match = re.search(r".*<answer>(.*?)</answer>", text, flags=re.DOTALL)
-    if match is None:
+    """The JSON object inside the last `<answer>...</answer>` of a text, fenced or not; None when there is none.
+
+    By searching from the end, in linear time: a CoT that loops may open a thousand answers and close none, and a
+    pattern like `.*<answer>(.*?)</answer>` tries each with each.
+    """
+    begin = text.rfind("<answer>", 0, max(0, text.rfind("</answer>")))
+    if begin < 0:
         return None
-    inside = match.group(1).strip()
-    fenced = FENCE.fullmatch(inside)
+    inside = text[begin + len("<answer>") : text.index("</answer>", begin)].strip()
+    if len(inside) >= 2 * len(FENCE) and inside.startswith(FENCE) and inside.endswith(FENCE):
+        inside = inside.removeprefix(FENCE).removesuffix(FENCE).removeprefix("json").strip()
     try:
-        value = parse_literal(fenced.group(1) if fenced else inside)
+        value = parse_literal(inside)
     except ValueError:
         return None
     return value if isinstance(value, dict) else None
@@ -62,7 +66,8 @@ def read_verdicts(text: str) -> dict[str, str]:
     scores = (extract_answer(text) or {}).get("dimensional_scores")
     if not isinstance(scores, dict):
         return {}
-    verdicts = {dimension: str(scores[dimension]).strip().upper() for dimension in DIMENSIONS if dimension in scores}
+    said = {d: scores[d] for d in DIMENSIONS if isinstance(scores.get(d), str) or scores.get(d) in (0, 1, 2)}
+    verdicts = {dimension: str(verdict).strip().upper() for dimension, verdict in said.items()}
     return {dimension: verdict for dimension, verdict in verdicts.items() if verdict in VERDICTS}
 
 
@@ -78,9 +83,9 @@ def stated_score(text: str) -> float | None:
         return None
     try:
         score = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):  # no number, or an integer of 400 digits
         return None
-    return score if math.isfinite(score) else None
+    return score if 1 <= score <= 5 else None  # not 1000, and not nan, which no comparison is true of
 
 
 def overall_score(text: str) -> float:

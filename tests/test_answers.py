@@ -1,6 +1,7 @@
 """What a CoT says, read once and strictly: the rules of stage 2, the report and the toy all ask rules.py."""
 
 import json
+import signal
 
 import pytest
 
@@ -39,18 +40,45 @@ def test_a_malformed_answer(text):
     assert not well_formed(text)
 
 
+ROUNDS = 100_000  # in cubic time 200 tags cost seconds, 1,000 minutes
+
+
+@pytest.mark.parametrize("text", [
+    "<answer>" * 1000, "<answer>" * ROUNDS, "<answer>x" * ROUNDS + "</answer>", "</answer>" * ROUNDS,
+    "<answer></answer>" * ROUNDS, "<think>" * ROUNDS, "<think></think>" * ROUNDS, " " * ROUNDS, "<think>x" * ROUNDS,
+    "<think>x</think>" + " " * ROUNDS, "<answer>```" + " " * ROUNDS + "x```</answer>", "```" * ROUNDS,
+    "<think>x</think><answer>{" + '"a": 1, ' * ROUNDS + "</answer>",
+    "<think>" + "the circle moves left and " * 4096,  # a CoT that loops until it is cut off
+], ids=lambda text: f"{text[:20]}... {len(text)}")
+def test_reading_takes_linear_time(text):
+    """Bounded by the processor time of this process, not by the clock: linear is under a second, quadratic for ever."""
+    def too_long(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGVTALRM, too_long)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 10)
+    try:
+        assert not well_formed(text) and stated_score(text) is None and read_verdicts(text) == {}
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
 def test_verdicts_are_read_one_by_one():
     """A dimension that is left out, or whose verdict is none, costs only itself; what is no dimension is not read."""
     left = {dimension: TRUTH[dimension] for dimension in ("subject", "dynamics", "environment")}
     assert read_verdicts(cot(style=True, camera="5", mood="2")) == left
     assert read_verdicts("<answer>{'dimensional_scores': {'subject': 2}}</answer>") == {"subject": "2"}
+    huge = f"<answer>{{'dimensional_scores': {{'subject': 0x{'f' * 5000}, 'style': '0'}}}}</answer>"
+    assert read_verdicts(huge) == {"style": "0"}  # Python writes no integer of so many digits as text
     assert read_verdicts("nothing") == read_verdicts('<answer>{"dimensional_scores": 3}</answer>') == {}
     assert set(read_verdicts(cot())) == set(DIMENSIONS)
 
 
 @pytest.mark.parametrize("value, score", [
     ("3.5", 3.5), ('"4.5"', 4.5), ("4", 4.0), ("true", None), ("null", None), ('"x"', None), ("NaN", None),
-    ("1e999", None), ("[4]", None),
+    ("1e999", None), ("[4]", None), ("1000", None), ("0.99", None), ("-3", None), ('"5.01"', None), ("1", 1.0),
+    ("5.00", 5.0), ("4" * 400, None), (f'"{"4" * 400}"', None), ("9" * 5000, None),
 ])
 def test_stated_score(value, score):
     assert stated_score(f'x <answer>{{"overall_score": {value}}}</answer>') == score
