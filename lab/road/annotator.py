@@ -88,7 +88,7 @@ def open_client(s):
         import openai
     except ImportError:
         raise InputError("asking an annotator needs openai: pip install -r requirements-road.txt.") from None
-    key = os.environ.get("OPENAI_API_KEY") or "none"  # a local vLLM wants no key, the client wants some text
+    key = os.environ.get("OPENAI_API_KEY") or "none"  # a local vLLM needs no key, the client needs some text
     return openai.OpenAI(base_url=s.base_url, api_key=key, max_retries=s.retries, timeout=s.timeout)
 
 

@@ -49,7 +49,7 @@ class Settings:
     """The flags. How frames are sampled is what the checkpoint was trained with."""
 
     model: str | None = arg(None, "a DeScore folder")
-    host: str = arg("127.0.0.1", "address to listen on; any that others can reach wants a token, DESCORE_TOKEN")
+    host: str = arg("127.0.0.1", "address to listen on; any that others can reach needs a token, DESCORE_TOKEN")
     port: int = arg(8000, "port; 0 takes a free one", at_least=0, at_most=65535)
     think: bool = arg(True, "think before scoring; --no-think is fast")
     max_new_tokens: int = arg(4096, "CoT tokens at most", at_least=1)

@@ -1,7 +1,7 @@
 """What the study reads from finished runs: for each claim a value per pair, and the numbers of its figure.
 
 Each function takes {seed: folder of that seed's run} and returns (parts, more): parts {name: values}, values as
-lab/study/verdict.py wants them, {seed: {test set: (n,) array}}; more: plain numbers, for tables and figures.
+lab/study/verdict.py takes them, {seed: {test set: (n,) array}}; more: plain numbers, for tables and figures.
 
 A hit is 1 where the sign of r_A - r_B is the label, 0 where it is not, and 1/2 for equal scores: texts state equal
 scores often, heads never, and counting those as wrong would let the head win by not being rounded.
