@@ -42,6 +42,7 @@ class Claim:
     decides: tuple[str, ...]
     needs: tuple[str, ...]
     measure: object
+    margin: float = MARGIN  # of accuracies; a claim about another unit has none: 0
 
 
 CLAIMS = (
@@ -58,6 +59,7 @@ CLAIMS = (
         "32 draws of the CoTs of one batch at stage 1's weights: mean cosine between the draws' gradients, BT minus "
         "GRPO (rules and preference): both above 0",
         ("cosine: BT - GRPO, rules", "cosine: BT - GRPO, preference"), ("gradients",), measures.gradient_noise,
+        margin=0.0,
     ),
     Claim(
         3, "Random CoT masking keeps the head looking at the video", "p = .5; no number known",
@@ -241,7 +243,7 @@ def judge(claim: Claim, runs: dict[int, str]) -> dict:
     parts, more = claim.measure(runs)
     rows = {name: summary(values) for name, values in parts.items() if values}
     for name, row in rows.items():
-        row["verdict"] = verdict(row)
+        row["verdict"] = verdict(row, claim.margin)
     decided = weakest([rows[name]["verdict"] for name in claim.decides])
     return entry(claim) | {"verdict": decided, "parts": rows, "more": more}
 
@@ -249,7 +251,7 @@ def judge(claim: Claim, runs: dict[int, str]) -> dict:
 def entry(claim: Claim) -> dict:
     """What is known of a claim before it is measured."""
     return {"number": claim.number, "claim": claim.claim, "paper": claim.paper, "rule": claim.rule,
-            "decides": list(claim.decides), "verdict": NOT_RUN, "parts": {}, "more": {}}
+            "decides": list(claim.decides), "margin": claim.margin, "verdict": NOT_RUN, "parts": {}, "more": {}}
 
 
 def commit() -> str:
@@ -264,7 +266,8 @@ def commit() -> str:
 def announce(claims: list[Claim], seeds: list[int], now: str) -> None:
     """Before anything runs: what is claimed, and what will count as seen."""
     print(f"commit {now}, seeds {seeds}, margin {MARGIN}; verdicts: bootstrap over seeds, then pairs, 95 %")
-    print(f"  seen here: the interval lies above 0; not seen here: below {MARGIN}; else: can't tell at this size")
+    print(f"  seen here: the interval lies above 0; not seen here: below {MARGIN} (cosines: below 0)")
+    print("  else: can't tell at this size")
     for claim in claims:
         print(f"{claim.number}. {claim.claim}\n   paper: {claim.paper}\n   rule: {claim.rule}", flush=True)
 
@@ -294,7 +297,7 @@ def main(argv=None) -> None:
     run_all(runs, claims, args.jobs, args.steps, now)
     result = pages.read(path) or {"claims": []}
     known = {found["number"]: found for found in result["claims"] if found["parts"]}
-    result["claims"] = [known.get(claim.number, entry(claim)) for claim in CLAIMS]
+    result["claims"] = [entry(claim) | known.get(claim.number, {}) for claim in CLAIMS]
     for claim in claims:
         about = {"commit": now, "seeds": args.seeds, "trial": args.steps}
         result["claims"][claim.number - 1] = judge(claim, runs) | about

@@ -12,7 +12,7 @@ import numpy as np
 
 from lab.study import figures
 from lab.study.models import SETS
-from lab.study.verdict import interquartile_mean, summary
+from lab.study.verdict import SEEN, interquartile_mean, interval_of_seeds, summary, verdict
 from plumbing.report import table
 from plumbing.settings import InputError, write_json
 
@@ -80,8 +80,27 @@ def parts(result: dict) -> str:
     for claim in result["claims"]:
         for name, row in claim["parts"].items():
             label = f"**{name}**" if name in claim["decides"] else name
-            rows.append([str(claim["number"]), label, shown(row), str(row["n"]), row["verdict"]])
-    return table(["claim", "measured", "mean [95 %]", "values", "verdict"], rows)
+            rows.append([str(claim["number"]), label, shown(row), by_seeds(row), str(row["n"]), row["verdict"]])
+    return table(["claim", "measured", "mean [95 %]", "by seeds alone [95 %]", "values", "verdict"], rows)
+
+
+def by_seeds(row: dict) -> str:
+    """The interval that knows nothing but each seed's mean; "not kept" where study.json has no such means."""
+    found = interval_of_seeds(row.get("by_seed") or [])
+    return f"[{found[0]:+.3f}, {found[1]:+.3f}]" if found else "one seed" if row["seeds"] == 1 else "not kept"
+
+
+def many(result: dict) -> str:
+    """How many intervals were looked at, and what chance alone would do with so many."""
+    rows = [(claim["margin"], row) for claim in result["claims"] for row in claim["parts"].values()]
+    kept = [(margin, row) for margin, row in rows if interval_of_seeds(row.get("by_seed") or [])]
+    alone = [interval_of_seeds(row["by_seed"]) for _, row in kept]
+    still = sum(row["verdict"] == SEEN == verdict(row | {"low": low, "high": high}, margin)
+                for (margin, row), (low, high) in zip(kept, alone))
+    seen = sum(row["verdict"] == SEEN for _, row in kept)
+    return (f"{len(rows)} intervals of 95 % were looked at: if nothing here had any effect, {0.025 * len(rows):.1f} of "
+            f"them would lie above 0 by chance. By seeds alone, {still} of the {seen} rows that are seen and whose "
+            "seeds were kept are seen.\n")
 
 
 def ladder(result: dict) -> str:
@@ -162,8 +181,8 @@ def minutes(result: dict) -> str:
     return table(["task", "minutes, mean", "runs", "commit"], [*rows, ["all", f"{total:.0f} in sum", "", ""]])
 
 
-TABLES = {"verdicts": verdicts, "parts": parts, "ladder": ladder, "paradigms": paradigms, "gradients": gradients,
-          "training": training, "drift": drift, "errors": errors, "runs": runs, "minutes": minutes}
+TABLES = {"verdicts": verdicts, "parts": parts, "many": many, "ladder": ladder, "paradigms": paradigms,
+          "gradients": gradients, "training": training, "drift": drift, "errors": errors, "runs": runs, "minutes": minutes}
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ that hold no number of their own."""
 import collections
 import dataclasses
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -26,8 +27,10 @@ from lab.study.verdict import (
     SEEN,
     interquartile_mean,
     interval,
+    interval_of_seeds,
     pooled,
     summary,
+    summary_of_seeds,
     verdict,
     weakest,
 )
@@ -89,6 +92,33 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
     assert interval(same) == (0.0, 1.0)  # between seeds, not only between pairs
 
 
+def test_the_interval_s_width_by_hand():
+    """100 hits, half of them right: the mean's standard error is .05. Two such seeds, each drawn anew: .05 / √2."""
+    half = np.repeat([0.0, 1.0], 50)
+    for seeds in (1, 2, 3):  # a seed drawn twice but not redrawn would give .75 of the variance of one seed, not half
+        low, high = interval({seed: {"a": half} for seed in range(seeds)}, draws=20_000)
+        assert (high - low) / 2 == pytest.approx(1.96 * 0.05 / seeds**0.5, rel=0.04)  # 90 % would be 16 % narrower
+
+
+def test_the_interval_of_seeds_alone_is_student_s():
+    low, high = interval_of_seeds([0.071, 0.032, 0.013])  # mean .0387, s .0296: 4.303 * .0296 / √3 = .0734
+    assert (low, high) == pytest.approx((-0.0348, 0.1121), abs=2e-4)
+    assert interval_of_seeds([0.1]) is None and verdict(summary_of_seeds([0.1])) == CANNOT_TELL
+    rng = np.random.default_rng(0)
+    inside = [low <= 0 <= high for low, high in map(interval_of_seeds, rng.standard_normal((4000, 3)))]
+    assert np.mean(inside) == pytest.approx(0.95, abs=0.012)
+    row = summary({seed: {"a": np.full(20, seed / 10)} for seed in range(3)})
+    assert row["by_seed"] == pytest.approx([0, 0.1, 0.2])
+
+
+def test_cosines_have_no_margin_of_accuracies():
+    (claim,) = [claim for claim in study.CLAIMS if "cosine" in claim.decides[0]]
+    assert claim.margin == 0 and {c.margin for c in study.CLAIMS if c is not claim} == {MARGIN}
+    row = {"mean": 0.0, "low": -0.01, "high": 0.02}
+    assert verdict(row, claim.margin) == CANNOT_TELL and verdict(row) == NOT_SEEN
+    assert verdict(row | {"high": -0.005}, claim.margin) == NOT_SEEN
+
+
 # -- measurements -------------------------------------------------------------------------------------
 @pytest.mark.parametrize("wrong", range(6))
 def test_corrupted_cots_are_wrong_where_they_should_be_and_agree_with_themselves(wrong):
@@ -102,6 +132,31 @@ def test_corrupted_cots_are_wrong_where_they_should_be_and_agree_with_themselves
         assert sum(truth[n] != told[n] for n in truth) == min(wrong, asked)
         text = toy.world.cot_text(wish, claimed, told)
         assert well_formed(text) and read_verdicts(text) == told and toy.world.cot_text(wish, claimed) == text
+
+
+def test_any_dimension_may_be_the_wrong_one():
+    rng, count, wishes = np.random.default_rng(0), collections.Counter(), 300
+    for _ in range(wishes):
+        wish = toy.world.random_wish(rng)
+        seen = toy.world.random_clip(rng, wish)
+        claimed = models.corrupt(wish, seen, 1, rng)
+        asked = [name for name in seen if wish[name]]
+        count.update({name: len(asked) for name in seen if claimed[name] != seen[name]})
+    assert all(count[name] / wishes == pytest.approx(1, abs=0.5) for name in toy.world.DIMENSIONS), count
+
+
+def test_gradients_are_taken_at_stage_1_s_model(world, tiny_model_dir, tmp_path):
+    """Its folder holds no other model. Half of the CoTs of a random model are rubbish, and that will do."""
+    (tmp_path / "stage1").mkdir()
+    (tmp_path / "stage1/model").symlink_to(tiny_model_dir)
+    (tmp_path / "data").symlink_to(pathlib.Path(world["train_rl"]).parent)
+    (tmp_path / "study").mkdir()
+    (tmp_path / "stage2").mkdir()
+    own = grpo.Settings(batch_pairs=1, rollouts=2, max_new_tokens=4)
+    (tmp_path / "stage2/settings.json").write_text(json.dumps(vars(own)))
+    models.gradients(str(tmp_path), draws=2)
+    rows = measures.load(str(tmp_path), "gradients.json")
+    assert "BT" in rows and len(rows) == 3 and all(len(row["cosine"]) == 2 for row in rows.values())
 
 
 def test_corrupted_texts_start_with_the_true_cot(world):
@@ -163,6 +218,9 @@ def test_calibration_slope():
 N, LABELS = 20, np.array([1, -1] * 10)  # decided pairs of each made-up test set; one more is a tie
 
 
+WIDTH = dict(zip(models.SETS, (1, 2, 4)))  # of the margins without BT: a calibration slope of its own in each set
+
+
 def scores_of(right: int, equal: int = 0) -> np.ndarray:
     """(N, 2) scores of which the first `right` are right, the next `equal` equal, the others wrong."""
     sign = np.array([1] * right + [0] * equal + [-1] * (N - right - equal)) * LABELS
@@ -198,7 +256,8 @@ def made_up(tmp_path_factory):
         sets[name] = data.read_pairs(f"{run}/data/{csv_name}.csv")
         for folder, heads, texts in (
             ("eval/discriminative", scores_of(10), None), ("eval/stage1", scores_of(15), None),
-            ("eval/stage2", scores_of(17), scores_of(12, equal=4)), ("study/eval/no_anchor", scores_of(14), None),
+            ("eval/stage2", scores_of(17), scores_of(12, equal=4)),
+            ("study/eval/no_anchor", scores_of(14) * WIDTH[name], None),
             ("study/eval/coupled", scores_of(0), scores_of(13, equal=2)),
         ):
             write_log(run / folder / name, sets[name], heads, texts)
@@ -262,6 +321,14 @@ def test_a_claim_measures_what_it_says(made_up, claim):
     assert set(claim.decides) <= values.keys()
 
 
+def test_the_calibration_slope_is_the_mean_of_all_sets(made_up):
+    """14 of 20 right with margins of .5, 1 and 2: b = ln(.7 / .3) / margin in each set."""
+    weights = measures.reward_drift(made_up)[1]["weights"]
+    slope = np.log(14 / 6)
+    assert weights["0"]["calibration_slope"] == pytest.approx([slope * (2 + 1 + 0.5) / 3], rel=1e-3)
+    assert weights["0.05"]["calibration_slope"] == pytest.approx([2 * np.log(17 / 3)], rel=1e-3)
+
+
 def test_fine_grained_looks_at_equal_stated_scores_only(made_up):
     """The texts are equal on pairs 12 to 15, of which the head has all right: it is right on the first 17."""
     values, more = measures.fine_grained(made_up)
@@ -323,6 +390,8 @@ def test_every_variant_is_the_demo_s_run_but_for_what_it_says(finished):
         for key, value in changes.items():
             assert getattr(got, key) == (value.format(run=finished) if isinstance(value, str) else value), (name, key)
         assert got.max_steps == changes.get("max_steps", 7)
+        start = "stage1/model" if stage == "stage2" else "base"  # where the demo's own stage started
+        assert got.model == changes.get("model", f"{finished}/{start}").format(run=finished), name
     assert study.again(finished, "coupled", 2).command[-1] != "60"
 
 
@@ -332,6 +401,7 @@ def test_variants_are_what_their_names_say():
     assert changes["no_anchor"] == {"bt_coef": 0} and changes["anchor_paper"] == {"bt_coef": grpo.Settings().bt_coef}
     coupled = changes["coupled"]  # the policy gradient alone, from the base
     assert coupled["bt_coef"] == 0 and coupled["model"] == "{run}/base" and coupled["max_steps"] == 60
+    assert f"it gets {coupled['max_steps']}\nsteps" in (ROOT / "lab/study/README.md").read_text(encoding="utf-8")
     for share in (8, 4, 2):  # the demo reads all pairs three times: enough of the fewer ones for as many steps
         assert {changes[f"{stage}_{share}"]["epochs"] > 3 * share for stage in ("stage1", "discriminative")} == {True}
 
@@ -376,12 +446,13 @@ def test_study_json_belongs_to_this_code():
     assert (ROOT / "lab/study/study.json").stat().st_size < 100_000
     for claim, found in zip(study.CLAIMS, RESULT["claims"], strict=True):
         known = study.entry(claim)
-        assert [found[key] for key in ("number", "claim", "paper", "rule", "decides")] == [
-            known[key] for key in ("number", "claim", "paper", "rule", "decides")]
+        assert [found[key] for key in ("number", "claim", "paper", "rule", "decides", "margin")] == [
+            known[key] for key in ("number", "claim", "paper", "rule", "decides", "margin")]
         if not found["parts"]:
             assert found["verdict"] == NOT_RUN
             continue
         assert not found["trial"] and found["commit"] != "unknown"
         for row in found["parts"].values():
-            assert row["verdict"] == verdict(row)
+            assert row["verdict"] == verdict(row, claim.margin)
+            assert np.mean(row.get("by_seed", row["mean"])) == pytest.approx(row["mean"], abs=2e-4)
         assert found["verdict"] == weakest([found["parts"][name]["verdict"] for name in claim.decides])
