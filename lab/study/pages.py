@@ -182,7 +182,8 @@ def minutes(result: dict) -> str:
 
 
 TABLES = {"verdicts": verdicts, "parts": parts, "many": many, "ladder": ladder, "paradigms": paradigms,
-          "gradients": gradients, "training": training, "drift": drift, "errors": errors, "runs": runs, "minutes": minutes}
+          "gradients": gradients, "training": training, "drift": drift, "errors": errors, "runs": runs,
+          "minutes": minutes}
 
 
 # ---------------------------------------------------------------------------------------------------------------

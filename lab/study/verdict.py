@@ -79,8 +79,8 @@ def verdict(row: dict, margin: float = MARGIN) -> str:
     """Seen: the interval lies above 0. Not seen: it lies below the margin, so an effect of that size is ruled out.
 
     Else, or with too few values, these data do not tell. The margin is one of accuracies: what has another unit gives
-    0, and is then not seen only where it surely is not above 0. An effect that is surely positive but below the margin is
-    seen: it is there, and its size stands beside it.
+    0, and is then not seen only where it surely is not above 0. An effect that is surely positive but below the margin
+    is seen: it is there, and its size stands beside it.
     """
     if row["mean"] is None:
         return CANNOT_TELL
