@@ -20,6 +20,7 @@ import rules
 from lab.course import __main__ as course
 from lab.course import copies, mistakes
 from lab.course.exercises import EXERCISES, VARIANTS
+from lab.course.test_proof import MISTAKES, TWO_TESTS
 from tests.conftest import ROOT, refuses
 
 MODULES = {"losses.py": losses, "rules.py": rules, "layout.py": layout, "metrics.py": metrics}
@@ -81,7 +82,7 @@ def test_the_constants_are_those_of_the_reference():
 
 def test_each_mistake_still_fits_the_reference():
     """Cheap, and soon after the code has moved; whether its lesson names it is what test_proof.py tells."""
-    for m in mistakes.MISTAKES:
+    for m in MISTAKES:
         assert mistakes.with_changes(m.place, m.changes) != mistakes.source(m.file)
 
 
@@ -90,7 +91,7 @@ def test_points_and_lessons():
     names = [lesson.__name__ for e in EXERCISES for lesson in e.lessons]
     assert len(names) == len(set(names))
     assert all(len(course.taught(lesson)) > 40 for e in EXERCISES for lesson in e.lessons)
-    assert {m.lesson for m in mistakes.MISTAKES} <= set(names)
+    assert {m.lesson for m in MISTAKES} <= set(names)
     assert all(15 <= e.minutes <= 120 for e in EXERCISES)
 
 
@@ -151,7 +152,7 @@ def graded(tmp_path_factory):
     """{name of a submission: {exercise: its test in results.json}}: good, half and hostile."""
     folder = tmp_path_factory.mktemp("submissions")
     texts = {file: (ROOT / file).read_text() for file in MODULES}
-    solved = {f"my_tests.py::{name}": body for name, body in mistakes.TWO_TESTS.items()}
+    solved = {f"my_tests.py::{name}": body for name, body in TWO_TESTS.items()}
     good = texts | {"my_tests.py": mistakes.with_bodies("my_tests.py", solved)}
     half = {"losses.py": texts["losses.py"].replace("torch.maximum(-advantage", "torch.minimum(-advantage"),
             "metrics.py": texts["metrics.py"]}  # the rest is missing
