@@ -1,6 +1,6 @@
 """Stage 1, the discriminative cold start: Bradley-Terry on (video, prompt, CoT), with random CoT masking.
 
-    CSV with collected CoTs (rollout.py) + a Qwen3-VL   ->   OUT/model, a DeScore folder; OUT/metrics.jsonl,
+    CSV with collected CoTs (collect_cots.py) + a Qwen3-VL   ->   OUT/model, a DeScore folder; OUT/metrics.jsonl,
     OUT/curves.png
 
     laptop   the line in scripts/demo.sh
@@ -47,7 +47,7 @@ class Settings(CommonSettings):
     """Stage 1; more in CommonSettings. Defaults: the paper's values, from its page and the released code."""
 
     # data
-    data: str = arg(None, "training pairs, a CSV in any known format; stage 1 wants CoT_A and CoT_B (see rollout.py)")
+    data: str = arg(None, "training pairs, a CSV in any known format; stage 1 wants CoT_A and CoT_B (collect_cots.py)")
     val: str | None = arg(None, "validation pairs with CoTs")
     dimension: str = arg("TA", "label column where a CSV has several: TA, VQ, MQ or Overall")
     max_pixels: int = arg(448 * 448, "pixels per frame at most (paper: 448 * 448)", at_least=1024)
@@ -81,7 +81,7 @@ def prepare_pairs(path: str, settings: Settings, ranks, need_cots: bool) -> list
     # Without CoTs nothing is left to mask: the head would learn to score unthinkingly, and nothing would say so.
     if need_cots and not any(pair.cot_a or pair.cot_b for pair in pairs) and settings.mask_probability < 1:
         raise InputError(
-            f"{path}: has no CoT_A / CoT_B; collect them with rollout.py, or train with --mask-probability 1."
+            f"{path}: has no CoT_A / CoT_B; collect them with collect_cots.py, or train with --mask-probability 1."
         )
     if not need_cots and not any(pair.cot_a or pair.cot_b for pair in pairs):
         ranks.print(f"{path}: has no CoT_A / CoT_B, so validation is without thinking")

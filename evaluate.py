@@ -3,14 +3,12 @@
     python evaluate.py --model DIR --data pairs.csv --out eval/run     pairs in any format of docs/data.md
     torchrun --nproc_per_node 8 evaluate.py --model DIR --benchmark videogen-rewardbench --root DIR --out eval/vgrb
     python evaluate.py --model DIR --video clip.mp4 --prompt "a red circle rises"        one video: its CoT and reward
-    python evaluate.py --data pairs.csv --scores scores.csv             somebody else's rewards, judged by this code
-    python evaluate.py --data pairs.csv --compare ours.csv theirs.csv   several score files in one table and figure
 
 In: a checkpoint folder, a CSV. Out, in --out: thoughts*.jsonl and rewards*.jsonl (one line per unique video and prompt,
 one file per rank; the same command goes on where it was killed), scores.csv, skipped.jsonl, settings.json, and
-report.json, report.md, report.png (report.py). --html FILE adds one page with the clips, CoTs, rewards and labels.
-Memory: the model and one batch; the 8B in bf16 wants a GPU of 24 GB. Time: nearly all of it is thinking.
---sanity asks instead what the model reads: rewards after the prompt or the clip was changed (lab/study/sanity.py).
+report.json, report.md, report.png (plumbing/report.py). Made afterwards from what OUT holds: a page with the clips and
+CoTs (lab/serve/page.py), other models' score files beside ours (lab/study/compare.py).
+Memory: the model and one batch; the 8B in bf16 needs a GPU of 24 GB. Time: nearly all of it is thinking.
 No CoT is masked here. --no-think leaves all of them out, which random CoT masking has trained the head for.
 
 Symbols: r_A, r_B rewards of a pair; margin = r_A - r_B; label +1 (A is better), -1 (B), 0 (the same); n pairs; k CoTs.
@@ -20,13 +18,10 @@ import dataclasses
 import os
 
 import numpy as np
-import torch
 
 import data
 import parallel
 from data import PreferencePair
-from lab.serve import page
-from lab.study import sanity
 from metrics import (
     accuracy_curve,
     accuracy_with_ties,
@@ -35,18 +30,16 @@ from metrics import (
     bootstrap_interval,
     calibration,
     checked,
-    paired_difference,
     right,
     videoalign_compatible,
 )
-from model import DeScore
+from phases import WORDING, ThinkingSettings, Workers, require_short, score_phase, text_rewards, think_phase
 from plumbing import report
 from plumbing.checkpoint import trained_settings
-from plumbing.formats import open_table, read_scores, refuse_outside
-from plumbing.jobs import Item, Phase, claim_out, write_skipped
+from plumbing.formats import open_table, refuse_outside
+from plumbing.jobs import Item, items_of, require_same_settings, write_skipped
 from plumbing.settings import InputError, arg, cli, evaluation_flags, parse, writable
-from rollout import Thinker, ThinkingSettings, decode_cot, open_batch, require_short, think_phase
-from rules import overall_score
+from rollout import decode_cot
 
 BENCHMARKS = {  # name -> what the CSV in --root may be called, the published name first
     "videogen-rewardbench": ("videogen-rewardbench.csv", "test_videogen_rewardbench.csv"),
@@ -63,7 +56,7 @@ DROPPED_VOTES = {  # --genai-ties -> the votes whose pairs are left out
 
 @dataclasses.dataclass
 class Settings(ThinkingSettings):
-    """Flags; more in rollout.ThinkingSettings. Sizes are the paper's."""
+    """Flags; more in phases.ThinkingSettings. Sizes are the paper's."""
 
     model: str = arg(None, "checkpoint folder with backbone, query and head")
     data: str = arg(None, "CSV of preference pairs")
@@ -73,8 +66,6 @@ class Settings(ThinkingSettings):
     genai_ties: str = arg("both", "which of GenAI-Bench's two tie votes to keep, as ties", list(DROPPED_VOTES))
     video: str = arg(None, "one video to think about and score")
     prompt: str = arg(None, "the prompt of --video")
-    scores: str = arg(None, "CSV of ready-made scores: reward_A,reward_B (row by row) or path,reward[,prompt]")
-    compare: list[str] = arg(None, "several score files in one report; differences are to the first")
     think: bool = arg(True, "write a CoT before scoring")
     thoughts: int = arg(
         1, "CoTs per video: 1 is greedy; more are sampled at temperature 1, rewards averaged", at_least=1)
@@ -85,17 +76,19 @@ class Settings(ThinkingSettings):
     max_pixels: int = arg(None, "pixels per frame at most (default: the checkpoint's; paper: 200704)", at_least=1024)
     dtype: str = arg("auto", "auto: bfloat16 on a GPU, else float32", ["auto", "float32", "bfloat16"])
     batch_size: int = arg(8, "videos at once; changes speed, not results", at_least=1)
-    sanity: bool = arg(False, "what does the model read? rewards after changed prompts and clips, in OUT/sanity.md")
     videoalign_compatible: bool = arg(False, "also show accuracy with ties as VideoAlign's script computes it")
     out: str = arg("evaluation", "folder for everything that is written")
-    html: str = arg(None, "page to write: clips, CoTs, rewards and labels of each pair")
-    html_pairs: int = arg(200, "pairs on the page at most, spread evenly over the data", at_least=1)
+
+
+# What decides on a result: with another value it must not stand beside the old ones.
+MADE_WITH = ("think", "thoughts", "max_new_tokens", "temperature", "engine", "fps", "reader", "max_pixels", "dtype",
+             "seed")
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # 1. All numbers of one reward model on one set of pairs
 # ---------------------------------------------------------------------------------------------------------------
-def measure(name: str, pairs: list[PreferencePair], rewards: np.ndarray) -> report.Judged:
+def measure(name: str, pairs: list[PreferencePair], rewards: np.ndarray) -> report.Agreement:
     """rewards (n, 2) of A and B -> every number of the report. InputError names the row of a non-finite reward."""
     for pair, row in zip(pairs, rewards):
         if not np.isfinite(row).all():
@@ -128,38 +121,33 @@ def measure(name: str, pairs: list[PreferencePair], rewards: np.ndarray) -> repo
          "without_ties": float(hits["without_ties"][i][decided[i]].mean()) if decided[i].any() else None}
         for names, i in sorted(makers.items())
     ]
-    return report.Judged(numbers, labels, margins, accuracy_curve(labels, margins), hits, groups)
+    return report.Agreement(numbers, labels, margins, accuracy_curve(labels, margins), hits, groups)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 2. What is to be judged: one set of pairs is one job
+# 2. A test set: what is to be judged
 # ---------------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass
-class Job:
-    """One set of pairs, what is found out about it, and the folder where that is kept."""
+class TestSet:
+    """Pairs, what is found out about them, and the folder where that is kept."""
 
     path: str  # the CSV
     pairs: list[PreferencePair]
     out: str
     root: str  # relative video paths start here
     benchmark: str | None = None
-    thoughts: dict = dataclasses.field(default_factory=dict)  # {(video, prompt): record of think_phase}
-    rewards: dict = dataclasses.field(default_factory=dict)  # {(video, prompt): record of score_phase}
+    thoughts: dict | None = None  # {item.key: record of think_phase}; None: no thinking
+    rewards: dict = dataclasses.field(default_factory=dict)  # {item.key: record of score_phase}
     skipped: list[dict] = dataclasses.field(default_factory=list)
 
     @property
     def items(self) -> list[Item]:
-        """Each (video, prompt) once, however many pairs it is in."""
-        items = {}
-        for pair in self.pairs:
-            for video in pair.videos:
-                items.setdefault((video, pair.prompt), Item(video, pair.prompt, pair.line))
-        return list(items.values())
+        return items_of(self.pairs)
 
 
-def read_job(s: Settings, benchmark: str | None = None) -> Job:
+def read_test_set(s: Settings, benchmark: str | None = None) -> TestSet:
     """The pairs of --data, or of one benchmark, after --root and --genai-ties."""
-    path, out = s.data or s.scores, s.out
+    path, out = s.data, s.out
     if benchmark:
         names = [n for n in BENCHMARKS[benchmark] if os.path.isfile(os.path.join(s.root, n))]
         if not names:
@@ -175,70 +163,11 @@ def read_job(s: Settings, benchmark: str | None = None) -> Job:
     if DROPPED_VOTES[s.genai_ties]:
         votes = {line: row["vote_type"].strip().lower() for line, row in open_table(path, ("vote_type",))[1]}
         pairs = [pair for pair in pairs if votes[pair.line] not in DROPPED_VOTES[s.genai_ties]]
-    return Job(path, pairs, out, s.root or os.path.dirname(path), benchmark)
+    return TestSet(path, pairs, out, s.root or os.path.dirname(path), benchmark)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 3. Think, then score. What DeScore.reward does for one batch, for many and resumable
-# ---------------------------------------------------------------------------------------------------------------
-class Judge(Thinker):
-    """The engine that thinks and the model that scores, each opened when first needed: a finished run opens neither."""
-
-    model = None
-
-    def open_model(self) -> DeScore:
-        """The DeScore of --model, read once."""
-        if self.model is None:
-            dtype = getattr(torch, self.s.dtype)
-            self.model = DeScore.from_pretrained(self.s.model, self.ranks.device, dtype).eval()
-        return self.model
-
-    def open_backbone(self):
-        """The transformers engine thinks with the backbone of the model that scores."""
-        return self.open_model().backbone
-
-    def stop_thinking(self) -> None:
-        """All CoTs are there: the engine's memory is for the model that scores."""
-        if self.engine is not None:
-            self.engine.sleep(level=2)
-
-
-def score_phase(items: list[Item], thoughts: dict, out: str, s: Settings, ranks, judge: Judge):
-    """COLLECTIVE: the head's rewards. Returns ({(video, prompt): record}, what was skipped); one line each in OUT.
-
-    A record: video, prompt, rewards: of the k CoTs, reward: their mean. The CoTs go in as the ids that were sampled:
-    decoded and encoded again a text may become other tokens, and the head would score what nobody thought.
-    """
-    if s.think:
-        items = [item for item in items if item[:2] in thoughts]  # the others were skipped while thinking
-    # What a former run of the same command has scored is not scored again.
-    phase = Phase("rewards", items, out, s.skip_bad_videos, ranks)
-    if phase.to_do:
-        model = judge.open_model()
-        for batch in phase.batches(s.batch_size):
-            good = open_batch(batch, s, phase, model.processor.tokenizer)
-            if not good:
-                continue
-            videos, prompts = [video for _, video in good], [item.prompt for item, _ in good]
-            cots = [thoughts[item[:2]]["token_ids"] if s.think else [None] for item, _ in good]  # None: as if masked
-            # ONE forward for the batch: prompt, CoT and query in a row; the reward is head(h_query), a dot product.
-            for (item, _), row in zip(good, model.score(model.encode(videos, prompts), cots).tolist()):
-                phase.write({"video": item.video, "prompt": item.prompt, "reward": float(np.mean(row)), "rewards": row})
-    return phase.finish()
-
-
-def text_rewards(thoughts: dict) -> dict:
-    """The rewards that the CoTs state, as score_phase returns the head's.
-
-    Scores have few different values, so two videos often get the same one. An equal score is wrong wherever people
-    decided, so texts look worse than they are: lab/study counts equal scores half.
-    """
-    return {key: {"reward": float(np.mean([overall_score(text) for text in record["thoughts"]]))}
-            for key, record in thoughts.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# 4. The report
+# 3. The report
 # ---------------------------------------------------------------------------------------------------------------
 def pair_rewards(pairs: list[PreferencePair], rewards: dict) -> np.ndarray:
     """{(video, prompt): record} -> (n, 2) rewards of A and B; nan where a video has none."""
@@ -246,60 +175,51 @@ def pair_rewards(pairs: list[PreferencePair], rewards: dict) -> np.ndarray:
     return np.array([[rewards.get((video, p.prompt), none)["reward"] for video in p.videos] for p in pairs])
 
 
-def write_report(job: Job, out: str, scored: dict[str, np.ndarray], s: Settings) -> None:
-    """scored {name of a model or score file: (n, 2) rewards} -> report.json, .md and .png in `out`, and --html."""
-    complete = np.all([np.isfinite(r).all(axis=1) for r in scored.values()], axis=0)
-    if not complete.all() and not s.skip_bad_videos:
-        line = job.pairs[int(complete.argmin())].line
-        raise InputError(f"{job.path}, line {line}: a video has no reward; --skip-bad-videos leaves such pairs out.")
-    kept = [pair for pair, is_complete in zip(job.pairs, complete) if is_complete]
-    if not kept:
-        raise InputError(f"{job.path}: no pair has a reward for both videos.")
-    # Every model is judged on the pairs that ALL of them scored, or the easier pairs would flatter one of them.
-    names = [os.path.basename(os.path.normpath(file)) for file in scored]
-    names = names if len(set(names)) == len(names) else list(scored)
-    judged = [measure(name, kept, r[complete]) for name, r in zip(names, scored.values())]
-    for one in judged:
-        one.numbers.update(data=job.path, benchmark=job.benchmark)
-        one.numbers.update(skipped_pairs=len(job.pairs) - len(kept), skipped_videos=len(job.skipped))
-        one.numbers["difference_to_first"] = difference(one, judged[0]) if one is not judged[0] else None
-    if job.thoughts:
-        records = [job.thoughts[item[:2]] for item in job.items if item[:2] in job.thoughts]
-        judged[0].numbers["thoughts"] = report.thought_statistics(records, kept)
-    report.write(out, judged, s.videoalign_compatible)
-    if s.html:
-        first = next(iter(scored.values()))
-        page.write_page(s.html, judged[0], kept, first[complete], job.thoughts, data.sample_frames, s.html_pairs)
+def complete_pairs(test: TestSet, rewards: list[np.ndarray], skip: bool) -> np.ndarray:
+    """(n,) bool: the pairs that have a reward for both videos in each of the arrays (n, 2).
+
+    InputError, unless `skip`, for a pair that has not; and if none is left.
+    """
+    complete = np.all([np.isfinite(r).all(axis=1) for r in rewards], axis=0)
+    if not complete.all() and not skip:
+        line = test.pairs[int(complete.argmin())].line
+        raise InputError(f"{test.path}, line {line}: a video has no reward; --skip-bad-videos leaves such pairs out.")
+    if not complete.any():
+        raise InputError(f"{test.path}: no pair has a reward for both videos.")
+    return complete
 
 
-def report_model(job: Job, s: Settings) -> None:
+def measure_set(test: TestSet, name: str, rewards: np.ndarray, complete: np.ndarray) -> report.Agreement:
+    """Everything about the rewards (n, 2) of one model on the complete pairs, as report.write takes it."""
+    kept = [pair for pair, keep in zip(test.pairs, complete) if keep]
+    found = measure(name, kept, rewards[complete])
+    found.numbers.update(data=test.path, benchmark=test.benchmark, difference_to_first=None)
+    found.numbers.update(skipped_pairs=len(test.pairs) - len(kept), skipped_videos=len(test.skipped))
+    if test.thoughts:
+        records = [test.thoughts[item.key] for item in test.items if item.key in test.thoughts]
+        found.numbers["thoughts"] = report.thought_statistics(records, kept)
+    return found
+
+
+def write_report(test: TestSet, s: Settings) -> None:
     """The report and the scores of each kind that --score-from asks for: the head's in OUT, the text's in OUT/text."""
+    name = os.path.basename(os.path.normpath(s.model))
     for kind in s.score_from:
-        rewards = job.rewards if kind == "head" else text_rewards(job.thoughts)
-        out = job.out if kind == "head" else os.path.join(job.out, "text")
-        write_report(job, out, {s.model: pair_rewards(job.pairs, rewards)}, s)
-        rows = [(*item[:2], rewards[item[:2]]["reward"]) for item in job.items if item[:2] in rewards]
-        report.write_scores(os.path.join(out, "scores.csv"), rows, job.root)
-
-
-def difference(one: report.Judged, first: report.Judged) -> dict:
-    """Both accuracies minus the first model's on the same pairs, with paired-bootstrap intervals."""
-    out = {}
-    # Without ties only decided pairs count; with ties every pair does, human ties included.
-    for kind, keep in (("without_ties", one.labels != 0), ("with_ties", np.full(len(one.labels), True))):
-        gap = paired_difference(one.hits[kind][keep], first.hits[kind][keep], one.groups[keep])
-        out[kind], out[f"{kind}_interval"] = gap
-    return out
+        found = test.rewards if kind == "head" else text_rewards(test.thoughts)
+        out = test.out if kind == "head" else os.path.join(test.out, "text")
+        rewards = pair_rewards(test.pairs, found)
+        complete = complete_pairs(test, [rewards], s.skip_bad_videos)
+        report.write(out, [measure_set(test, name, rewards, complete)], s.videoalign_compatible)
+        rows = [(*item.key, found[item.key]["reward"]) for item in test.items if item.key in found]
+        report.write_scores(os.path.join(out, "scores.csv"), rows, test.root)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 5. The script
+# 4. The script
 # ---------------------------------------------------------------------------------------------------------------
 def make_folders(out: str, s: Settings) -> None:
     """Fails on unwritable folders before hours of generation."""
     writable([out, *([os.path.join(out, "text")] if "text" in s.score_from else [])])
-    if s.html:
-        writable([os.path.dirname(s.html) or "."])
 
 
 def resolve(s: Settings, ranks) -> Settings:
@@ -314,15 +234,15 @@ def resolve(s: Settings, ranks) -> Settings:
     return dataclasses.replace(s, fps=fps, max_pixels=max_pixels, dtype=dtype, temperature=temperature)
 
 
-def one_video(s: Settings, ranks, judge: Judge) -> None:
+def one_video(s: Settings, ranks, workers: Workers) -> None:
     """Prints CoT and reward of --video."""
-    # The same two steps as for many: think, then score.
-    model, k = judge.open_model(), s.thoughts
+    model, k = workers.open_model(), s.thoughts
     require_short(s.prompt, model.processor.tokenizer)
-    prefixes = model.encode([data.sample_frames(s.video, s.fps, s.max_pixels)], [s.prompt])
+    # The same as for many: think, then score. The clip is decoded, and video and prompt are encoded, once.
+    prefixes = model.encode([workers.frames(Item(s.video, s.prompt, 0))], [s.prompt])
     cots = model.think(prefixes, s.max_new_tokens, s.temperature, s.seed, k) if s.think else [[None]]
-    (cots,), (rewards,) = cots, model.score(prefixes, cots).tolist()
-    for cot, reward in zip(cots, rewards):
+    rewards = model.score(prefixes, cots)[0].tolist()
+    for cot, reward in zip(cots[0], rewards):
         text = decode_cot(model.processor.tokenizer, cot) if cot else "(no CoT)"
         ranks.print(f"{text}\nreward {reward:+.4f}")
     if k > 1:
@@ -335,36 +255,28 @@ def main(argv=None) -> None:
     s = parse(Settings, __doc__, argv)
     evaluation_flags(s)
     ranks = parallel.start(s.seed)
-    ready_made = s.compare or ([s.scores] if s.scores else [])
-    if not ready_made:
-        s = resolve(s, ranks)
-    judge = Judge(s, ranks)
-    jobs = [] if s.video else [read_job(s, name) for name in s.benchmark or [None]]
-    for job in jobs:
-        make_folders(job.out, s)
+    s = resolve(s, ranks)
+    workers = Workers(s, ranks)
     if s.video:
-        one_video(s, ranks, judge)
-    elif s.sanity:
-        sanity.run(jobs[0], s, ranks, judge, think_phase, score_phase, text_rewards)
-    elif not ready_made:
-        for job in jobs:  # 1 think: over all sets first, so that the model that scores finds the engine's memory free
-            claim_out(job.out, s, ranks)
-            if s.think:
-                job.thoughts, job.skipped = think_phase(job.items, job.out, s, ranks, judge)
-        judge.stop_thinking()
-        for job in jobs:  # 2 score
-            if "head" in s.score_from:
-                job.rewards, unscored = score_phase(job.items, job.thoughts, job.out, s, ranks, judge)
-                job.skipped += unscored
-            write_skipped(job.out, job.skipped, ranks)
-    if ranks.is_main and not s.sanity:
-        for job in jobs:  # 3 compare with people
-            if ready_made:
-                scored = {file: read_scores(file, job.path, job.pairs, job.root) for file in ready_made}
-                write_report(job, job.out, scored, s)
-            else:
-                report_model(job, s)
-    ranks.finish(judge.engine)
+        one_video(s, ranks, workers)
+        return ranks.finish()
+    tests = [read_test_set(s, name) for name in s.benchmark or [None]]
+    for test in tests:
+        make_folders(test.out, s)
+    for test in tests:  # 1 think: over all sets first, so that the model that scores finds the engine's memory free
+        own = dataclasses.replace(s, benchmark=test.benchmark and [test.benchmark], out=test.out)
+        require_same_settings(test.out, own, MADE_WITH, WORDING, ranks)
+        if s.think:
+            test.thoughts, test.skipped = think_phase(test.items, test.out, s, ranks, workers, s.thoughts)
+    workers.stop_thinking()
+    for test in tests:  # 2 score
+        if "head" in s.score_from:
+            test.rewards, unscored = score_phase(test.items, test.thoughts, test.out, s, ranks, workers)
+            test.skipped += unscored
+        write_skipped(test.out, test.skipped, ranks)
+    for test in tests if ranks.is_main else []:  # 3 compare with people
+        write_report(test, s)
+    ranks.finish(workers.engine)
 
 
 if __name__ == "__main__":

@@ -34,13 +34,13 @@ from plumbing.jobs import readable_pairs, task_seed
 from plumbing.resume import claim_run, require_finite
 from plumbing.settings import annotated_pairs, arg, cli, grpo_flags, parse
 from plumbing.training import CommonSettings, Run, save_run
-from rollout import decode_cot, make_engine
+from rollout import EngineSettings, decode_cot, make_engine
 from rules import RolloutReward, rollout_reward
 
 
 @dataclasses.dataclass
-class Settings(CommonSettings):
-    """Stage 2; more in CommonSettings. Defaults: the paper's values, from its page and the released code."""
+class Settings(CommonSettings, EngineSettings):
+    """Stage 2; more in CommonSettings and EngineSettings. Defaults: the paper's, from its page and the code."""
 
     # data
     data: str = arg(None, "training pairs with true verdicts: a CSV in DeScore's RL format")
@@ -50,13 +50,10 @@ class Settings(CommonSettings):
     train: str = arg("full", "what of the LLM is trained (paper: full)", choices=["lora", "full"])
     # rollouts
     rollouts: int = arg(8, "G, CoTs sampled per video (paper: 8)", at_least=2)
-    max_new_tokens: int = arg(4096, "tokens per CoT at most (paper: 4096)", at_least=1)
     temperature: float = arg(1.0, "of sampling, and so of all log-probs (paper: 1)", above=0)
-    engine: str = arg("transformers", "who samples; vllm for real models", choices=["transformers", "vllm"])
+    # Less than elsewhere (.9): the trainer's shards, reference and optimizer stay on the GPU while the engine samples.
     engine_memory: float = arg(
         0.4, "share of a GPU's memory that vLLM may use; it sleeps during the update", above=0, at_most=1)
-    engine_tp: int = arg(1, "tensor parallel vLLM: ranks that hold one engine together", at_least=1)
-    engine_max_len: int = arg(12288, "prompt + CoT tokens that vLLM takes at most; more is an error", at_least=1)
     rows_per_batch: int = arg(64, "CoTs the transformers engine samples at a time", at_least=1)
     # rollout reward
     weight_quality: float = arg(0.7, "weight of R_qual (paper: .7)", at_least=0)
@@ -229,7 +226,7 @@ def forward_pair(model, rollouts: PairRollouts, settings, ranks):
     with ranks.autocast():
         output = model(batch, video_features=rollouts.video_features, temperature=settings.temperature)
     rollouts.video_features = output.video_features
-    return output, batch["response_mask"]
+    return output, batch["cot_mask"]
 
 
 def lay_out_pair(model, rollouts: PairRollouts, settings) -> dict:

@@ -29,7 +29,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 
-def lay_out(backbone, prefixes: list[dict], responses: list[list[list[int]]]) -> dict:
+def lay_out(backbone, prefixes: list[dict], cots: list[list[list[int]]]) -> dict:
     """Prompts and CoTs -> the tensors of one forward. Row s holds prefix s ONCE and all of its CoTs behind it.
 
     Position i may look at j <= i in the prefix or in its own CoT, and positions restart right after the prefix for each
@@ -38,26 +38,25 @@ def lay_out(backbone, prefixes: list[dict], responses: list[list[list[int]]]) ->
     Args:
         backbone: the Qwen3-VL, for its rule of 3-D positions (time, height, width) only.
         prefixes: from data.encode_prompt, one per row.
-        responses: responses[s] = the CoTs of row s as token ids, [] for "no CoT" (masked). EOS included if it was
-            sampled; the query follows the last token whatever it is, so a CoT cut off at the limit needs no special
-            case.
+        cots: cots[s] = the CoTs of row s as token ids, [] for "no CoT" (masked). EOS included if it was sampled; the
+            query follows the last token whatever it is, so a CoT cut off at the limit needs no special case.
     Returns:
         input_ids (S, L); query_mask (S, L) bool; position_ids (3, S, L); pixel_values_videos, video_grid_thw;
         spans: per row (P, [(start, length), ...]), Python integers: where each CoT with its query begins, and how many
         positions it has. What no span covers is padding;
-        query_index (N,): where the queries are in the flattened S x L; response_index (N, T): where the position that
-        PREDICTS each CoT token is (one before it); response_ids, response_mask (N, T).
+        query_index (N,): where the queries are in the flattened S x L; cot_index (N, T): where the position that
+        PREDICTS each CoT token is (one before it); cot_ids, cot_mask (N, T).
     """
     filler = backbone.config.text_config.pad_token_id or 0  # never read: padding, or replaced by the query vector
     rows, spans = [], []
-    for prefix, cots in zip(prefixes, responses, strict=True):
+    for prefix, row in zip(prefixes, cots, strict=True):
         positions, _ = backbone.model.get_rope_index(
             input_ids=prefix["input_ids"][None],
             mm_token_type_ids=prefix["mm_token_type_ids"][None],
             video_grid_thw=prefix["video_grid_thw"],
         )
         ids, positions, end, own = [prefix["input_ids"]], [positions[:, 0]], len(prefix["input_ids"]), []
-        for cot in cots:
+        for cot in row:
             ids.append(torch.tensor([*cot, filler]))  # the filler stands for the query
             after_prefix = torch.arange(len(cot) + 1) + positions[0].max() + 1
             positions.append(after_prefix.expand(3, -1))  # text: the same number for time, height and width
@@ -72,22 +71,22 @@ def lay_out(backbone, prefixes: list[dict], responses: list[list[list[int]]]) ->
     for s, (ids, positions) in enumerate(rows):
         input_ids[s, : len(ids)], position_ids[:, s, : len(ids)] = ids, positions
 
-    places = [(s, prefix, start, n - 1) for s, (prefix, own) in enumerate(spans) for start, n in own]  # n - 1: the CoT
+    places = [(s, prompt, start, n - 1) for s, (prompt, own) in enumerate(spans) for start, n in own]  # n - 1: the CoT
     longest = max([1, *(n for *_, n in places)])
-    response_ids, response_index = (torch.zeros(len(places), longest, dtype=torch.long) for _ in range(2))
-    response_mask, query_mask = torch.zeros(len(places), longest), torch.zeros(len(rows), length, dtype=torch.bool)
-    for i, (s, prefix, start, n) in enumerate(places):
-        response_ids[i, :n] = input_ids[s, start : start + n]
+    cot_ids, cot_index = (torch.zeros(len(places), longest, dtype=torch.long) for _ in range(2))
+    cot_mask, query_mask = torch.zeros(len(places), longest), torch.zeros(len(rows), length, dtype=torch.bool)
+    for i, (s, prompt, start, n) in enumerate(places):
+        cot_ids[i, :n] = input_ids[s, start : start + n]
         # Token t is predicted from the position before it. Before a CoT's FIRST token stands the prefix's last one.
-        response_index[i, :n] = s * length + torch.tensor([prefix - 1, *range(start, start + n - 1)])[:n]
-        response_mask[i, :n] = 1
+        cot_index[i, :n] = s * length + torch.tensor([prompt - 1, *range(start, start + n - 1)])[:n]
+        cot_mask[i, :n] = 1
         query_mask[s, start + n] = True
     return {
         "input_ids": input_ids, "query_mask": query_mask, "position_ids": position_ids, "spans": spans,
         "pixel_values_videos": torch.cat([prefix["pixel_values_videos"] for prefix in prefixes]),
         "video_grid_thw": torch.cat([prefix["video_grid_thw"] for prefix in prefixes]),
         "query_index": torch.tensor([s * length + start + n for s, _, start, n in places]),
-        "response_index": response_index, "response_ids": response_ids, "response_mask": response_mask,
+        "cot_index": cot_index, "cot_ids": cot_ids, "cot_mask": cot_mask,
     }
 
 
@@ -115,25 +114,25 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling=N
     query, key = query.to(value.dtype), key.to(value.dtype)
     options = {"scale": scaling, "dropout_p": dropout, "enable_gqa": True}  # H_kv < H: heads in groups share keys
     rows = []
-    for s, (prefix, cots) in enumerate(spans):
+    for s, (prompt, cots) in enumerate(spans):
         q, k, v = query[s : s + 1], key[s : s + 1], value[s : s + 1]
-        end = prefix + sum(n for _, n in cots[:1])
+        end = prompt + sum(n for _, n in cots[:1])
         first = scaled_dot_product_attention(q[:, :, :end], k[:, :, :end], v[:, :, :end], is_causal=True, **options)
         outputs = {0: first}  # where a piece begins -> its output
         for n in sorted({n for _, n in cots[1:]}):  # CoTs of the same length go in one call
             starts = [start for start, length in cots[1:] if length == n]
-            outputs |= zip(starts, attend_behind(prefix, starts, n, q, k, v, options).split(1), strict=True)
+            outputs |= zip(starts, attend_behind(prompt, starts, n, q, k, v, options).split(1), strict=True)
         whole = torch.cat([outputs[start] for start in sorted(outputs)], dim=2)  # (1, H, tokens of this row, d)
         rows.append(pad(whole, (0, 0, 0, query.shape[2] - whole.shape[2])))
     return torch.cat(rows).transpose(1, 2).contiguous(), None
 
 
-def attend_behind(prefix: int, starts: list[int], n: int, query, key, value, options: dict) -> torch.Tensor:
+def attend_behind(prompt: int, starts: list[int], n: int, query, key, value, options: dict) -> torch.Tensor:
     """One row (1, H, L, d): its c CoTs of n positions from `starts` on see prefix and themselves: (c, H, n, d)."""
     query, own_keys, own_values = (torch.cat([x[:, :, s : s + n] for s in starts]) for x in (query, key, value))
-    shared = (x[:, :, :prefix].expand(len(starts), -1, -1, -1) for x in (key, value))  # (c, H_kv, P, d)
+    shared = (x[:, :, :prompt].expand(len(starts), -1, -1, -1) for x in (key, value))  # (c, H_kv, P, d)
     keys, values = (torch.cat(parts, dim=2) for parts in zip(shared, (own_keys, own_values)))  # (c, H_kv, P + n, d)
-    return scaled_dot_product_attention(query, keys, values, attn_mask=causal_lower_right(n, prefix + n), **options)
+    return scaled_dot_product_attention(query, keys, values, attn_mask=causal_lower_right(n, prompt + n), **options)
 
 
 SHARED_PREFIX = "shared_prefix"  # the name under which transformers finds it; see DeScore.__init__

@@ -95,17 +95,17 @@ class DeScore(nn.Module):
         # fp32 for the head whatever the backbone computes in: a bf16 reward near 5 has steps of 0.03.
         with torch.autocast(hidden.device.type, enabled=False):
             rewards = self.head(hidden[batch["query_index"]].float()).squeeze(-1)  # (N,)
-        log_probs = self._response_log_probs(hidden, batch, temperature) if want_log_probs else None
+        log_probs = self._cot_log_probs(hidden, batch, temperature) if want_log_probs else None
         return Output(rewards, log_probs, video_features)
 
-    def _response_log_probs(self, hidden, batch, temperature):
+    def _cot_log_probs(self, hidden, batch, temperature):
         """log π of each CoT token: `lm_head` on CoT positions only, in chunks whose logits are recomputed in backward.
 
         Full logits of one 8B sequence (6,144 x 151,936 fp32) would be 3.7 GB; most of its positions are video.
         """
-        mask = batch["response_mask"].bool()  # (N, T)
-        states = hidden[batch["response_index"][mask]]  # (M, D): M real CoT tokens of all N CoTs
-        token_ids = batch["response_ids"][mask]  # (M,)
+        mask = batch["cot_mask"].bool()  # (N, T)
+        states = hidden[batch["cot_index"][mask]]  # (M, D): M real CoT tokens of all N CoTs
+        token_ids = batch["cot_ids"][mask]  # (M,)
 
         def chunk_log_probs(states, token_ids):
             return token_log_probs(self.backbone.lm_head(states), token_ids, temperature)

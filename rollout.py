@@ -4,34 +4,30 @@
     cots = engine.generate(prefixes, seeds, max_new_tokens, temperature)    # [prefix][sample] -> token ids, with EOS
     engine.sync(named_weights)                                              # after every update
 
-As a command it collects the CoTs that stage 1 learns from, by the base model itself, one per video:
-
-    python rollout.py --model runs/base --data pairs.csv --out pairs_with_cots.csv
-    torchrun --nproc_per_node 8 rollout.py --data train.csv val.csv --out train_cots.csv val_cots.csv --engine vllm
-
-Every CoT is written to OUT.thoughts/ as soon as it exists; the same command goes on where it was stopped.
+Who calls it: collect_cots.py (stage 0), grpo.py (stage 2), phases.py (evaluation), `DeScore.think`.
 """
 
-import concurrent.futures
 import dataclasses
-import os
 
 import torch
-from transformers import AutoConfig, AutoProcessor, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import AutoConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 import data
-import parallel
-from lab.study.sanity import changed_video
 from plumbing.checkpoint import load_backbone
-from plumbing.formats import write_cots
-from plumbing.jobs import Item, Phase, claim_out, readable_pairs, task_seed, write_skipped
-from plumbing.settings import InputError, arg, cli, parse, rollout_flags
-from plumbing.video import READERS
-from plumbing.vllm_engine import VLLMEngine, require_room
-from rules import extract_answer
+from plumbing.settings import InputError, arg
+from plumbing.vllm_engine import VLLMEngine
 
-# This rank's share of the cores. Read now: vLLM changes LOCAL_WORLD_SIZE when it starts.
-THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+@dataclasses.dataclass
+class EngineSettings:
+    """Flags of whatever samples: collect_cots.py, evaluate.py and grpo.py (which takes less memory, see there)."""
+
+    engine: str = arg("transformers", "who samples CoTs; vllm for real models", ["transformers", "vllm"])
+    engine_memory: float = arg(0.9, "share of a GPU's memory that vLLM may use", above=0, at_most=1)
+    engine_tp: int = arg(1, "tensor parallel vLLM: ranks that hold one engine together", at_least=1)
+    engine_max_len: int = arg(
+        12288, "prompt + CoT tokens that vLLM takes at most; a video with more is refused", at_least=1)
+    max_new_tokens: int = arg(4096, "tokens per CoT at most (paper: 4096)", at_least=1)
 
 
 class SeededSampling(LogitsProcessor):
@@ -181,181 +177,3 @@ def make_engine(
     if not shared:
         backbone = load_backbone(path, torch.float32 if on_cpu else torch.bfloat16).to(ranks.device).eval()
     return TransformersEngine(backbone, processor, shared, rows_per_batch)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Thinking about many videos, resumable: for the command below and for evaluate.py
-# ---------------------------------------------------------------------------------------------------------------
-MAX_PROMPT = 5_000  # tokens: no video generator reads more, and the cost of attention grows with the square
-
-
-class Thinker:
-    """Who writes the CoTs: an engine, opened when it is first needed. A finished run opens none.
-
-    s: the settings model, engine, engine_memory, engine_max_len, engine_tp, batch_size and seed.
-    """
-
-    def __init__(self, s, ranks):
-        self.s, self.ranks, self.engine = s, ranks, None
-
-    def open_engine(self):
-        """COLLECTIVE: vLLM starts on all ranks together. The engine's .processor turns videos and prompts into ids."""
-        if self.engine is None:
-            s, backbone = self.s, self.open_backbone() if self.s.engine == "transformers" else None
-            self.engine = make_engine(
-                s.engine, s.model, AutoProcessor.from_pretrained(s.model), self.ranks, backbone, s.seed,
-                s.engine_max_len, s.batch_size, memory=s.engine_memory, tp=s.engine_tp, sleeps=False,
-            )
-        return self.engine
-
-    def open_backbone(self):
-        """A backbone that is there already and may be used, or None: the engine then reads its own."""
-        return None
-
-
-def frames_or_error(item: Item, s) -> data.Video | InputError:
-    """The item's sampled frames, or what is wrong with its file."""
-    try:
-        return changed_video(data.sample_frames(item.video, s.fps, s.max_pixels), item)
-    except InputError as error:
-        return error
-
-
-def require_short(prompt: str, tokenizer) -> None:
-    """InputError for a prompt of absurd length. Counted in tokens: 20,000 characters may be 2,000 or 33,000 of them."""
-    length = len(tokenizer(prompt)["input_ids"])
-    if length > MAX_PROMPT:
-        raise InputError(f"the prompt has {length:,} tokens; at most {MAX_PROMPT:,} are read.")
-
-
-def open_batch(batch: list[Item], s, phase: Phase, tokenizer) -> list[tuple[Item, data.Video]]:
-    """The items with their sampled frames. A broken video or an endless prompt is refused here, before any work is
-    done on the batch, so that one bad item costs the others nothing.
-
-    Decoded by as many threads as this rank has cores: each in a process of its own.
-    """
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        videos = list(pool.map(frames_or_error, batch, [s] * len(batch)))
-    good = []
-    for item, video in zip(batch, videos):
-        try:
-            if isinstance(video, InputError):
-                raise video
-            require_short(item.prompt, tokenizer)
-            good.append((item, video))
-        except InputError as error:
-            phase.refuse(item, error)
-    return good
-
-
-def encode_batch(batch: list[Item], s, phase: Phase, engine) -> tuple[list[Item], list[dict]]:
-    """The batch's good items and their prefixes, with what the engine needs of each. The others are refused."""
-    items, prefixes = [], []
-    for item, video in open_batch(batch, s, phase, engine.processor.tokenizer):
-        try:
-            prefix = data.encode_prompt(engine.processor, video, item.prompt)
-            if engine.limit:
-                require_room(len(prefix["input_ids"]), s.max_new_tokens, engine.limit)
-            items.append(item)
-            prefixes.append({name: prefix[name] for name in engine.needs})
-        except InputError as error:
-            phase.refuse(item, error)
-    return items, prefixes
-
-
-def think_phase(items: list[Item], out: str, s, ranks, thinker: Thinker) -> tuple[dict, list[dict]]:
-    """COLLECTIVE: k CoTs for each item -> ({(video, prompt): record}, what was skipped); one line each in OUT.
-
-    A record: video, prompt, thoughts: k texts, token_ids: k lists as sampled (EOS included unless cut off), tokens:
-    their k lengths, ended: k of "EOS was reached". Each CoT has a random stream of its own, from (seed, video, prompt,
-    k), so it depends neither on the batch nor on the rank.
-    """
-    phase = Phase("thoughts", items, out, s.skip_bad_videos, ranks)
-    if phase.to_do:
-        engine = thinker.open_engine()
-        tokenizer = engine.processor.tokenizer
-        for batch in phase.batches(max(1, engine.requests // s.thoughts)):
-            batch, prefixes = encode_batch(batch, s, phase, engine)
-            seeds = [[task_seed(s.seed, item.video, item.prompt, k) for k in range(s.thoughts)] for item in batch]
-            for i, cots in engine.stream(prefixes, seeds, s.max_new_tokens, s.temperature):
-                texts = [decode_cot(tokenizer, cot) for cot in cots]
-                ended = [cot[-1:] == [tokenizer.eos_token_id] for cot in cots]
-                phase.write({"video": batch[i].video, "prompt": batch[i].prompt, "thoughts": texts, "token_ids": cots,
-                             "tokens": [len(cot) for cot in cots], "ended": ended})
-    return phase.finish()
-
-
-@dataclasses.dataclass
-class ThinkingSettings:
-    """Flags of the two scripts that think about many videos: this one and evaluate.py."""
-
-    dimension: str = arg("TA", "label column where a CSV has several: TA (the paper's), VQ, MQ or Overall")
-    engine: str = arg("transformers", "who writes the CoTs; vllm for real models", ["transformers", "vllm"])
-    engine_memory: float = arg(0.9, "share of a GPU's memory that vLLM may use while thinking", above=0, at_most=1)
-    engine_max_len: int = arg(
-        12288, "prompt + CoT tokens that vLLM takes at most; a video with more is refused", at_least=1)
-    engine_tp: int = arg(1, "tensor parallel vLLM: ranks that hold one engine together", at_least=1)
-    max_new_tokens: int = arg(4096, "CoT tokens at most (paper: 4096)", at_least=1)
-    reader: str = arg("pyav", "of video files; decord (the paper's) takes plain ones of constant rate", READERS)
-    skip_bad_videos: bool = arg(False, "leave out what cannot be read; skipped.jsonl in the output folder lists it")
-    seed: int = arg(0, "decides the sampled CoTs", at_least=0)
-
-
-@dataclasses.dataclass
-class Settings(ThinkingSettings):
-    """Collecting CoTs for stage 1; more in ThinkingSettings."""
-
-    data: list[str] = arg(None, "preference pairs, a CSV in any known format; of several, each has its own --out")
-    out: list[str] = arg(("pairs_with_cots.csv",), "CSV to write: DeScore's cold-start columns")
-    model: str = arg("Qwen/Qwen3-VL-8B-Instruct", "the model that thinks: base model or DeScore folder")
-    video_root: str | None = arg(None, "folder that relative video paths start from; default the CSV's")
-    fps: float = arg(2.0, "sampled frames per second (paper: 2)", above=0)
-    max_pixels: int = arg(448 * 448, "pixels per frame at most (paper: 448 * 448)", at_least=1024)
-    temperature: float = arg(1.0, "sampling temperature; 0 is greedy (not given in the paper for stage 1)", at_least=0)
-    batch_size: int = arg(64, "CoTs that transformers samples at a time on one rank", at_least=1)
-
-    # Constants here, flags in evaluate.py: one CoT for each video, and always one.
-    thoughts = 1
-    think = True
-    dtype = "auto"
-
-
-def collect(path: str, out: str, s: Settings, ranks, thinker: Thinker) -> None:
-    """COLLECTIVE: the pairs of `path` -> `out`, with a CoT per video. OUT.thoughts/ keeps each CoT as it comes."""
-    folder = out + ".thoughts"
-    pairs = data.read_pairs(path, s.dimension, s.video_root)
-    os.makedirs(folder, exist_ok=True)
-    if not s.skip_bad_videos:  # with it, thinking meets each bad video, and leaves it out
-        pairs = readable_pairs(pairs, s, ranks, data.sample_frames)
-    items = {(video, pair.prompt): Item(video, pair.prompt, pair.line) for pair in pairs for video in pair.videos}
-    claim_out(folder, s, ranks)
-    thoughts, skipped = think_phase(list(items.values()), folder, s, ranks, thinker)
-    write_skipped(folder, skipped, ranks)
-    kept = [pair for pair in pairs if all((video, pair.prompt) in thoughts for video in pair.videos)]
-    if not kept:
-        raise InputError(f"{path}: no pair is left with two readable videos; see {folder}/skipped.jsonl.")
-    if not ranks.is_main:
-        return
-    write_cots(out, kept, thoughts)
-    texts = [thoughts[key]["thoughts"][0] for key in items if key in thoughts]
-    good = sum(extract_answer(text) is not None for text in texts)
-    print(f"wrote {out}: {len(kept)} pairs; {good / len(texts):.1%} of {len(texts)} CoTs hold an answer")
-    if skipped:
-        print(f"skipped {len(pairs) - len(kept)} pairs with {len(skipped)} bad videos; see {folder}/skipped.jsonl")
-
-
-def main(argv=None) -> None:
-    """One CoT per video of each CSV; the engine is opened once for all of them."""
-    s = parse(Settings, __doc__, argv)
-    rollout_flags(s)
-    for path in s.data:  # a wrong second file should not cost the thinking over the first
-        data.read_pairs(path, s.dimension, s.video_root)
-    ranks = parallel.start(s.seed)
-    thinker = Thinker(s, ranks)  # one engine for all files
-    for path, out in zip(s.data, s.out):
-        collect(path, out, s, ranks, thinker)
-    ranks.finish(thinker.engine)
-
-
-if __name__ == "__main__":
-    cli(main)

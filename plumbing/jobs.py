@@ -1,6 +1,9 @@
 """Working through many videos, resumable: one line per finished item, appended at once, shared out over the ranks."""
 
+import concurrent.futures
 import contextlib
+import dataclasses
+import functools
 import glob
 import hashlib
 import json
@@ -20,19 +23,47 @@ def task_seed(*parts) -> int:
 
 
 class Item(typing.NamedTuple):
-    """A video, its prompt, and the CSV line that asks for it first. The key of everything kept is item[:2].
-
-    change: what is done to the frames first; only lab/study/sanity.py asks for that.
-    """
+    """A video, its prompt, and the CSV line that asks for it first."""
 
     video: str
     prompt: str
     line: int
-    change: str = ""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What all that is kept of it is found by."""
+        return self.video, self.prompt
+
+
+def items_of(pairs: list) -> list[Item]:
+    """Each (video, prompt) of the pairs once, however many pairs it is in."""
+    items = {}
+    for pair in pairs:
+        for video in pair.videos:
+            items.setdefault((video, pair.prompt), Item(video, pair.prompt, pair.line))
+    return list(items.values())
+
+
+def content_of(path: str) -> str | None:
+    """A hash of all that a file holds: another clip under an old name is another clip. None: it cannot be read."""
+    try:
+        info = os.stat(path)
+        return _hash_of(path, info.st_size, info.st_mtime_ns)
+    except (OSError, ValueError):  # ValueError: a name with a zero byte
+        return None
+
+
+@functools.lru_cache(maxsize=None)  # both phases ask; a file that was written again in between is read again
+def _hash_of(path: str, size: int, time_ns: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
 def read_log(out: str, name: str) -> dict[tuple[str, str], dict]:
-    """All ranks' lines of a phase, {(video, prompt): record}. A last line cut short by a kill is left out."""
+    """All ranks' lines of a phase, {(video, prompt): record}. A last line cut short by a kill is left out.
+
+    Where a clip was replaced, there may be several records of one name: the one of the clip that is there now is given.
+    """
     records = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(out), f"{name}*.jsonl"))):
         with open(path, "rb") as file:
@@ -40,9 +71,11 @@ def read_log(out: str, name: str) -> dict[tuple[str, str], dict]:
                 if line.endswith(b"\n"):
                     try:
                         record = json.loads(line)
-                        records[record["video"], record["prompt"]] = record
+                        key = record["video"], record["prompt"]
                     except (ValueError, KeyError, TypeError) as error:
                         raise InputError(f"{path}, line {count}: is damaged; delete it and run again.") from error
+                    if key not in records or record.get("content") == content_of(record["video"]):
+                        records[key] = record
     return records
 
 
@@ -61,18 +94,29 @@ class Phase:
         if phase.to_do:
             model = ...
             for batch in phase.batches(8):
-                phase.write(record) or phase.refuse(item, error), for each item of the batch
+                phase.write(item, fields) or phase.refuse(item, error), for each item of the batch
         records, skipped = phase.finish()                        COLLECTIVE
 
-    to_do: the items that no file holds yet, THE SAME LIST ON EVERY RANK. What all ranks must open together, as they
+    to_do: the items that have no result yet, THE SAME LIST ON EVERY RANK. What all ranks must open together, as they
     must a vLLM engine, has to be decided by it and not by a rank's own share, which may be empty.
+    A result belongs to what its video holds and to `made_from` ({item.key: what else it was made from}): if either is
+    another one now, the item is to be done anew. (A video that is no longer there contradicts nothing: a finished run
+    can be read without it.)
     """
 
-    def __init__(self, name: str, items: list[Item], out: str, skip: bool, ranks):
-        self.name, self.out, self.skip, self.ranks = name, out, skip, ranks
-        self.done, self.skipped, self.new = read_log(out, name), [], []
+    def __init__(self, name: str, items: list[Item], out: str, skip: bool, ranks, made_from: dict | None = None):
+        self.name, self.out, self.skip, self.ranks, self.made_from = name, out, skip, ranks, made_from or {}
+        self.skipped, self.new = [], []
+        mine = ranks.share(sorted({item.video for item in items}))
+        self.content = dict(ranks.gather_objects([(video, content_of(video)) for video in mine]))
+        self.done = {key: record for key, record in read_log(out, name).items() if self.is_current(record)}
         ranks.barrier()  # nobody may append before everybody has read, or the ranks would share out different lists
-        self.to_do = [item for item in items if item[:2] not in self.done]
+        self.to_do = [item for item in items if item.key not in self.done]
+
+    def is_current(self, record: dict) -> bool:
+        """Was it made from what is there now?"""
+        video, rest = self.content.get(record["video"]), self.made_from.get((record["video"], record["prompt"]))
+        return video in (None, record.get("content")) and rest in (None, record.get("made_from"))
 
     def batches(self, size: int):
         """Yields this rank's items, `size` at a time: equally often on every rank, so at the end perhaps none."""
@@ -85,10 +129,12 @@ class Phase:
             for start in range(0, most, size):
                 yield mine[start : start + size]
 
-    def write(self, record: dict) -> None:
+    def write(self, item: Item, fields: dict) -> None:
         """Keeps one result. Flushed at once, so a kill loses only what is under way."""
-        if not np.isfinite(record.get("reward", 0.0)):
-            raise InputError(f"{record['video']}: reward {record['reward']}; the checkpoint is broken.")
+        if not np.isfinite(fields.get("reward", 0.0)):
+            raise InputError(f"{item.video}: reward {fields['reward']}; the checkpoint is broken.")
+        what = {"content": self.content.get(item.video), "made_from": self.made_from.get(item.key)}
+        record = {"video": item.video, "prompt": item.prompt, **fields, **what}
         self.file.write(json.dumps(record).encode() + b"\n")
         self.file.flush()
         self.new.append(record)
@@ -117,11 +163,12 @@ def write_skipped(out: str, skipped: list[dict], ranks) -> None:
             print(f"{count} of {len(skipped)} skipped videos are unsupported by the reader, not broken")
 
 
-def identity(model: str) -> str:
+def fingerprint(model: str) -> str:
     """What tells a model from another.
 
-    A hub name: the name and the commit that it resolves to here. A folder, wherever it lies: a hash of its files'
-    names, sizes and both ends (all of an 8B would take a minute).
+    A hub name: the name and the commit that it resolves to here. A folder, wherever it lies: a hash of all that its
+    weights and configuration hold; checkpoints of one run may differ in the middle of a file alone. The files of an 8B
+    are read once for it, several at a time: they will be read again, then from memory, when the model is opened.
     """
     if not os.path.isdir(model):
         from transformers.utils import cached_file
@@ -130,32 +177,28 @@ def identity(model: str) -> str:
             return f"{model} at {os.path.basename(os.path.dirname(cached_file(model, 'config.json')))}"
         except (OSError, ValueError) as error:
             raise InputError(f"{model}: is no folder, nor a model on the hub ({first_line(error)}).") from error
-    digest = hashlib.sha256()
     patterns = ("*.safetensors", "*/*.safetensors", "*config.json", "descore.json", "tokenizer.json", "*.jinja")
-    for pattern in patterns:
-        for file_path in sorted(glob.glob(os.path.join(glob.escape(model), pattern))):
-            with open(file_path, "rb") as file:
-                size = os.path.getsize(file_path)
-                digest.update(f"{os.path.basename(file_path)} {size}".encode() + file.read(1 << 20))
-                file.seek(max(0, size - (1 << 20)))
-                digest.update(file.read())
-    return digest.hexdigest()
+    paths = [path for p in patterns for path in sorted(glob.glob(os.path.join(glob.escape(model), p)))]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # hashing works outside Python's lock
+        hashes = list(pool.map(content_of, paths))
+    return hashlib.sha256(repr([(os.path.relpath(p, model), h) for p, h in zip(paths, hashes)]).encode()).hexdigest()
 
 
-def claim_out(out: str, s, ranks) -> None:
-    """COLLECTIVE: refuses a folder that holds results of another model or other settings; they must not be mixed."""
-    names = ("think", "thoughts", "max_new_tokens", "temperature", "engine", "fps", "reader", "max_pixels", "dtype",
-             "seed")
-    now, path = {"model": identity(s.model)} | {n: getattr(s, n) for n in names}, os.path.join(out, "settings.json")
+def require_same_settings(out: str, s, names: tuple[str, ...], wording: str, ranks) -> None:
+    """COLLECTIVE: refuses a folder that holds results of another model, wording or setting: they must not be mixed.
+
+    names: the settings that decide on results. OUT/settings.json keeps all of s beside them.
+    """
     if ranks.is_main:
+        path, before = os.path.join(out, "settings.json"), {}
+        now = {"model": fingerprint(s.model), "wording": wording} | {name: getattr(s, name) for name in names}
         if read_log(out, "thoughts") or read_log(out, "rewards"):
-            before = {}
             with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
-                before = json.load(file)
+                before = json.load(file).get("made_with", {})
             changed = [name for name in now if before.get(name, "unknown") != now[name]]
             if changed:
                 raise InputError(f"{out}: holds results made with another {', '.join(changed)}; give another --out.")
-        write_json(path, now)
+        write_json(path, {"made_with": now, "settings": dataclasses.asdict(s)})
     ranks.barrier()
 
 

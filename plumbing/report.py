@@ -30,7 +30,7 @@ PUBLISHED = {
 COLUMNS = {"in-domain": (0, None), "genai-bench": (1, 2), "videogen-rewardbench": (3, 4)}  # benchmark -> with, without
 
 
-class Judged(typing.NamedTuple):
+class Agreement(typing.NamedTuple):
     """One reward model on one set of pairs.
 
     numbers: what goes into report.json. labels, margins (n,). curve: candidate thresholds and accuracies, both (m,).
@@ -99,7 +99,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"
 
 
-def accuracy_table(judged: list[Judged], videoalign: bool) -> str:
+def accuracy_table(judged: list[Agreement], videoalign: bool) -> str:
     """One row per model."""
     kinds, many = ("without_ties", "with_ties"), len(judged) > 1
     head = ["model", "without ties (95 %)", "with ties (95 %)", "threshold", "cross-fitted", "calibration error"]
@@ -116,7 +116,7 @@ def accuracy_table(judged: list[Judged], videoalign: bool) -> str:
     return table(head, rows)
 
 
-def markdown(judged: list[Judged], videoalign: bool) -> str:
+def markdown(judged: list[Agreement], videoalign: bool) -> str:
     """The whole report.md: what was measured here, then what the paper published, which says so; then details."""
     first = judged[0].numbers
     text = [
@@ -169,7 +169,7 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write(out: str, judged: list[Judged], videoalign: bool = False) -> None:
+def write(out: str, judged: list[Agreement], videoalign: bool = False) -> None:
     """Writes report.json (one model: its numbers; several: {"models": [...]}), report.md and .png; prints a table."""
     os.makedirs(out, exist_ok=True)
     numbers = [finite(one.numbers) for one in judged]
@@ -185,7 +185,7 @@ def write(out: str, judged: list[Judged], videoalign: bool = False) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 # 3. report.png
 # ---------------------------------------------------------------------------------------------------------------
-def draw(path: str, judged: list[Judged]) -> None:
+def draw(path: str, judged: list[Agreement]) -> None:
     """Three panels: margins by label (several models: accuracies), reliability, accuracy by share of called ties."""
     import matplotlib
 
@@ -250,5 +250,5 @@ def draw_accuracies(axis, judged, names) -> None:
 # 4. CSV files
 # ---------------------------------------------------------------------------------------------------------------
 def write_scores(path: str, rows: list[tuple[str, str, float]], root: str) -> None:
-    """path,prompt,reward: what --scores and --compare read back, so texts stay exact: beware of spreadsheets."""
+    """path,prompt,reward: what lab/study/compare.py reads back, so texts stay exact: beware of spreadsheets."""
     write_csv(path, ["path", "prompt", "reward"], [[os.path.relpath(v, root or "."), p, r] for v, p, r in rows])

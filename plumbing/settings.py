@@ -123,30 +123,24 @@ def annotated_pairs(pairs: list, path: str) -> None:
             )
 
 
-def rollout_flags(s) -> None:
+def collecting_flags(s) -> None:
     """Collecting CoTs: as many outputs as inputs."""
     require(s, data="a CSV of preference pairs")
     if len(s.data) != len(s.out) or len(set(s.out)) != len(s.out):
-        raise InputError(f"{len(s.data)} --data want as many --out, all different; got {len(s.out)}.")
+        raise InputError(f"{len(s.data)} --data need as many --out, all different; got {len(s.out)}.")
 
 
 def evaluation_flags(s) -> None:
     """Evaluation: one thing to judge, and what it needs."""
-    chosen = [flag for flag in ("video", "scores", "compare") if getattr(s, flag)]
     problems = {
-        "give only one of --video, --scores, --compare": len(chosen) > 1,
-        "give --data FILE or --benchmark NAME": not (s.video or s.scores or s.data or s.benchmark),
+        "give --data FILE or --benchmark NAME": not (s.video or s.data or s.benchmark),
         "--data and --benchmark exclude each other": s.data and s.benchmark,
-        "--html names one file, so give one --benchmark and one --score-from":
-        max(len(s.benchmark or []), len(s.score_from)) > 1 and s.html,
         "--benchmark needs --root, the folder it was downloaded to": s.benchmark and not s.root,
         "--video needs --prompt, and --prompt needs --video": bool(s.video) != bool(s.prompt and s.prompt.strip()),
         "--score-from text needs CoTs, so not --no-think": "text" in s.score_from and not s.think,
         "--thoughts above 1 and --no-think exclude each other": s.thoughts > 1 and not s.think,
         "--video thinks with transformers, so leave out --engine vllm": s.video and s.engine == "vllm",
-        "--sanity takes one set of pairs and one --score-from, and writes no page":
-        s.sanity and (chosen or max(len(s.benchmark or []), len(s.score_from)) > 1 or s.html),
-        "give --model DIR": not s.model and not (s.scores or s.compare),
+        "give --model DIR": not s.model,
     }
     for problem, is_so in problems.items():
         if is_so:

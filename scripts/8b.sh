@@ -14,7 +14,7 @@ if [ -d lab ]; then
 fi
 
 # Stage 0: the base model thinks about each video, one vLLM engine on each GPU.
-torchrun --nproc_per_node 8 rollout.py --engine vllm \
+torchrun --nproc_per_node 8 collect_cots.py --engine vllm \
   --data "$DATA/train.csv" "$DATA/val.csv" --out "$DATA/train_cots.csv" "$DATA/val_cots.csv"
 
 # Stage 1: LoRA on the LLM, all of the vision tower, query and head.

@@ -14,7 +14,7 @@ python -m toy base --out "$RUNS/base" --seed "$SEED"
 
 # Stage 0: the base model writes a CoT for each video. Greedy: stage 1 should see its best guess.
 # A CoT that has not ended after 80 tokens never ends, and its whole batch would wait for it.
-python rollout.py --model "$RUNS/base" --seed "$SEED" --temperature 0 --batch-size 120 --max-new-tokens 80 \
+python collect_cots.py --model "$RUNS/base" --seed "$SEED" --temperature 0 --batch-size 120 --max-new-tokens 80 \
   --data "$RUNS/data/train_cold_start.csv" "$RUNS/data/val_cold_start.csv" \
   --out "$RUNS/data/train_cots.csv" "$RUNS/data/val_cots.csv"
 

@@ -1,6 +1,6 @@
 """Kills training and sampling at random moments, goes on, and checks that nothing is lost. A script, not collected.
 
-    python tests/kills.py --kills 100 --out DIR              stage 1 on one rank, and rollout.py
+    python tests/kills.py --kills 100 --out DIR              stage 1 on one rank, and collect_cots.py
     python tests/kills.py --kills 20 --ranks 2 --out DIR     stage 1 under torchrun
 
 Each round runs a command to its end without a kill, then again with SIGKILL to all its processes at random
@@ -53,7 +53,7 @@ def stage_1(csv: str, base: str, out: pathlib.Path, ranks: int) -> list[str]:
 
 def rollout(csv: str, base: str, out: pathlib.Path, ranks: int) -> list[str]:
     out.mkdir(exist_ok=True)
-    return [sys.executable, "rollout.py", "--model", base, "--data", csv, "--out", str(out / "cots.csv"),
+    return [sys.executable, "collect_cots.py", "--model", base, "--data", csv, "--out", str(out / "cots.csv"),
             "--batch-size", "1", "--max-new-tokens", "40"]
 
 

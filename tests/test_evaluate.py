@@ -11,10 +11,11 @@ import safetensors.numpy
 
 import evaluate
 import parallel
+import phases
 from data import PreferencePair
 from plumbing import jobs
 from plumbing.settings import InputError
-from tests.conftest import refuses, run_here, write_csv
+from tests.conftest import refuses, write_csv
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -27,7 +28,7 @@ def test_genai_ties(tmp_path, ties, left):
     head = ["prompt", "left_model", "right_model", "left_video", "right_video", "vote_type"]
     write_csv(tmp_path / "genai-bench.csv", head, rows)
     s = evaluate.Settings(benchmark=["genai-bench"], root=str(tmp_path), genai_ties=ties)
-    assert len(evaluate.read_job(s, "genai-bench").pairs) == left
+    assert len(evaluate.read_test_set(s, "genai-bench").pairs) == left
 
 
 @pytest.mark.parametrize("path", ["../outside.mp4", "/etc/passwd", "link/inside.mp4", "a/../../x.mp4", "a\0b.mp4"])
@@ -37,7 +38,7 @@ def test_paths_that_leave_the_root_are_refused(tmp_path, path):
     (root / "link").symlink_to(tmp_path)
     table = write_csv(root / "pairs.csv", ["path_A", "path_B", "prompt", "TA"], [["fine.mp4", path, "a prompt", "A"]])
     with pytest.raises(InputError, match="line 2: .*outside --root"):
-        evaluate.read_job(evaluate.Settings(data=table, root=str(root)))
+        evaluate.read_test_set(evaluate.Settings(data=table, root=str(root)))
 
 
 def test_the_report_by_hand():
@@ -71,75 +72,26 @@ def test_the_report_by_hand():
     assert numbers["accuracy_without_ties_interval"] == (0.0, 0.0) and numbers["accuracy_with_ties_interval"][0] > 0.2
 
 
-def test_difference_is_paired():
-    pairs = [PreferencePair("a", "b", f"prompt {k}", 1, line=k) for k in range(50)]
-    good = np.stack([np.ones(50), np.zeros(50)], axis=1)
-    worse = good.copy()
-    worse[:10] = worse[:10, ::-1]
-    first, second = (evaluate.measure(name, pairs, r) for name, r in (("good", good), ("worse", worse)))
-    gap = evaluate.difference(second, first)
-    assert gap["without_ties"] == pytest.approx(-0.2) and gap["without_ties_interval"][1] < 0
-    of_five = [PreferencePair("a", "b", f"prompt {k // 10}", 1, line=k) for k in range(50)]  # all ten of one are worse
-    first_5, second_5 = (evaluate.measure(name, of_five, r) for name, r in (("good", good), ("worse", worse)))
-    wide = evaluate.difference(second_5, first_5)["without_ties_interval"]  # pairs of a prompt are drawn together
-    assert wide[0] < gap["without_ties_interval"][0] - 0.1 and wide[1] == 0
-    same = evaluate.difference(first, first)
-    assert same["with_ties"] == 0 and same["with_ties_interval"] == (0, 0)  # paired: no spread at all
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # The command line
 # ---------------------------------------------------------------------------------------------------------------
-def test_scores_command_line(tmp_path, pairs_csv, monkeypatch, capsys):
-    scores = write_csv(tmp_path / "s.csv", ["reward_A", "reward_B"], [[2, 1], [1, 3], [0, 0], [1, 1.5], [3, 1]])
-    run_here(monkeypatch, "evaluate.py", "--data", pairs_csv, "--scores", scores, "--out", tmp_path / "out")
-    numbers = json.loads((tmp_path / "out" / "report.json").read_text())
-    # Margins 1 (A), -2 (B), -.5 (tie), 2 (A): all signs right; the tie is smallest: threshold .5 makes it right too.
-    assert (numbers["pairs"], numbers["human_ties"]) == (4, 1)
-    assert (numbers["accuracy_without_ties"], numbers["accuracy_with_ties"], numbers["threshold"]) == (1.0, 1.0, 0.5)
-    assert (tmp_path / "out" / "report.png").stat().st_size > 10_000
-    assert "1.000" in capsys.readouterr().out and "published" in (tmp_path / "out" / "report.md").read_text()
-
-
-def test_bad_input_ends_with_one_sentence_and_exit_code_2(tmp_path, pairs_csv, capsys, monkeypatch):
+def test_bad_input_ends_with_one_sentence_and_exit_code_2(tmp_path, pairs_csv, tiny_model_dir, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    nan = write_csv(tmp_path / "nan.csv", ["reward_A", "reward_B"], [[1, 2], [1, "nan"], [1, 1], [1, 1], [1, 1]])
+    model = ["--model", tiny_model_dir]
     for flags, words in (
-        (["--data", "none.csv", "--scores", nan], "none.csv: no such file"),
-        (["--data", pairs_csv, "--scores", "none.csv"], "none.csv: no such file"),
-        (["--data", pairs_csv, "--scores", nan], "nan.csv, line 3: reward_B is 'nan'"),
-        (["--data", pairs_csv, "--scores", pairs_csv], "needs the columns reward_A,reward_B or path,reward"),
-        (["--data", pairs_csv, "--scores", nan, "--dimension", "VQ"], "no label column VQ"),
+        (["--data", "none.csv", *model], "none.csv: no such file"),
+        (["--data", pairs_csv, *model, "--dimension", "VQ"], "no label column VQ"),
         (["--data", pairs_csv], "give --model"),
         (["--data", pairs_csv, "--model", str(tmp_path)], "no DeScore checkpoint"),
         (["--model", str(tmp_path)], "give --data"),
         (["--model", str(tmp_path), "--video", "x.mp4"], "--prompt"),
-        (["--benchmark", "genai-bench", "--scores", nan], "--root"),
-        (["--benchmark", "genai-bench", "--scores", nan, "--root", str(tmp_path)], "holds none of"),
-        (["--data", pairs_csv, "--scores", nan, "--thoughts", "0"], "at least 1"),
-        (["--data", pairs_csv, "--scores", nan, "--out", nan], "cannot be written to"),
+        (["--benchmark", "genai-bench", *model], "--root"),
+        (["--benchmark", "genai-bench", *model, "--root", str(tmp_path)], "holds none of"),
+        (["--data", pairs_csv, *model, "--thoughts", "0"], "at least 1"),
+        (["--data", pairs_csv, *model, "--out", pairs_csv], "cannot be written to"),
     ):
         refuses(capsys, evaluate.main, *flags, says=words)
     refuses(capsys, evaluate.main, "--nonsense", says="unrecognized arguments: --nonsense")
-
-
-def test_a_missing_score_is_an_error_or_a_counted_skip(tmp_path, pairs_csv, capsys, no_figure):
-    scores = write_csv(tmp_path / "s.csv", ["reward_A", "reward_B"], [[2, 1], ["", 3], [0, 0], [1, 1.5], [3, 1]])
-    flags = ["--data", pairs_csv, "--scores", scores, "--out", tmp_path / "out"]
-    refuses(capsys, evaluate.main, *flags, says="line 3")
-    evaluate.main([str(flag) for flag in [*flags, "--skip-bad-videos"]])
-    numbers = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert (numbers["pairs"], numbers["skipped_pairs"]) == (3, 1)
-
-
-def test_compare_command_line(tmp_path, pairs_csv, no_figure):
-    good = write_csv(tmp_path / "good.csv", ["reward_A", "reward_B"], [[2, 1], [1, 3], [0, 0], [1, 1.5], [3, 1]])
-    rows = [[f"{k}{side}.mp4", float(side == "b")] for k in range(5) for side in "ab"]
-    bad = write_csv(tmp_path / "bad.csv", ["path", "reward"], rows)
-    evaluate.main(["--data", pairs_csv, "--compare", good, bad, "--out", str(tmp_path / "out")])
-    models = json.loads((tmp_path / "out" / "report.json").read_text())["models"]
-    assert [m["name"] for m in models] == ["good.csv", "bad.csv"] and models[0]["difference_to_first"] is None
-    assert models[1]["difference_to_first"]["without_ties"] == pytest.approx(1 / 3 - 1)  # only the B pair is right
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -174,16 +126,9 @@ def judge(model, data, out, *flags):
 
 def test_batch_size_changes_nothing_and_a_finished_run_needs_no_model(tmp_path, tiny_model_dir, clips_csv, monkeypatch):
     one = judge(tiny_model_dir, clips_csv, tmp_path / "one", "--batch-size", 1)
-    three = judge(tiny_model_dir, clips_csv, tmp_path / "three", "--batch-size", 3, "--html", tmp_path / "page.html")
+    three = judge(tiny_model_dir, clips_csv, tmp_path / "three", "--batch-size", 3)
     assert len(one) == 3  # three unique videos, though the two pairs hold four
     np.testing.assert_allclose(one, three, atol=1e-5, rtol=0)
-    page = (tmp_path / "page.html").read_text()
-    assert page.count("data:image/jpeg") >= 4 and "<script>alert" not in page
-    # What it wrote is what --scores reads.
-    scores = str(tmp_path / "one" / "scores.csv")
-    evaluate.main(["--data", clips_csv, "--scores", scores, "--out", str(tmp_path / "again")])
-    first, again = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "again"))
-    assert first["accuracy_with_ties"] == again["accuracy_with_ties"] and first["threshold"] == again["threshold"]
     # A kill while thinking: the half line and all rewards are gone. The rest is neither lost nor repeated.
     log = tmp_path / "one" / "thoughts.jsonl"
     before = log.read_bytes()
@@ -192,22 +137,21 @@ def test_batch_size_changes_nothing_and_a_finished_run_needs_no_model(tmp_path, 
     again = judge(tiny_model_dir, clips_csv, tmp_path / "one", "--batch-size", 2)
     np.testing.assert_allclose(again, one, atol=1e-5, rtol=0)
     assert log.read_bytes() == before
-    monkeypatch.setattr(evaluate.Judge, "open_model", pytest.fail)
+    monkeypatch.setattr(evaluate.Workers, "open_model", pytest.fail)
     judge(tiny_model_dir, clips_csv, tmp_path / "one")
 
 
-def test_several_benchmarks_load_the_model_once(tmp_path, tiny_model_dir, tiny_clips, capsys, monkeypatch, no_figure):
+def test_several_benchmarks_load_the_model_once(tmp_path, tiny_model_dir, tiny_clips, monkeypatch, no_figure):
     for name, path in zip("ab", tiny_clips):
         shutil.copy(path, tmp_path / f"{name}.mp4")
     head = ["prompt", "left_model", "right_model", "left_video", "right_video", "vote_type"]
     write_csv(tmp_path / "genai-bench.csv", head, [["a cat", "m1", "m2", "a.mp4", "b.mp4", "leftvote"]])
     head = ["path_A", "path_B", "prompt", "TA"]
     write_csv(tmp_path / "videogen-rewardbench.csv", head, [["a.mp4", "b.mp4", "a dog", "B"]])
-    loaded, load = [], evaluate.DeScore.from_pretrained
-    monkeypatch.setattr(evaluate.DeScore, "from_pretrained", lambda *a: loaded.append(a) or load(*a))
+    loaded, load = [], phases.DeScore.from_pretrained
+    monkeypatch.setattr(phases.DeScore, "from_pretrained", lambda *a: loaded.append(a) or load(*a))
     names = ["genai-bench", "videogen-rewardbench"]
     both = ["--model", tiny_model_dir, "--root", tmp_path, "--out", tmp_path / "out", *FEW, "--benchmark", *names]
-    refuses(capsys, evaluate.main, *both, "--html", tmp_path / "page.html", says="give one --benchmark")
     evaluate.main([str(flag) for flag in both])
     assert len(loaded) == 1
     for name in names:
@@ -262,8 +206,8 @@ def test_a_bad_clip_or_a_giant_prompt_stops_or_is_counted(tmp_path, tiny_model_d
 
 def test_the_score_that_a_cot_states(tmp_path, tiny_model_dir, clips_csv):
     """--score-from text: the generative reward model of Fig. 1a. It shares the head's thoughts, not its reports."""
-    assert evaluate.overall_score('x <answer>{"overall_score": 3.5}</answer>') == 3.5
-    assert evaluate.overall_score("nothing") == evaluate.overall_score('<answer>{"overall_score": "x"}</answer>') == 3.0
+    assert phases.overall_score('x <answer>{"overall_score": 3.5}</answer>') == 3.5
+    assert phases.overall_score("nothing") == phases.overall_score('<answer>{"overall_score": "x"}</answer>') == 3.0
     flags = ["--model", tiny_model_dir, "--data", clips_csv, "--out", str(tmp_path), "--max-new-tokens", "3"]
     evaluate.main(flags)
     before = (tmp_path / "thoughts.jsonl").read_text()

@@ -132,8 +132,8 @@ def test_advantages_meet_their_own_log_probs(batch, model, settings):
         tensors = grpo.lay_out_pair(model, batch[0], one)
         flat = [cot for row in batch[0].cots for cot in row]
         for n, ids in enumerate(flat):
-            assert tensors["response_ids"][n][: len(ids)].tolist() == ids
-            assert tensors["response_mask"][n].sum() == len(ids)
+            assert tensors["cot_ids"][n][: len(ids)].tolist() == ids
+            assert tensors["cot_mask"][n].sum() == len(ids)
         assert batch[0].advantages.shape == (2, 3)
 
 

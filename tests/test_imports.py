@@ -9,7 +9,6 @@ from tests.conftest import ROOT
 FOLDERS = ("", "plumbing/", "toy/", "lab/", "lab/*/")
 PATHS = [path for folder in FOLDERS for path in sorted(ROOT.glob(f"{folder}*.py")) if path.name != "conftest.py"]
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in PATHS}
-MOVING = {"rollout", "evaluate"}  # not yet rid of the shelf
 LEAVES = {"losses", "rules"}  # pure: plumbing may import them
 RANK = {"plumbing": 0, "toy": 2, "lab": 3}  # a module at the top has rank 1
 
@@ -33,7 +32,7 @@ def rank(module: str) -> int:
     return RANK.get(module.split(".")[0], 1)
 
 
-@pytest.mark.parametrize("module", sorted(set(MODULES) - MOVING))
+@pytest.mark.parametrize("module", sorted(MODULES))
 def test_imports_run_one_way(module):
     upwards = {other for other in EDGES[module] if rank(other) > rank(module)}
     assert not upwards - (LEAVES if rank(module) == 0 else set()), f"{module} imports what stands above it"
@@ -54,5 +53,4 @@ def test_no_circles():
 def test_scripts_never_import_each_other():
     """Run as `python a.py`, a script is `__main__`: imported from another, its module would stand in memory twice."""
     scripts = {name for name in MODULES if rank(name) == 1 and "cli(main)" in MODULES[name].read_text("utf-8")}
-    scripts -= MOVING
     assert not {name: EDGES[name] & scripts for name in scripts if EDGES[name] & scripts}

@@ -47,7 +47,7 @@ def run(out, seen, ranks=None, bad=(), skip=False):
                 phase.refuse(item, InputError(f"{item.video}: is broken."))
             else:
                 seen.append(item.video)
-                phase.write({"video": item.video, "prompt": item.prompt, "reward": float(item.video[1:])})
+                phase.write(item, {"reward": float(item.video[1:])})
     return phase.finish()
 
 
@@ -134,8 +134,8 @@ def test_hub_models_differ_by_name_and_commit(tmp_path, base_dir, monkeypatch):
         shutil.copy(f"{base_dir}/config.json", cached / "snapshots" / commit)
         (cached / "refs").mkdir(exist_ok=True)
         (cached / "refs" / "main").write_text(commit)
-        known.add(jobs.identity(name))
-        assert name in jobs.identity(name) and commit in jobs.identity(name)
+        known.add(jobs.fingerprint(name))
+        assert name in jobs.fingerprint(name) and commit in jobs.fingerprint(name)
     assert len(known) == 3
     with pytest.raises(InputError, match="us/none: is no folder"):
-        jobs.identity("us/none")
+        jobs.fingerprint("us/none")

@@ -49,8 +49,8 @@ def test_layout_by_hand(model, prefixes):
     assert batch["spans"] == [(length, [(length, 3), (length + 3, 2)])]
     assert batch["query_index"].tolist() == [length + 2, length + 4]
     # tokens are predicted one position earlier; the first token of BOTH CoTs by the prefix's last position
-    assert batch["response_index"].tolist() == [[length - 1, length], [length - 1, 0]]
-    assert batch["response_mask"].tolist() == [[1, 1], [1, 0]]
+    assert batch["cot_index"].tolist() == [[length - 1, length], [length - 1, 0]]
+    assert batch["cot_mask"].tolist() == [[1, 1], [1, 0]]
     assert batch["query_mask"][0].nonzero().flatten().tolist() == [length + 2, length + 4]
     first, second = batch["position_ids"][:, 0, length : length + 3], batch["position_ids"][:, 0, length + 3 :]
     assert torch.equal(first[:, :2], second)  # each CoT's positions restart right after the prefix

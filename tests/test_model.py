@@ -158,7 +158,7 @@ def test_micro_batches_give_the_gradient_of_the_batch(model, prefixes):
         for part in parts:
             batch = lay_out(model.backbone, prefixes[part], cots[part])
             out = model(batch)
-            args = out.log_probs, out.log_probs.detach(), advantages[part], batch["response_mask"]
+            args = out.log_probs, out.log_probs.detach(), advantages[part], batch["cot_mask"]
             loss = grpo_loss(*args, denominator=tokens) + bt_loss(out.rewards[::2], out.rewards[1::2], denominator=2)
             loss.backward()
         return {n: p.grad.clone() for n, p in model.named_parameters()}

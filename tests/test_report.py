@@ -16,7 +16,7 @@ NASTY = '<script>alert(1)</script><img src=x onerror=alert(2)>" onload="x $\\fra
 
 
 def judged(margins, labels, name="ours", prompts=None, extra=None):
-    """One Judged and its pairs. Reward of A = margin, of B = 0."""
+    """One Agreement and its pairs. Reward of A = margin, of B = 0."""
     prompts = prompts or [f"prompt {k}" for k in range(len(labels))]
     pairs = [PreferencePair(f"{k}a.mp4", f"{k}b.mp4", prompt, label, line=k + 2, extra=extra or {})
              for k, (label, prompt) in enumerate(zip(labels, prompts))]
@@ -75,12 +75,3 @@ def test_a_report_of_one_pair_or_of_ties_only(tmp_path):
     for margins, labels in (([1.0], [1]), ([1.0, 2.0], [0, 0]), ([0.0, 0.0, 0.0], [1, -1, 0])):
         report.write(str(tmp_path), [judged(margins, labels)[0]])
         json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)  # no NaN in JSON
-
-
-def test_several_models_in_one_report(tmp_path):
-    first, second = judged([1.0, -2.0, 3.0], [1, -1, 0], "one")[0], judged([1.0, 2.0, 3.0], [1, -1, 0], "two")[0]
-    second.numbers["difference_to_first"] = evaluate.difference(second, first)
-    report.write(str(tmp_path), [first, second])
-    text = (tmp_path / "report.md").read_text()
-    assert "| one | 1.000" in text and "| two | 0.500" in text and "-0.500" in text
-    assert len(json.loads((tmp_path / "report.json").read_text())["models"]) == 2

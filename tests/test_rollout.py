@@ -1,112 +1,16 @@
-"""Sampling CoTs from the softmax, and collecting them: resumable, each (video, prompt) once."""
-
-import dataclasses
-import json
-import os
+"""Sampling CoTs from the softmax; an engine takes over new weights."""
 
 import numpy as np
 import pytest
 import torch
 
-import cold_start
 import data
 import parallel
 import rollout
 from layout import lay_out
 from model import DeScore
-from plumbing.jobs import read_log
+from plumbing.jobs import task_seed
 from rollout import sample_cots
-from tests.conftest import refuses, run
-
-
-def test_collecting_cots_writes_a_cold_start_csv_and_resumes(world, base_dir, tmp_path, capsys):
-    out = tmp_path / "sub" / "cots.csv"
-    flags = ["--model", base_dir, "--data", world["train_cold_start"], "--out", str(out), "--max-new-tokens", "6"]
-    rollout.main([*flags, "--batch-size", "4"])
-    first = out.read_text()
-    pairs, source = data.read_pairs(str(out)), data.read_pairs(world["train_cold_start"])
-    assert [(p.videos, p.prompt, p.label) for p in pairs] == [(p.videos, p.prompt, p.label) for p in source]
-    assert all(p.cot_a for p in pairs)
-    # cut the file as a kill would: half a line lost, the rest kept, nothing thought twice, the same result
-    thoughts = out.parent / "cots.csv.thoughts" / "thoughts.jsonl"
-    lines = thoughts.read_text().splitlines(keepends=True)
-    thoughts.write_text("".join(lines[:5]) + lines[5][:20])
-    capsys.readouterr()
-    rollout.main([*flags, "--batch-size", "3"])  # another batch size: seeds belong to the task
-    assert "thoughts: 100%" in capsys.readouterr().err
-    assert thoughts.read_text().startswith("".join(lines[:5]))  # those stay as they were
-    assert out.read_text() == first
-    known = [json.loads(line)["video"] for line in thoughts.read_text().splitlines()]
-    assert len(known) == len(set(known)) == 14
-
-
-@pytest.fixture
-def val_csv(world, monkeypatch):
-    """A CSV by a relative path: its videos' names, which name the random streams, are then the same in every run."""
-    folder, name = os.path.split(world["val_cold_start"])
-    monkeypatch.chdir(folder)
-    return name
-
-
-def of_video(path, prompt):
-    """What tells a thought, however its video's path is written."""
-    return os.path.realpath(path), prompt
-
-
-def test_what_is_kept_of_a_thought(val_csv, base_dir, tmp_path):
-    """thoughts.jsonl tells which CoT of which video, how many TOKENS, and whether EOS came before the limit."""
-    out, more, flags = {}, {}, ["--model", base_dir, "--data", val_csv, "--max-new-tokens", "6"]
-    runs = {"sampled": [], "again": [], "seed 1": ["--seed", "1"], "greedy": ["--temperature", "0"]}
-    for name, flag in runs.items():
-        rollout.main([*flags, *flag, "--out", str(tmp_path / f"{name}.csv")])
-        lines = (tmp_path / f"{name}.csv.thoughts" / "thoughts.jsonl").read_text().splitlines()
-        out[name] = {of_video(r["video"], r["prompt"]): r["thoughts"][0] for r in map(json.loads, lines)}
-        more[name] = [(r["tokens"][0], r["ended"][0], len(r["thoughts"][0])) for r in map(json.loads, lines)]
-    assert out["sampled"] == out["again"] and out["seed 1"] != out["sampled"] != out["greedy"]
-    for pair in data.read_pairs(str(tmp_path / "sampled.csv")):
-        assert pair.cots == tuple(out["sampled"][of_video(video, pair.prompt)] for video in pair.videos)
-    # random weights hardly ever say EOS: all six tokens, cut off, and far more characters than tokens
-    assert {tokens for tokens, _, _ in more["sampled"]} == {6} and not any(ended for _, ended, _ in more["sampled"])
-    assert max(characters for _, _, characters in more["sampled"]) > 6
-
-
-def test_stage_1_trains_on_what_was_sampled(val_csv, base_dir, model, tmp_path, capsys):
-    """Ids from sampling to stage 1's forward: no EOS where the CoT was cut off, and not what the text encodes to."""
-    out, tokenizer = tmp_path / "cots.csv", model.processor.tokenizer
-    rollout.main(["--model", base_dir, "--data", val_csv, "--out", str(out), "--max-new-tokens", "9"])
-    records = {of_video(*key): record for key, record in read_log(f"{out}.thoughts", "thoughts").items()}
-    pairs = data.read_pairs(str(out))
-    for pair in pairs:
-        sampled = [records[of_video(video, pair.prompt)] for video in pair.videos]
-        assert list(pair.cot_ids(tokenizer)) == [record["token_ids"][0] for record in sampled]
-        assert not any(record["ended"][0] for record in sampled)  # all cut off: no EOS, though encode_cot would add one
-        assert all(ids[-1] != tokenizer.eos_token_id for ids in pair.cot_ids(tokenizer))
-    word = tokenizer("circle", add_special_tokens=False)["input_ids"]
-    letters = [i for letter in "circle" for i in tokenizer(letter, add_special_tokens=False)["input_ids"]]
-    assert word != letters  # the same text, sampled letter by letter
-    assert data.encode_cot(tokenizer, "circle", letters) == letters
-    assert data.encode_cot(tokenizer, "circle", [*letters, tokenizer.eos_token_id])[:-1] == letters
-    assert data.encode_cot(tokenizer, "circle") == [*word, tokenizer.eos_token_id]
-    for wrong in ([*letters, 70], [10**6], [-1]):  # edited text, or another tokenizer's ids
-        with pytest.raises(data.InputError, match="line 7: the CoT's tokens do not spell"):
-            dataclasses.replace(pairs[0], line=7, cot_a="circle", cot_a_tokens=wrong).cot_ids(tokenizer)
-    items = [(dataclasses.replace(pairs[0], cot_a="circle", cot_b="circle", cot_a_tokens=letters, cot_b_tokens=None),
-              model.encode(pairs[0].videos, [pairs[0].prompt] * 2))]
-    rewards = torch.cat(cold_start.score_pairs(model, items, cold_start.Settings()))
-    ids = [letters, [*word, tokenizer.eos_token_id]]
-    assert torch.allclose(rewards, model.score(items[0][1], ids), atol=1e-5)
-
-
-def test_two_ranks_collect_the_same(world, base_dir, tmp_path, capsys):
-    """Two ranks as one process; and several files with one engine as each by itself."""
-    flags = ["--model", base_dir, "--max-new-tokens", "6"]
-    names, one, two = ("train_cold_start", "val_cold_start"), [], []
-    for name in names:
-        one, two = [*one, tmp_path / f"one_{name}.csv"], [*two, tmp_path / f"two_{name}.csv"]
-        rollout.main([*flags, "--data", world[name], "--out", str(one[-1])])
-    run("rollout.py", *flags, "--data", *(world[name] for name in names), "--out", *two, ranks=2)
-    assert [path.read_text() for path in one] == [path.read_text() for path in two]
-    refuses(capsys, rollout.main, *flags, "--data", *(world[name] for name in names), says="as many --out")
 
 
 def test_engine_takes_over_trained_weights(model, base_dir, prefixes):
@@ -130,7 +34,7 @@ def test_engine_takes_over_trained_weights(model, base_dir, prefixes):
 
 
 def test_task_seed_is_stable():
-    first, again, other = (rollout.task_seed(0, "a.mp4", "p", k) for k in (1, 1, 2))
+    first, again, other = (task_seed(0, "a.mp4", "p", k) for k in (1, 1, 2))
     assert first == again != other
 
 

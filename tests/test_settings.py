@@ -6,13 +6,13 @@ import typing
 import pytest
 
 import cold_start
+import collect_cots
 import evaluate
 import grpo
-import rollout
 from plumbing import settings
 from tests.conftest import ROOT, refuses, run
 
-CLASSES = [cold_start.Settings, grpo.Settings, rollout.Settings, evaluate.Settings]
+CLASSES = [cold_start.Settings, grpo.Settings, collect_cots.Settings, evaluate.Settings]
 
 
 @pytest.mark.parametrize("settings_class", CLASSES, ids=lambda c: c.__module__)
@@ -37,7 +37,7 @@ def test_every_number_has_bounds_that_its_default_keeps(settings_class):
     (grpo, ["--clip-dual", "1"], "--clip-dual 1.0: must be above 1"),
     (grpo, ["--data", "x", "--model", "y", "--length-low", "50", "--length-high", "50"],
      "--length-low 50 must be below"),
-    (rollout, ["--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"),
+    (collect_cots, ["--max-new-tokens", "0"], "--max-new-tokens 0: must be at least 1"),
     (evaluate, ["--thoughts", "0"], "--thoughts 0: must be at least 1"),
 ])
 def test_a_number_out_of_range_is_one_sentence(script, flags, says, capsys):

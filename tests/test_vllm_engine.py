@@ -142,7 +142,7 @@ def test_fewer_videos_than_ranks(tiny_model_dir, tiny_clips, tmp_path, tp):
     common = ["--model", tiny_model_dir, "--data", tmp_path / "pairs.csv", "--engine", "vllm", "--max-new-tokens", 4,
               "--engine-tp", tp]
     env = {"TORCHDYNAMO_DISABLE": "1"}
-    run("rollout.py", *common, "--out", tmp_path / "cots.csv", ranks=2, env=env)
+    run("collect_cots.py", *common, "--out", tmp_path / "cots.csv", ranks=2, env=env)
     assert "CoT_A_tokens" in (tmp_path / "cots.csv").read_text()
     done = run("evaluate.py", *common, "--out", tmp_path / "eval", ranks=2, env=env)
     assert "Traceback" not in done.stderr and (tmp_path / "eval" / "scores.csv").exists()

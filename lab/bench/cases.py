@@ -174,8 +174,8 @@ def update_released(world, rollouts: grpo.PairRollouts, settings: grpo.Settings)
 
     def full_log_probs(model, batch):  # -> (N, T), from logits (B * L, V) at EVERY position
         logits = model.backbone(**{name: batch[name] for name in names}, use_cache=False).logits.flatten(0, 1)
-        mask = batch["response_mask"].bool()
-        found = token_log_probs(logits[batch["response_index"][mask]], batch["response_ids"][mask])
+        mask = batch["cot_mask"].bool()
+        found = token_log_probs(logits[batch["cot_index"][mask]], batch["cot_ids"][mask])
         return torch.zeros(mask.shape, device=found.device).masked_scatter(mask, found)
 
     model.zero_grad()
@@ -192,7 +192,7 @@ def update_released(world, rollouts: grpo.PairRollouts, settings: grpo.Settings)
         batch = grpo.lay_out_pair(model, part, settings)
         with ranks.autocast():
             output = Output(torch.zeros(2 * len(part.cots[0]), device=ranks.device), full_log_probs(model, batch))
-        policy, kl, _ = grpo.losses_of(output, part.old, batch["response_mask"], part, settings, counts)
+        policy, kl, _ = grpo.losses_of(output, part.old, batch["cot_mask"], part, settings, counts)
         loss = policy + settings.kl_coef * kl
         parallel.backward(loss, ranks)
         with ranks.autocast():

@@ -231,7 +231,7 @@ def cell(config, s: Plan, n: dict[str, int]) -> str:
 def table(s: Plan) -> str:
     """A Markdown table: sizes and what is trained, against MACHINES.
 
-    Last row of a size: vLLM's weights while it thinks, for rollout.py and evaluate.py, with its share of 90 %.
+    Last row of a size: vLLM's weights while it thinks, for collect_cots.py, evaluate.py, with its share of 90 %.
     """
     lines = [["size", "stage, what is trained", *MACHINES], ["---"] * (2 + len(MACHINES))]
     for size in SIZES:

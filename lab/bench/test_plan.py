@@ -11,14 +11,14 @@ from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
 
 import cold_start
+import collect_cots
 import evaluate
 import grpo
 import parallel
-import rollout
 from lab.bench import plan, real
 from model import DeScore
 from plumbing import settings, training
-from plumbing.settings import evaluation_flags, grpo_flags, rollout_flags
+from plumbing.settings import evaluation_flags, grpo_flags, collecting_flags
 from tests.conftest import ROOT
 
 PAGE = (ROOT / "docs/machines.md").read_text(encoding="utf-8")
@@ -111,7 +111,7 @@ def lines():
         yield words[at], words[at + 1 :], ranks
 
 
-CLASSES = {"cold_start.py": cold_start.Settings, "grpo.py": grpo.Settings, "rollout.py": rollout.Settings,
+CLASSES = {"cold_start.py": cold_start.Settings, "grpo.py": grpo.Settings, "collect_cots.py": collect_cots.Settings,
            "evaluate.py": evaluate.Settings, "lab.bench.plan": plan.Plan, "lab.bench.real": real.Settings}
 
 
@@ -125,8 +125,8 @@ def test_every_line_of_the_page_is_taken_by_its_script():
             grpo_flags(found, world)
         if script in ("grpo.py", "cold_start.py"):
             training.divide(10**6, found, world)
-        if script == "rollout.py":
-            rollout_flags(found)
+        if script == "collect_cots.py":
+            collecting_flags(found)
         if script == "evaluate.py":
             evaluation_flags(found)
         seen.add(script)

@@ -11,10 +11,10 @@ import os
 
 import evaluate
 import parallel
+from phases import WORDING, Workers, score_phase, text_rewards, think_phase
 from plumbing.formats import open_table, refuse_outside
-from plumbing.jobs import Item, claim_out, write_skipped
+from plumbing.jobs import Item, require_same_settings, write_skipped
 from plumbing.settings import InputError, arg, cli, evaluation_flags, parse, require, write_csv
-from rollout import think_phase
 
 
 @dataclasses.dataclass
@@ -28,8 +28,8 @@ def ranking(items: list[Item], rewards: dict) -> dict[str, list[tuple[float, str
     """{prompt: [(reward, video), ...] best first}, of the items that have a reward."""
     groups = {}
     for item in items:
-        if item[:2] in rewards:
-            groups.setdefault(item.prompt, []).append((rewards[item[:2]]["reward"], item.video))
+        if item.key in rewards:
+            groups.setdefault(item.prompt, []).append((rewards[item.key]["reward"], item.video))
     return {prompt: sorted(videos, key=lambda v: (-v[0], v[1])) for prompt, videos in groups.items()}
 
 
@@ -80,15 +80,15 @@ def main(argv=None) -> None:
     ranks = parallel.start(s.seed)
     s = evaluate.resolve(s, ranks)
     evaluate.make_folders(s.out, s)
-    items, judge, thoughts, skipped = read_videos(s), evaluate.Judge(s, ranks), {}, []
-    claim_out(s.out, s, ranks)
+    items, workers, thoughts, skipped = read_videos(s), Workers(s, ranks), None, []
+    require_same_settings(s.out, s, evaluate.MADE_WITH, WORDING, ranks)
     if s.think:
-        thoughts, skipped = think_phase(items, s.out, s, ranks, judge)
-    judge.stop_thinking()
+        thoughts, skipped = think_phase(items, s.out, s, ranks, workers, s.thoughts)
+    workers.stop_thinking()
     if s.score_from[0] == "text":
-        rewards = evaluate.text_rewards(thoughts)
+        rewards = text_rewards(thoughts)
     else:
-        rewards, unscored = evaluate.score_phase(items, thoughts, s.out, s, ranks, judge)
+        rewards, unscored = score_phase(items, thoughts, s.out, s, ranks, workers)
         skipped += unscored
     write_skipped(s.out, skipped, ranks)
     if ranks.is_main:
@@ -97,7 +97,7 @@ def main(argv=None) -> None:
         print(f"{len(groups)} prompts, {len(items)} videos, {len(skipped)} skipped -> {s.out}/best_of.csv")
         if s.make_pairs:
             write_best_and_worst(s.make_pairs, groups)
-    ranks.finish(judge.engine)
+    ranks.finish(workers.engine)
 
 
 if __name__ == "__main__":

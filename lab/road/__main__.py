@@ -32,7 +32,7 @@ from plumbing.settings import InputError, cli, write_csv
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGE = ROOT / "lab" / "road" / "README.md"
 SMALLER = {  # script -> flags that are put behind the page's own; of a flag that comes twice, the last counts
-    "rollout.py": "--model tiny --engine transformers --max-new-tokens 24",
+    "collect_cots.py": "--model tiny --engine transformers --max-new-tokens 24",
     "cold_start.py": "--model tiny --batch-pairs 2 --micro-pairs 1 --max-steps 2 --lora-r 4 --workers 0",
     "grpo.py": "--engine transformers --rollouts 2 --batch-pairs 1 --mini-pairs 1 --max-steps 1 --max-new-tokens 8 "
                "--workers 0",

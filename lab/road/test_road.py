@@ -24,7 +24,7 @@ def test_every_command_of_the_page_can_be_run_here(line):
 
 def test_the_page_is_the_whole_road():
     text = "\n".join(LINES)
-    steps = ("hf download", "lab.road.datasets", "rollout.py", "lab.road.annotate", "cold_start.py", "grpo.py",
+    steps = ("hf download", "lab.road.datasets", "collect_cots.py", "lab.road.annotate", "cold_start.py", "grpo.py",
              "evaluate.py")
     places = [text.index(step) for step in steps]
     assert places == sorted(places)

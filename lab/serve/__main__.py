@@ -34,8 +34,8 @@ import torch
 import data
 from lab.serve.uploads import check_fields, decode_base64, open_file, open_images, read_form, read_json, require_text
 from model import DeScore
+from phases import require_short
 from plumbing.settings import InputError, arg, cli, first_line, parse, require
-from rollout import require_short
 
 try:
     from aiohttp import web

@@ -1,16 +1,37 @@
-"""One HTML page with the clips: frames, CoTs, rewards and labels of each pair. It needs no network."""
+"""One HTML page with the clips: frames, CoTs, rewards and labels of each pair. It needs no network.
+
+    python -m lab.serve.page --run runs/eval/stage2/in-domain --out page.html
+
+--run: what evaluate.py wrote for one set of pairs, its --out (OUT/NAME of several benchmarks, OUT/text of text scores).
+"""
 
 import base64
+import dataclasses
 import hashlib
 import html
 import io
+import json
 import os
 import re
 
 import numpy as np
 
-from plumbing.report import Judged, shown
-from plumbing.settings import InputError
+import data
+import evaluate
+from plumbing.formats import read_scores
+from plumbing.jobs import read_log
+from plumbing.report import Agreement, shown
+from plumbing.settings import InputError, arg, cli, parse, require, writable
+
+
+@dataclasses.dataclass
+class Settings:
+    """The flags."""
+
+    run: str = arg(None, "folder that evaluate.py wrote")
+    out: str = arg("page.html", "page to write")
+    pairs: int = arg(200, "pairs on the page at most, spread evenly over the data", at_least=1)
+
 
 STYLE = """
 body {font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 1200px; padding: 1em; background: #f4f4f2}
@@ -64,7 +85,7 @@ def thought_html(text: str | None) -> str:
 
 
 def write_page(
-    path: str, one: Judged, pairs: list, rewards: np.ndarray, thoughts: dict, sample_frames, limit: int = 200
+    path: str, one: Agreement, pairs: list, rewards: np.ndarray, thoughts: dict, sample_frames, limit: int = 200
 ) -> None:
     """Writes the page: per pair frames, prompt, both CoTs, rewards, human label, right or wrong; buttons filter.
 
@@ -106,3 +127,32 @@ def write_page(
     ]
     with open(path, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write("".join(parts))
+
+
+def page_of(run: str, path: str, limit: int) -> None:
+    """The page of an evaluation, from its settings.json, scores.csv and thoughts.jsonl; its CSV is read again."""
+    home = os.path.dirname(os.path.normpath(run)) if os.path.basename(os.path.normpath(run)) == "text" else run
+    try:
+        with open(os.path.join(home, "settings.json"), encoding="utf-8") as file:
+            s = evaluate.Settings(**json.load(file)["settings"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--run {run}: has no settings.json of evaluate.py; give a folder that it wrote.") from error
+    test = evaluate.read_test_set(s, s.benchmark and s.benchmark[0])
+    rewards = read_scores(os.path.join(run, "scores.csv"), test.path, test.pairs, test.root)  # (n, 2)
+    complete = evaluate.complete_pairs(test, [rewards], s.skip_bad_videos)
+    kept = [pair for pair, keep in zip(test.pairs, complete) if keep]
+    one = evaluate.measure_set(test, os.path.basename(os.path.normpath(s.model)), rewards, complete)
+    write_page(path, one, kept, rewards[complete], read_log(home, "thoughts"), data.sample_frames, limit)
+
+
+def main(argv=None) -> None:
+    """Writes the page of one evaluation."""
+    s = parse(Settings, __doc__, argv)
+    require(s, run="a folder that evaluate.py wrote")
+    writable([os.path.dirname(s.out) or "."])
+    page_of(s.run, s.out, s.pairs)
+    print(f"wrote {s.out}")
+
+
+if __name__ == "__main__":
+    cli(main)

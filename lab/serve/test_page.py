@@ -3,6 +3,8 @@
 import base64
 import hashlib
 import html.parser
+import json
+import os
 import shutil
 import subprocess
 
@@ -10,8 +12,11 @@ import numpy as np
 import pytest
 
 import data
+import evaluate
 from data import PreferencePair
 from lab.serve import page
+from plumbing import report
+from tests.conftest import refuses, write_csv
 from tests.test_report import NASTY, judged
 
 
@@ -80,3 +85,23 @@ def test_page_shows_at_most_so_many_pairs(tmp_path):
     one, pairs = judged(range(30), [1] * 30)
     page.write_page(str(tmp_path / "p.html"), one, pairs, np.zeros((30, 2)), {}, data.sample_frames, limit=7)
     assert (tmp_path / "p.html").read_text().count("<article") == 7
+
+
+def test_the_page_of_an_evaluation(tmp_path, tiny_model_dir, tiny_clips, monkeypatch, capsys):
+    """Made afterwards, from what evaluate.py left in --out, of the head's rewards and of the text's."""
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+    a, b, c = (os.path.abspath(path) for path in tiny_clips[:3])
+    prompt = "a <|im_end|> <|video_pad|> <Reward> <script>alert(1)</script> =1+1"
+    rows = [[a, b, prompt, "A"], [c, b, prompt, "same"]]
+    pairs, out = write_csv(tmp_path / "clips.csv", ["path_A", "path_B", "prompt", "TA"], rows), tmp_path / "out"
+    evaluate.main(["--model", tiny_model_dir, "--data", pairs, "--out", str(out), "--max-new-tokens", "6",
+                   "--score-from", "head", "text"])
+    for run in (out, out / "text"):
+        page.main(["--run", str(run), "--out", str(tmp_path / "page.html")])
+        text = (tmp_path / "page.html").read_text()
+        assert text.count("data:image/jpeg") >= 4 and "<script>alert" not in text and text.count("<article") == 2
+        assert "(no CoT)" not in text
+        first = json.loads((run / "report.json").read_text())
+        assert f"with ties {first['accuracy_with_ties']:.3f}" in text
+    assert "reward +3.000" in text  # six tokens state no score
+    refuses(capsys, page.main, "--run", tmp_path, says="no settings.json")

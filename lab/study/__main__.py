@@ -91,7 +91,7 @@ CLAIMS = (
     ),
     Claim(
         8, "The reward depends on prompt and video", "no number: a check, not a claim of the paper",
-        "evaluate.py --sanity: accuracy lost by an unrelated prompt, and by a black clip, thought anew: both above 0",
+        "lab.study.sanity: accuracy lost by an unrelated prompt, and by a black clip, thought anew: both above 0",
         ("lost by: unrelated prompt, thought anew", "lost by: black clip, thought anew"),
         ("sanity",), measures.reads_both,
     ),
@@ -176,8 +176,8 @@ def tasks(run: str, first: bool, wanted: set[str], steps: int | None) -> list[li
     train = [again(run, name, steps) for name in names]
     csvs = list(CSVS.values())
     cots = [f"{run}/study/cots/{name}.csv" for name in csvs]
-    collect = ["rollout.py", "--model", f"{run}/base", "--temperature", "0", "--batch-size", "220", "--max-new-tokens",
-               "80", "--data", *(f"{run}/data/{name}.csv" for name in csvs), "--out", *cots]
+    collect = ["collect_cots.py", "--model", f"{run}/base", "--temperature", "0", "--batch-size", "220",
+               "--max-new-tokens", "80", "--data", *(f"{run}/data/{name}.csv" for name in csvs), "--out", *cots]
     models = {name: f"{run}/{name}/model" for name in ("discriminative", "stage1", "stage2")}
     models |= {name: f"{run}/study/{name}/model" for name in names if VARIANTS[name][0] != "stage2"}
     score = ["-m", "lab.study.models", "heads", "--run", run, "--models", *(f"{k}={v}" for k, v in models.items())]
@@ -190,7 +190,7 @@ def tasks(run: str, first: bool, wanted: set[str], steps: int | None) -> list[li
     if first:
         second.append(judged(run, "anchor_paper", f"{run}/study/anchor_paper/model"))
     out = f"{run}/study/sanity"
-    check = ["evaluate.py", "--sanity", "--root", f"{run}/data", "--benchmark", SETS[0], "--batch-size", "220",
+    check = ["-m", "lab.study.sanity", "--root", f"{run}/data", "--benchmark", SETS[0], "--batch-size", "220",
              "--max-new-tokens", "80", "--model", f"{run}/stage2/model", "--out", out]
     second.append(Task("sanity", run, check, f"{out}/sanity.json"))
     second = [task for task in second if task.name in wanted]

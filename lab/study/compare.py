@@ -1,17 +1,80 @@
-"""Several evaluations side by side, as in the paper's Fig. 1b and Table 1, with mean and spread over seeds.
+"""Reward models side by side, from what evaluations left behind or from their score files.
 
     python -m lab.study.compare --out runs --runs "DeScore=runs/eval/stage2/*/report.json" --training runs
+    python -m lab.study.compare --out runs/compare --data pairs.csv --scores ours.csv theirs.csv
+
+--runs: report.json files, a row per label, as in the paper's Fig. 1b and Table 1, with mean and spread over seeds:
+results.md, results.png. --scores: somebody's rewards (path,reward[,prompt] or reward_A,reward_B row by row), judged by
+evaluate.py's code: report.json, .md and .png; of several files, each one's difference to the first, on the same pairs.
 """
 
-import argparse
+import dataclasses
 import glob
 import json
 import os
 
 import numpy as np
 
+import evaluate
+from metrics import paired_difference
+from plumbing import report
+from plumbing.formats import read_scores
 from plumbing.report import table
-from plumbing.settings import InputError, cli
+from plumbing.settings import InputError, arg, cli, parse, require, writable
+
+
+@dataclasses.dataclass
+class Settings:
+    """Flags. --data to --genai-ties are evaluate.py's."""
+
+    out: str = arg(None, "folder to write")
+    runs: list[str] = arg(None, "LABEL=GLOB: report.json files of each row")
+    training: list[str] = arg((), "folders of whole runs, for a second table")
+    scores: list[str] = arg(None, "score files; differences are to the first")
+    data: str = arg(None, "CSV of preference pairs that the score files are about")
+    benchmark: list[str] = arg(None, "a published benchmark, found in --root", list(evaluate.BENCHMARKS))
+    root: str = arg(None, "folder of the videos (and the benchmark's CSV)")
+    dimension: str = arg("TA", "label column where a CSV has several: TA (the paper's), VQ, MQ or Overall")
+    genai_ties: str = arg(
+        "both", "which of GenAI-Bench's two tie votes to keep, as ties", list(evaluate.DROPPED_VOTES))
+    skip_bad_videos: bool = arg(False, "leave out pairs of which a file has no reward")
+    videoalign_compatible: bool = arg(False, "also show accuracy with ties as VideoAlign's script computes it")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 1. Score files
+# ---------------------------------------------------------------------------------------------------------------
+def compare_scores(s: Settings) -> None:
+    """--scores FILE ... -> one report. Every file is judged on the pairs that ALL of them scored, or the easier pairs
+    would favour one of them."""
+    if bool(s.data) == bool(s.benchmark) or (s.benchmark and (len(s.benchmark) > 1 or not s.root)):
+        raise InputError("--scores needs the pairs: --data FILE, or one --benchmark NAME and its --root.")
+    writable([s.out])
+    test = evaluate.read_test_set(s, s.benchmark and s.benchmark[0])
+    rewards = [read_scores(file, test.path, test.pairs, test.root) for file in s.scores]  # (n, 2) each
+    complete = evaluate.complete_pairs(test, rewards, s.skip_bad_videos)
+    names = [os.path.basename(os.path.normpath(file)) for file in s.scores]
+    names = names if len(set(names)) == len(names) else s.scores
+    found = [evaluate.measure_set(test, name, r, complete) for name, r in zip(names, rewards)]
+    for one in found[1:]:
+        one.numbers["difference_to_first"] = difference(one, found[0])
+    report.write(s.out, found, s.videoalign_compatible)
+
+
+def difference(one: report.Agreement, first: report.Agreement) -> dict:
+    """Both accuracies minus the first model's on the same pairs, with paired-bootstrap intervals."""
+    out = {}
+    # Without ties only decided pairs count; with ties every pair does, human ties included.
+    for kind, keep in (("without_ties", one.labels != 0), ("with_ties", np.full(len(one.labels), True))):
+        gap = paired_difference(one.hits[kind][keep], first.hits[kind][keep], one.groups[keep])
+        out[kind], out[f"{kind}_interval"] = gap
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 2. Reports of whole runs
+# ---------------------------------------------------------------------------------------------------------------
+KINDS = ("without_ties", "with_ties")
 
 
 def compare_runs(runs: list[str], out: str, training: list[str] = ()) -> str:
@@ -47,9 +110,6 @@ def compare_runs(runs: list[str], out: str, training: list[str] = ()) -> str:
         file.write(text)
     draw_runs(os.path.join(out, "results.png"), found, benchmarks)
     return text
-
-
-KINDS = ("without_ties", "with_ties")
 
 
 def mean_and_spread(values: list) -> str:
@@ -138,15 +198,15 @@ def draw_runs(path: str, found: dict, benchmarks: list[str]) -> None:
 
 
 def main(argv=None) -> None:
-    """Puts several evaluations, of one seed or more, into one table and figure: OUT/results.md, OUT/results.png."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--runs", nargs="+", required=True, metavar="LABEL=GLOB", help="report.json files of each row")
-    parser.add_argument(
-        "--training", nargs="+", default=[], metavar="DIR", help="folders of whole runs, for a second table"
-    )
-    parser.add_argument("--out", required=True, help="folder to write")
-    args = parser.parse_args(argv)
-    print(compare_runs(args.runs, args.out, args.training))
+    """Puts several evaluations, of one seed or more, or several score files, into one table and figure."""
+    s = parse(Settings, __doc__, argv)
+    require(s, out="a folder to write")
+    if bool(s.runs) == bool(s.scores):
+        raise InputError("give --runs LABEL=GLOB, or --scores FILE (--help shows all flags).")
+    if s.scores:
+        compare_scores(s)
+    else:
+        print(compare_runs(s.runs, s.out, s.training))
 
 
 if __name__ == "__main__":

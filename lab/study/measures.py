@@ -250,7 +250,7 @@ def fine_grained(runs):
 
 
 def reads_both(runs):
-    """8: accuracy lost on the in-domain set by changed inputs (evaluate.py --sanity), of DeScore."""
+    """8: accuracy lost on the in-domain set by changed inputs (lab/study/sanity.py), of DeScore."""
     parts = {f"lost by: {change}, {words}": {seed: {"in-domain": lost(run, change, kind)} for seed, run in runs.items()}
              for kind, words in (("anew", "thought anew"), ("kept", "CoT kept")) for change in sanity.CHANGES[1:]}
     return parts, {}

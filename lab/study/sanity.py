@@ -1,6 +1,6 @@
 """What does a reward model read? Its rewards again, after one thing about its input was changed.
 
-    python evaluate.py --model DIR --data pairs.csv --out eval/run --sanity
+    python -m lab.study.sanity --model DIR --data pairs.csv --out eval/run
 
 | change           | what is taken away                                         | a model that reads it ...          |
 |------------------|------------------------------------------------------------|------------------------------------|
@@ -24,11 +24,17 @@ import os
 
 import numpy as np
 
+import data
+import evaluate
+import parallel
 from metrics import bootstrap_interval
-from plumbing.jobs import Item, claim_out, task_seed
+from phases import WORDING, Workers, score_phase, text_rewards, think_phase
+from plumbing.jobs import Item, require_same_settings, task_seed
 from plumbing.report import finite, table
-from plumbing.settings import InputError, write_json, written_whole
+from plumbing.settings import InputError, cli, evaluation_flags, parse, writable, write_json, written_whole
 
+
+Settings = evaluate.Settings  # the same flags, for one set of pairs
 AS_IT_IS, SWAPPED, PROMPT = "as it is", "videos swapped", "unrelated prompt"
 FRAMES = ("shuffled frames", "frozen clip", "black clip")
 CHANGES = (AS_IT_IS, PROMPT, *FRAMES, SWAPPED)
@@ -66,7 +72,7 @@ def unrelated_prompts(pairs: list) -> list[str]:
     """For each pair the prompt of another: the first that differs, going on from the pair itself."""
     prompts = [pair.prompt for pair in pairs]
     if len(set(prompts)) < 2:
-        raise InputError("--sanity needs pairs of at least two different prompts; give a CSV with more pairs.")
+        raise InputError("sanity needs pairs of at least two different prompts; give a CSV with more pairs.")
     around = prompts * 2
     return [next(p for p in around[i:] if p != prompt) for i, prompt in enumerate(prompts)]
 
@@ -74,11 +80,10 @@ def unrelated_prompts(pairs: list) -> list[str]:
 def changed_items(pairs: list, change: str) -> list[Item]:
     """2 n items, A and B of each pair, after the change."""
     prompts = unrelated_prompts(pairs) if change == PROMPT else [pair.prompt for pair in pairs]
-    frames = change if change in FRAMES else ""
     items = []
     for pair, prompt in zip(pairs, prompts):
         videos = pair.videos[::-1] if change == SWAPPED else pair.videos
-        items += [Item(video, prompt, pair.line, frames) for video in videos]
+        items += [Item(video, prompt, pair.line) for video in videos]
     return items
 
 
@@ -122,7 +127,7 @@ def reading(row: dict) -> str:
     return "read, and needed" if low > 0 else "read; accuracy does not show a loss"
 
 
-def markdown(rows: list[dict], model: str, data: str) -> str:
+def markdown(rows: list[dict], model: str, path: str) -> str:
     """OUT/sanity.md."""
     head = ["changed", "CoT", "shift", "moved", "correlation", "accuracy", "lost (95 %)", "so it is"]
     cells = []
@@ -132,47 +137,62 @@ def markdown(rows: list[dict], model: str, data: str) -> str:
         lost = f"{row['lost']:+.3f} {interval}"
         cells.append([row["change"], row["cot"], *numbers, f"{row['accuracy']:.3f}", lost, reading(row)])
     return (
-        f"# What {model} reads: {os.path.basename(data)}\n\n{rows[0]['pairs']} pairs, {rows[0]['decided']} decided. "
+        f"# What {model} reads: {os.path.basename(path)}\n\n{rows[0]['pairs']} pairs, {rows[0]['decided']} decided. "
         "shift, moved: change of the reward, mean and mean absolute value,\nin units of the rewards' spread. accuracy: "
         "decided pairs, equal rewards count half. lost: what the change cost.\n\n" + table(head, cells)
     )
 
 
-def run(job, s, ranks, judge, think_phase, score_phase, text_rewards) -> list[dict]:
+class ChangedWorkers(Workers):
+    """Workers that are shown the clips after a change."""
+
+    change = AS_IT_IS
+
+    def frames(self, item: Item) -> data.Video:
+        video = super().frames(item)
+        if self.change not in FRAMES:
+            return video
+        return dataclasses.replace(video, frames=change_frames(video.frames, self.change, item.video))
+
+
+def run(test: evaluate.TestSet, s: Settings, ranks, workers: ChangedWorkers) -> list[dict]:
     """COLLECTIVE: the whole check of one set of pairs. Returns its rows; rank 0 writes sanity.json and sanity.md.
 
     The phases are evaluate.py's own, so each CoT and each reward is made as in an evaluation.
     """
-    pairs, from_text = apart(job.pairs), "text" in s.score_from
+    pairs, from_text = apart(test.pairs), "text" in s.score_from
     items = {change: changed_items(pairs, change) for change in CHANGES}
-    folder = {change: os.path.join(job.out, "sanity", change.replace(" ", "_")) for change in CHANGES}
-    thoughts, rewards = {}, {}  # change -> {(video, prompt): record}; rewards: (change, cot) -> the same
+    folder = {change: os.path.join(test.out, "sanity", change.replace(" ", "_")) for change in CHANGES}
+    thoughts, rewards = dict.fromkeys(CHANGES), {}  # change -> {item.key: record}; (change, cot) -> the same
     for change in CHANGES:
         for path in (folder[change], os.path.join(folder[change], "kept")):
             if ranks.is_main:
                 os.makedirs(path, exist_ok=True)
             ranks.barrier()
-            claim_out(path, s, ranks)
+            require_same_settings(path, s, evaluate.MADE_WITH, WORDING, ranks)
         if s.think and change != SWAPPED:
-            thoughts[change], _ = think_phase(items[change], folder[change], s, ranks, judge)
-    judge.stop_thinking()
+            workers.change = change
+            thoughts[change], _ = think_phase(items[change], folder[change], s, ranks, workers, s.thoughts)
+    workers.stop_thinking()
     anew = "anew" if s.think else "none"
     for change in CHANGES[:-1]:
+        workers.change = change
         if from_text:
             rewards[change, anew] = text_rewards(thoughts[change])
         else:
-            found, _ = score_phase(items[change], thoughts.get(change), folder[change], s, ranks, judge)
+            found, _ = score_phase(items[change], thoughts[change], folder[change], s, ranks, workers)
             rewards[change, anew] = found
     rewards[SWAPPED, anew] = rewards[AS_IT_IS, anew]  # each clip was thought about under this prompt already
     if s.think and not from_text:
         for change in CHANGES[1:]:
+            workers.change = change
             both = zip(items[change], items[AS_IT_IS], strict=True)
-            own = {new[:2]: thoughts[AS_IT_IS][old[:2]] for new, old in both if old[:2] in thoughts[AS_IT_IS]}
+            own = {new.key: thoughts[AS_IT_IS][old.key] for new, old in both if old.key in thoughts[AS_IT_IS]}
             path = os.path.join(folder[change], "kept")
-            rewards[change, "kept"], _ = score_phase(items[change], own, path, s, ranks, judge)
+            rewards[change, "kept"], _ = score_phase(items[change], own, path, s, ranks, workers)
     rows = rows_of(pairs, items, rewards)
     if ranks.is_main:
-        write(job.out, rows, s.model, job.path)
+        write(test.out, rows, s.model, test.path)
     return rows
 
 
@@ -180,28 +200,40 @@ def rows_of(pairs: list, items: dict, rewards: dict) -> list[dict]:
     """One row per change and kind of CoT, on the pairs that have all rewards (a bad video may have been skipped)."""
     arrays = {}
     for (change, cot), found in rewards.items():
-        values = [found.get(item[:2], {"reward": np.nan})["reward"] for item in items[change]]
+        values = [found.get(item.key, {"reward": np.nan})["reward"] for item in items[change]]
         arrays[change, cot] = np.array(values).reshape(-1, 2)
     complete = np.all([np.isfinite(a).all(axis=1) for a in arrays.values()], axis=0)
     if not complete.any():
-        raise InputError("--sanity: no pair has a reward for both videos.")
+        raise InputError("sanity: no pair has a reward for both videos.")
     labels = np.array([pair.label for pair in pairs])[complete]
     before = next(iter(arrays.values()))[complete]
     return [{"change": change, "cot": cot} | compare(labels, before, after[complete])
             for (change, cot), after in arrays.items()]
 
 
-def write(out: str, rows: list[dict], model: str, data: str) -> None:
+def write(out: str, rows: list[dict], model: str, path: str) -> None:
     """OUT/sanity.json and OUT/sanity.md; prints the table."""
-    text = markdown(rows, os.path.normpath(model), data)
+    text = markdown(rows, os.path.normpath(model), path)
     with written_whole(os.path.join(out, "sanity.md")) as file:
         file.write(text)
     write_json(os.path.join(out, "sanity.json"), [finite(row) for row in rows])
     print(f"{text}\n{out}/sanity.md, sanity.json")
 
 
-def changed_video(video, item: Item):
-    """A data.Video with its frames changed as the item asks."""
-    if not item.change:
-        return video
-    return dataclasses.replace(video, frames=change_frames(video.frames, item.change, item.video))
+def main(argv=None) -> None:
+    """The check of one model on one set of pairs."""
+    s = parse(Settings, __doc__, argv)
+    evaluation_flags(s)
+    if s.video or max(len(s.benchmark or []), len(s.score_from)) > 1:
+        raise InputError("sanity takes one set of pairs (--data, or one --benchmark) and one --score-from.")
+    ranks = parallel.start(s.seed)
+    s = evaluate.resolve(s, ranks)
+    test = evaluate.read_test_set(s, s.benchmark and s.benchmark[0])
+    writable([test.out])
+    workers = ChangedWorkers(s, ranks)
+    run(test, s, ranks, workers)
+    ranks.finish(workers.engine)
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,11 +1,19 @@
-"""lab/study/compare.py: several runs, or several seeds, in one table."""
+"""lab/study/compare.py: several runs, or several seeds, in one table; score files in one report."""
 
 import json
+import runpy
+import sys
 
+import numpy as np
 import pytest
+from tests.test_report import judged
 
+import evaluate
+from data import PreferencePair
 from lab.study import compare
+from plumbing import report
 from plumbing.settings import InputError
+from tests.conftest import refuses, write_csv
 
 
 def test_several_runs_in_one_table(tmp_path):
@@ -48,3 +56,94 @@ def test_several_seeds_give_mean_and_standard_deviation(tmp_path):
     assert "| stage 1: validation accuracy | 0.750 | 0.750 | 0.750 ± 0.000 |" in text
     with pytest.raises(InputError, match="give folders that `make demo` wrote"):
         compare.main([*runs, "--training", str(tmp_path)])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Score files
+# ---------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def no_figure(monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+
+
+def test_difference_is_paired():
+    pairs = [PreferencePair("a", "b", f"prompt {k}", 1, line=k) for k in range(50)]
+    good = np.stack([np.ones(50), np.zeros(50)], axis=1)
+    worse = good.copy()
+    worse[:10] = worse[:10, ::-1]
+    first, second = (evaluate.measure(name, pairs, r) for name, r in (("good", good), ("worse", worse)))
+    gap = compare.difference(second, first)
+    assert gap["without_ties"] == pytest.approx(-0.2) and gap["without_ties_interval"][1] < 0
+    of_five = [PreferencePair("a", "b", f"prompt {k // 10}", 1, line=k) for k in range(50)]  # all ten of one are worse
+    first_5, second_5 = (evaluate.measure(name, of_five, r) for name, r in (("good", good), ("worse", worse)))
+    wide = compare.difference(second_5, first_5)["without_ties_interval"]  # pairs of a prompt are drawn together
+    assert wide[0] < gap["without_ties_interval"][0] - 0.1 and wide[1] == 0
+    same = compare.difference(first, first)
+    assert same["with_ties"] == 0 and same["with_ties_interval"] == (0, 0)  # paired: no spread at all
+
+
+def test_scores_command_line(tmp_path, pairs_csv, monkeypatch, capsys):
+    scores = write_csv(tmp_path / "s.csv", ["reward_A", "reward_B"], [[2, 1], [1, 3], [0, 0], [1, 1.5], [3, 1]])
+    flags = ["--data", pairs_csv, "--scores", scores, "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["compare", *flags])
+    runpy.run_module("lab.study.compare", run_name="__main__")
+    numbers = json.loads((tmp_path / "out" / "report.json").read_text())
+    # Margins 1 (A), -2 (B), -.5 (tie), 2 (A): all signs right; the tie is smallest: threshold .5 makes it right too.
+    assert (numbers["pairs"], numbers["human_ties"]) == (4, 1)
+    assert (numbers["accuracy_without_ties"], numbers["accuracy_with_ties"], numbers["threshold"]) == (1.0, 1.0, 0.5)
+    assert (tmp_path / "out" / "report.png").stat().st_size > 10_000
+    assert "1.000" in capsys.readouterr().out and "published" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_missing_score_is_an_error_or_a_counted_skip(tmp_path, pairs_csv, capsys, no_figure):
+    scores = write_csv(tmp_path / "s.csv", ["reward_A", "reward_B"], [[2, 1], ["", 3], [0, 0], [1, 1.5], [3, 1]])
+    flags = ["--data", pairs_csv, "--scores", scores, "--out", tmp_path / "out"]
+    refuses(capsys, compare.main, *flags, says="line 3")
+    compare.main([str(flag) for flag in [*flags, "--skip-bad-videos"]])
+    numbers = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (numbers["pairs"], numbers["skipped_pairs"]) == (3, 1)
+
+
+def test_compare_command_line(tmp_path, pairs_csv, no_figure):
+    good = write_csv(tmp_path / "good.csv", ["reward_A", "reward_B"], [[2, 1], [1, 3], [0, 0], [1, 1.5], [3, 1]])
+    rows = [[f"{k}{side}.mp4", float(side == "b")] for k in range(5) for side in "ab"]
+    bad = write_csv(tmp_path / "bad.csv", ["path", "reward"], rows)
+    compare.main(["--data", pairs_csv, "--scores", good, bad, "--out", str(tmp_path / "out")])
+    models = json.loads((tmp_path / "out" / "report.json").read_text())["models"]
+    assert [m["name"] for m in models] == ["good.csv", "bad.csv"] and models[0]["difference_to_first"] is None
+    assert models[1]["difference_to_first"]["without_ties"] == pytest.approx(1 / 3 - 1)  # only the B pair is right
+
+
+def test_several_models_in_one_report(tmp_path):
+    first, second = judged([1.0, -2.0, 3.0], [1, -1, 0], "one")[0], judged([1.0, 2.0, 3.0], [1, -1, 0], "two")[0]
+    second.numbers["difference_to_first"] = compare.difference(second, first)
+    report.write(str(tmp_path), [first, second])
+    text = (tmp_path / "report.md").read_text()
+    assert "| one | 1.000" in text and "| two | 0.500" in text and "-0.500" in text
+    assert len(json.loads((tmp_path / "report.json").read_text())["models"]) == 2
+
+
+def test_bad_score_files_are_one_sentence(tmp_path, pairs_csv, capsys):
+    nan = write_csv(tmp_path / "nan.csv", ["reward_A", "reward_B"], [[1, 2], [1, "nan"], [1, 1], [1, 1], [1, 1]])
+    out = ["--out", str(tmp_path / "out")]
+    for flags, words in (
+        (["--data", "none.csv", "--scores", nan], "none.csv: no such file"),
+        (["--data", pairs_csv, "--scores", "none.csv"], "none.csv: no such file"),
+        (["--data", pairs_csv, "--scores", nan], "nan.csv, line 3: reward_B is 'nan'"),
+        (["--data", pairs_csv, "--scores", pairs_csv], "needs the columns reward_A,reward_B or path,reward"),
+        (["--data", pairs_csv, "--scores", nan, "--dimension", "VQ"], "no label column VQ"),
+        (["--benchmark", "genai-bench", "--scores", nan], "--root"),
+        (["--benchmark", "genai-bench", "--scores", nan, "--root", str(tmp_path)], "holds none of"),
+        (["--scores", nan], "--data FILE"),
+        (["--data", pairs_csv], "give --runs"),
+        (["--data", pairs_csv, "--scores", nan, "--out", nan], "cannot be written to"),
+    ):
+        refuses(capsys, compare.main, *out, *flags, says=words)
+
+
+def test_what_evaluation_wrote_is_read_back(tmp_path, tiny_model_dir, world, no_figure):
+    flags = ["--data", world["test_in_domain"], "--out"]
+    evaluate.main(["--model", tiny_model_dir, *flags, str(tmp_path / "one"), "--no-think"])
+    compare.main(["--scores", str(tmp_path / "one" / "scores.csv"), *flags, str(tmp_path / "again")])
+    first, again = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "again"))
+    assert first["accuracy_with_ties"] == again["accuracy_with_ties"] and first["threshold"] == again["threshold"]

@@ -1,4 +1,4 @@
-"""--sanity: the changes by hand, the numbers by hand, and a whole check of a tiny model, with and without thinking."""
+"""lab.study.sanity: the changes and numbers by hand, and a whole check of a tiny model, with and without thinking."""
 
 import dataclasses
 import json
@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import data
-import evaluate
 from lab.study import sanity
 from model import DeScore
 from plumbing.settings import InputError
@@ -38,7 +37,7 @@ def test_prompts_and_videos_of_a_change():
     swapped = sanity.changed_items(pairs, "videos swapped")
     assert [(item.video, item.prompt) for item in swapped[:2]] == [("b", "one"), ("a", "one")]
     frozen = sanity.changed_items(pairs, "frozen clip")
-    assert frozen[0][:2] == ("a", "one") and frozen[0].change == "frozen clip"
+    assert frozen[0].key == ("a", "one")
     assert sanity.apart([*pairs, pair("g", "a", "two")]) == pairs  # "a" has a partner already
     with pytest.raises(InputError, match="two different prompts"):
         sanity.unrelated_prompts(pairs[:2])
@@ -71,7 +70,7 @@ def test_words():
 
 @pytest.fixture
 def flags(world, tiny_model_dir, tmp_path):
-    return ["--model", tiny_model_dir, "--data", world["test_in_domain"], "--out", str(tmp_path / "s"), "--sanity",
+    return ["--model", tiny_model_dir, "--data", world["test_in_domain"], "--out", str(tmp_path / "s"),
             "--max-new-tokens", "6", "--batch-size", "7"]
 
 
@@ -81,7 +80,7 @@ def rows_in(folder):
 
 
 def test_a_whole_check(flags, world, tiny_model_dir, tmp_path, capsys):
-    evaluate.main(flags)
+    sanity.main(flags)
     rows = rows_in(tmp_path / "s")
     assert len(rows) == 6 + 5  # thought anew, and five changes under kept CoTs
     assert rows["as it is", "anew"]["moved"] == 0
@@ -103,20 +102,20 @@ def test_a_whole_check(flags, world, tiny_model_dir, tmp_path, capsys):
     assert kept[first.videos[0]] == pytest.approx(expected, abs=1e-5)
 
     before = (tmp_path / "s/sanity.json").read_text()
-    evaluate.main(flags)  # nothing is thought about again
+    sanity.main(flags)  # nothing is thought about again
     assert (tmp_path / "s/sanity.json").read_text() == before
 
 
 def test_without_thinking_and_from_the_text(flags, tmp_path):
-    evaluate.main([*flags, "--no-think"])
+    sanity.main([*flags, "--no-think"])
     rows = rows_in(tmp_path / "s")
     assert len(rows) == 6 and {cot for _, cot in rows} == {"none"}
     assert rows["black clip", "none"]["moved"] > 0
-    evaluate.main([*flags[:-4], "--max-new-tokens", "6", "--score-from", "text", "--out", str(tmp_path / "t")])
+    sanity.main([*flags[:-4], "--max-new-tokens", "6", "--score-from", "text", "--out", str(tmp_path / "t")])
     rows = rows_in(tmp_path / "t")
     assert len(rows) == 6 and rows["black clip", "anew"]["moved"] == 0  # six tokens state no score: always 3
 
 
-def test_refuses(flags, capsys, tmp_path):
-    for more in (["--html", str(tmp_path / "x.html")], ["--score-from", "head", "text"]):
-        refuses(capsys, evaluate.main, *flags, *more, says="--sanity takes one set")
+def test_refuses(flags, capsys):
+    for more in (["--video", "x.mp4", "--prompt", "a cat"], ["--score-from", "head", "text"]):
+        refuses(capsys, sanity.main, *flags, *more, says="sanity takes one set")

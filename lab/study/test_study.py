@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import cold_start
+import collect_cots
 import data
 import evaluate
 import grpo
-import rollout
 import toy.world
 from lab.study import __main__ as study
 from lab.study import coupled as coupled_model
@@ -375,7 +375,8 @@ def finished(tmp_path):
 
 
 SCRIPTS = {"cold_start.py": cold_start.Settings, "grpo.py": grpo.Settings, "evaluate.py": evaluate.Settings,
-           "rollout.py": rollout.Settings, "lab.study.coupled": coupled_model.Settings}
+           "collect_cots.py": collect_cots.Settings, "lab.study.coupled": coupled_model.Settings,
+           "lab.study.sanity": evaluate.Settings}
 
 
 def test_every_variant_is_the_demo_s_run_but_for_what_it_says(finished):
