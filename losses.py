@@ -6,16 +6,17 @@ Everything is computed in fp32, whatever comes in: in bf16 a reward of 5.4 has s
 | function                  | paper                       | value at initialisation                                    |
 |---------------------------|-----------------------------|------------------------------------------------------------|
 | bt_loss                   | Eq. 3 (stage 1), Eq. 10 (RL)| ln 2 = 0.6931 when both rewards are equal                  |
-| btt_loss                  | not in the paper            | 0.4055 for a tie at k = 5 and equal rewards                |
 | draw_cot_mask             | "random CoT masking"        | masks a share p of the pairs                               |
 | group_advantages          | part of Eq. 7               | mean 0, std 1 in each group                                |
 | token_log_probs           | the policy's log-probs      | about -ln(vocabulary)                                      |
 | grpo_loss                 | Eq. 7                       | 0 on-policy when every group has mean advantage 0 (see it) |
 | kl_to_reference           | the KL term of Eq. 7        | 0 while the policy is the reference                        |
+| btt_loss                  | not in the paper            | 0.4055 for a tie at k = 5 and equal rewards                |
 
 A loss is averaged by a DENOMINATOR. On one batch that is its own count. When a batch is cut into micro-batches or
-spread over ranks, each piece must be divided by the count of the WHOLE batch, or short pieces weigh too much (README,
-difference 7): the caller counts first and passes `denominator`; the pieces' losses then sum to the whole batch's loss.
+spread over ranks, each piece must be divided by the count of the WHOLE batch, or short pieces weigh too much
+(docs/differences.md, row 7): the caller counts first and passes `denominator`; the pieces' losses then sum to the whole
+batch's loss.
 """
 
 import math
@@ -40,31 +41,6 @@ def bt_loss(
     """
     assert reward_chosen.shape == reward_rejected.shape, (reward_chosen.shape, reward_rejected.shape)
     losses = -F.logsigmoid(reward_chosen.float() - reward_rejected.float())
-    return losses.sum() / (denominator or losses.numel())
-
-
-def btt_loss(
-    reward_a: torch.Tensor,
-    reward_b: torch.Tensor,
-    label: torch.Tensor,
-    k: float = 5.0,
-    denominator: float | None = None,
-) -> torch.Tensor:
-    """Bradley-Terry with ties (Rao and Kupper 1967). Not in the DeScore paper; VideoAlign trains with it.
-
-        P(A > B) = 1 / (1 + k e^(r_B − r_A))          = σ(r_A − r_B − ln k)
-        P(tie)   = 1 − P(A > B) − P(B > A)            = (k² − 1) σ(r_A − r_B − ln k) σ(r_B − r_A − ln k)
-
-    r_A, r_B: reward_a, reward_b (B,). label (B,): +1 A better, -1 B better, 0 tie. k > 1 sets how wide a tie is:
-    at equal rewards P(tie) = (k − 1)/(k + 1), 2/3 for k = 5. Averaged over pairs. As k -> 1 it becomes `bt_loss`.
-    """
-    assert reward_a.shape == reward_b.shape == label.shape, (reward_a.shape, reward_b.shape, label.shape)
-    assert k > 1, f"k = {k}: a tie needs k > 1"
-    margin = reward_a.float() - reward_b.float()
-    log_p_a = F.logsigmoid(margin - math.log(k))
-    log_p_b = F.logsigmoid(-margin - math.log(k))
-    log_p_tie = math.log(k * k - 1) + log_p_a + log_p_b
-    losses = -torch.where(label > 0, log_p_a, torch.where(label < 0, log_p_b, log_p_tie))
     return losses.sum() / (denominator or losses.numel())
 
 
@@ -182,3 +158,31 @@ def kl_to_reference(log_probs: torch.Tensor, ref_log_probs: torch.Tensor) -> tor
     assert log_probs.shape == ref_log_probs.shape, (log_probs.shape, ref_log_probs.shape)
     log_ratio = (ref_log_probs.detach().float() - log_probs.float()).clamp(-20, 20)
     return log_ratio.exp() - 1 - log_ratio
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Not in the paper: a score loss that learns from ties
+# ---------------------------------------------------------------------------------------------------------------
+def btt_loss(
+    reward_a: torch.Tensor,
+    reward_b: torch.Tensor,
+    label: torch.Tensor,
+    k: float = 5.0,
+    denominator: float | None = None,
+) -> torch.Tensor:
+    """Bradley-Terry with ties (Rao and Kupper 1967). VideoAlign trains with it.
+
+        P(A > B) = 1 / (1 + k e^(r_B − r_A))          = σ(r_A − r_B − ln k)
+        P(tie)   = 1 − P(A > B) − P(B > A)            = (k² − 1) σ(r_A − r_B − ln k) σ(r_B − r_A − ln k)
+
+    r_A, r_B: reward_a, reward_b (B,). label (B,): +1 A better, -1 B better, 0 tie. k > 1 sets how wide a tie is:
+    at equal rewards P(tie) = (k − 1)/(k + 1), 2/3 for k = 5. Averaged over pairs. As k -> 1 it becomes `bt_loss`.
+    """
+    assert reward_a.shape == reward_b.shape == label.shape, (reward_a.shape, reward_b.shape, label.shape)
+    assert k > 1, f"k = {k}: a tie needs k > 1"
+    margin = reward_a.float() - reward_b.float()
+    log_p_a = F.logsigmoid(margin - math.log(k))
+    log_p_b = F.logsigmoid(-margin - math.log(k))
+    log_p_tie = math.log(k * k - 1) + log_p_a + log_p_b
+    losses = -torch.where(label > 0, log_p_a, torch.where(label < 0, log_p_b, log_p_tie))
+    return losses.sum() / (denominator or losses.numel())

@@ -27,9 +27,8 @@ from rules import rollout_reward
 
 G, TOKENS = 4, 72  # CoTs for each video, tokens of a CoT at most (paper: 8 and 4,096)
 KL, BT = 1e-5, 0.05  # weights of KL and BT in stage 2 (paper: 1e-5 and 5e-3)
-MASK = 0.5  # share of pairs whose CoTs are hidden in stage 1 (paper: .5)
+PAIRS, MASK = 4, 0.5  # pairs per update (paper: 32, then 8), share whose CoTs are hidden in stage 1 (paper: .5)
 LENGTHS = 10, 40  # CoT tokens between which R_len goes from 0 to 1 (paper: 500 and 2,000)
-PAIRS = 4  # pairs per update (paper: 32 in stage 1, 8 in stage 2)
 
 
 # ---- Stage 1: Bradley-Terry on (video, prompt, CoT), with random CoT masking ---------------------------------
@@ -100,8 +99,7 @@ def stage_2(model, reference, pairs, steps: int) -> None:
 # ---- Optimizer, data, run -------------------------------------------------------------------------------------
 def make_optimizer(model, llm: float, **rates: float) -> torch.optim.AdamW:
     """AdamW with a learning rate for each part of the model: llm, vision, head."""
-    parts = model.parameter_groups().items()
-    return torch.optim.AdamW([{"params": p, "lr": rates.get(part, llm)} for part, p in parts])
+    return torch.optim.AdamW({"params": p, "lr": rates.get(part, llm)} for part, p in model.parameter_groups().items())
 
 
 def take_step(model, optimizer) -> None:
@@ -114,11 +112,10 @@ def take_step(model, optimizer) -> None:
 
 def main(runs: str = "runs", steps=(10, 4), pool: int = 16) -> None:
     """Stage 1 on the base model, stage 2 on what stage 1 saved."""
-    runs = runs if os.path.isdir(f"{runs}/base") else f"{runs}/mini"
-    if not os.path.isdir(f"{runs}/base"):  # no demo here: 16 pairs of each kind, and a base that has hardly learned
+    if not os.path.isdir(f"{runs}/base") and not os.path.isdir(f"{(runs := runs + '/mini')}/base"):  # no demo here
         few = "--train-cold-start 16 --train-rl 16 --val-cold-start 0 --test-in-domain 0 --test-genai-bench 0"
-        few += " --test-videogen-rewardbench 0"
-        for flags in f"data --out {runs}/data {few}", f"base --out {runs}/base --vision-steps 20 --steps 60 --pool 400":
+        small = "--vision-steps 10 --steps 40 --pool 200 --batch 16"
+        for flags in f"data --out {runs}/data {few} --test-videogen-rewardbench 0", f"base --out {runs}/base {small}":
             subprocess.run([sys.executable, "-m", "toy", *flags.split()], check=True)
     torch.manual_seed(0)
     scored = [pair for pair in data.read_pairs(f"{runs}/data/train_cold_start.csv") if pair.label != 0][:pool]
