@@ -9,7 +9,6 @@ import torch
 
 import data
 import grpo
-import losses
 import parallel
 import rollout
 import rules

@@ -6,7 +6,7 @@ import grpo
 import losses
 from lab.study import coupled, models
 from tests.test_answers import cot
-from tests.test_grpo import Scripted, items, settings, update_gradients  # noqa: F401: two are fixtures
+from tests.test_grpo import Scripted, items, settings, update_gradients  # noqa: F401 (two are fixtures)
 
 
 def test_the_study_s_gradients_are_those_of_the_update(items, model, settings):  # noqa: F811
