@@ -13,6 +13,7 @@ import time
 
 import data
 from plumbing.settings import InputError, first_line
+from plumbing.video import VERSION
 from rules import DIMENSIONS, VERDICTS
 
 SCHEMA = {
@@ -41,7 +42,7 @@ def make_question(video: str, prompt: str, s) -> Question:
     """Hashes the video's bytes, so that an edited clip is asked anew and a moved one is not. OSError: not readable."""
     with open(video, "rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()
-    frames = [s.fps, s.max_pixels] if s.send == "frames" else "the server's own"
+    frames = [s.fps, s.max_pixels, VERSION] if s.send == "frames" else "the server's own"
     parts = json.dumps([content, text_of(prompt), SCHEMA, s.model, frames])
     return Question(video, prompt, hashlib.sha256(parts.encode()).hexdigest())
 

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import csv
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import data
 import toy.world
 from lab.road import __main__ as road
-from lab.road import annotate
+from lab.road import annotate, annotator
 from rules import DIMENSIONS
 from tests.conftest import ROOT, refuses
 
@@ -83,6 +84,34 @@ def test_each_video_is_asked_about_once_and_never_again(ask, tmp_path, capsys):
     assert len(Server.requests) == 6
     ask("--model", "another")
     assert len(Server.requests) == 11
+
+
+def test_the_key_is_all_that_decides_the_answer(tmp_path, monkeypatch):
+    """Old verdicts must not answer a new question: of other words, another form, other frames, another clip."""
+    (tmp_path / "a.mp4").write_bytes(b"a clip")
+    (tmp_path / "moved.mp4").write_bytes(b"a clip")
+    settings = annotate.Settings(model="m", send="frames")
+
+    def key(video="a.mp4", prompt="A dog.", **more):
+        return annotator.make_question(str(tmp_path / video), prompt, dataclasses.replace(settings, **more)).key
+
+    first = key()
+    assert first == key() == key("moved.mp4") == key(workers=3, retries=0, timeout=9.0)  # nothing of the question
+    keys = [first, key(prompt="A cat."), key(model="n"), key(fps=1.0), key(max_pixels=1024), key(send="video")]
+    assert key(send="video", fps=1.0) == keys[-1]  # there the server samples
+    for name, other in (("CRITERIA", "other words"), ("INSTRUCTION_BEFORE", "other words")):
+        with monkeypatch.context() as patch:
+            patch.setattr(data, name, other)
+            keys.append(key())
+    with monkeypatch.context() as patch:
+        patch.setattr(annotator, "SCHEMA", {**annotator.SCHEMA, "required": []})
+        keys.append(key())
+    with monkeypatch.context() as patch:
+        patch.setattr(annotator, "VERSION", annotator.VERSION + 1)  # of how frames are sampled
+        keys.append(key())
+    (tmp_path / "a.mp4").write_bytes(b"b clip")
+    keys.append(key())
+    assert len(set(keys)) == len(keys)
 
 
 def test_what_is_sent(ask, tiny_clips, tmp_path):

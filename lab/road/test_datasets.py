@@ -111,6 +111,53 @@ def test_prompts_of_a_benchmark_are_dropped_and_a_split_keeps_prompts_together(t
     assert len(three) == 40
 
 
+def test_the_better_video_is_not_always_a_and_not_by_the_order_of_the_rows(tmp_path):
+    """Were A always the better, the label would be a side, which a model learns at once."""
+    scores = dict(zip("abcdef", (1, 5, 3, 1, 5, 3)))
+    names = [f"{k}_{letter}" for k in range(30) for letter in scores]
+    files(tmp_path / "videos", *(f"{name}.mp4" for name in names))
+    rows = [feedback(name, f"Prompt {name.split('_')[0]}.", scores[name[-1]]) for name in names]
+    pairs = convert(tmp_path, "videofeedback2", rows=rows)
+    assert len(pairs) == 30 * 12 and 0.4 < sum(pair["GSB"] == "A" for pair in pairs) / len(pairs) < 0.6
+    # --per-prompt draws among all pairs: two of twelve share a video in 6 of 11 draws, not in each
+    few = convert(tmp_path, "videofeedback2", "--per-prompt", 2, "--overwrite", rows=rows)
+    videos = {}
+    for pair in few:
+        videos.setdefault(pair["prompt"], []).extend(json.loads(pair["videos"]))
+    assert {len(listed) for listed in videos.values()} == {4} and len(videos) == 30
+    assert 0.25 < sum(len(set(listed)) < 4 for listed in videos.values()) / 30 < 0.85
+    assert 0.25 < sum(pair["GSB"] == "A" for pair in few) / len(few) < 0.75
+    again = convert(tmp_path, "videofeedback2", "--per-prompt", 2, "--overwrite", rows=rows[::-1])
+    assert sorted(map(str, again)) == sorted(map(str, few))
+
+
+def test_a_prompt_in_other_letters_stays_on_its_side_of_the_split(tmp_path):
+    """Two sets rarely write a prompt alike: were the raw text hashed, "A dog." could be trained on, "a dog" tested."""
+    names = [f"{k}_{letter}" for k in range(30) for letter in "abcd"]
+    files(tmp_path / "videos", *(f"{name}.mp4" for name in names))
+    rows = []
+    for name in names:
+        prompt = f"A dog, number {name.split('_')[0]}"
+        rows.append(feedback(name, prompt if name[-1] in "ab" else prompt.upper().replace(",", ""),
+                             1 if name[-1] in "ac" else 5))
+    kept = convert(tmp_path, "videofeedback2", "--val", tmp_path / "val.csv", "--val-share", 0.4, rows=rows)
+    held = [row for _, row in open_table(str(tmp_path / "val.csv"))[1]]
+    assert len(kept) + len(held) == 60
+    sides = [{datasets.plain(row["prompt"]) for row in part} for part in (kept, held)]
+    assert not sides[0] & sides[1] and all(sides)
+
+
+def test_join_keeps_labels(tmp_path):
+    files(tmp_path, "a.mp4", "b.mp4")
+    labels = ["A", "B", "same", "B"]
+    (tmp_path / "one.csv").write_text("path_A,path_B,prompt,TA\n" + "".join(
+        f"a.mp4,b.mp4,prompt {k},{label}\n" for k, label in enumerate(labels)))
+    datasets.main(["join", "--data", str(tmp_path / "one.csv"), "--out", str(tmp_path / "all.csv")])
+    pairs = data.read_pairs(str(tmp_path / "all.csv"))
+    assert [pair.label for pair in pairs] == [1, -1, 0, -1]
+    assert {pair.videos for pair in pairs} == {(str(tmp_path / "a.mp4"), str(tmp_path / "b.mp4"))}
+
+
 def test_mj_bench_video_has_another_polarity_and_three_of_our_dimensions(tmp_path, capsys):
     """By hand: 1 is good, 2 is bad, 0 is irrelevant. Read as numbers, their 2 would be our best."""
     files(tmp_path / "videos", *(f"test/{k}_{side}.mp4" for k in range(5) for side in (0, 1)))
@@ -152,6 +199,8 @@ def test_rapidata_s_votes(tmp_path, capsys):
     pairs = convert(tmp_path, "rapidata", "--parquet", table)
     assert [pair["GSB"] for pair in pairs] == ["A", "B"]  # .6 - .4 is .2, whatever floats say
     assert json.loads(pairs[0]["videos"]) == ["videos/wan/0.mp4", "videos/sora/0.mp4"]
+    ties = convert(tmp_path, "rapidata", "--parquet", table, "--ties", "--overwrite")
+    assert [pair["GSB"] for pair in ties] == ["A", "B", "same"]  # .5 to .5; .55 to .45 is neither
     told = capsys.readouterr().out
     for line in ("1: no votes on Alignment (t.parquet row 4)", "1: share of votes outside 0-1 (t.parquet row 5)",
                  "1: several videos of that name (t.parquet row 7)", "2 pairs closer"):
