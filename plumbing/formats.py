@@ -22,8 +22,9 @@ def open_table(path: str, need: tuple[str, ...] = ()):
     """The one CSV opener: UTF-8, with or without a byte order mark. Returns (columns, iterator of (line, row)).
 
     line counts records, the header being 1, as a spreadsheet does: a CoT of many lines in one cell counts once.
-    row is {column: text}, "" where the record is shorter than the header. InputError: no such file, a missing column
-    of `need`, broken text.
+    row is {column: text}. InputError: no such file, a missing column of `need`, one that is there twice, broken text, a
+    record with more or fewer cells than the header, a quote that is not closed or holds other records. Cut to the
+    header's length instead, a prompt would end at its first comma.
     """
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file.")
@@ -34,8 +35,14 @@ def open_table(path: str, need: tuple[str, ...] = ()):
         line = 1
         try:
             with open(path, newline="", encoding="utf-8-sig") as file:
-                for line, row in enumerate(csv.DictReader(file), 2):
-                    yield line, {column: text or "" for column, text in row.items() if column is not None}
+                for line, row in enumerate(filter(None, csv.reader(file, strict=True)), 1):  # [] is an empty line
+                    where = f"{path}, line {line}"
+                    if len(row) != len(columns):
+                        raise InputError(f"{where}: has {len(row)} cells, but the header {len(columns)}; a text with a "
+                                         'comma needs "quotes".')
+                    if line > 1:
+                        _refuse_swallowed(where, row)
+                        yield line, dict(zip(columns, row))
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: is not UTF-8 text ({error.reason}); save it as UTF-8.") from error
         except csv.Error as error:
@@ -43,13 +50,34 @@ def open_table(path: str, need: tuple[str, ...] = ()):
 
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            columns = next(csv.reader(file), [])
+            columns = next(filter(None, csv.reader(file, strict=True)), [])
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: is not CSV in UTF-8 ({error}); save it as UTF-8.") from error
+    if twice := sorted({column for column in columns if column and columns.count(column) > 1}):
+        raise InputError(f"{path}: has the column {twice[0]} {columns.count(twice[0])} times; rename or remove one.")
     lacking = [column for column in need if column not in columns]
     if lacking:
         raise InputError(f"{path}: has no column {', '.join(lacking)}; its columns: {columns}.")
     return columns, records()
+
+
+VIDEO = re.compile(r"\.(mp4|m4v|mov|mkv|webm|avi|gif)\b", re.IGNORECASE)
+
+
+def _refuse_swallowed(where: str, row: list[str]) -> None:
+    """InputError if a cell holds lines that are records: a quote was opened in one and closed in another.
+
+    Only a line with a video's name just where this record has one counts: a CoT may have many lines and commas.
+    """
+    for k, cell in enumerate(row):
+        if not VIDEO.search(cell):
+            continue
+        first, *lines = (next(csv.reader([line]), []) for line in cell.splitlines())
+        for i, cells in enumerate(lines):
+            whole = len(cells) == (k + 1 if i == len(lines) - 1 else len(row))  # the last one goes on behind the quote
+            if whole and any(VIDEO.search(a) and VIDEO.search(b) for a, b in zip(cells, [*row[:k], *first])):
+                raise InputError(f"{where}: a quote opens in it and closes {i + 1} lines later, in another record; "
+                                 'write a quote inside a cell as "".')
 
 
 def read_records(csv_path: str, dimension: str, root: str):
@@ -136,14 +164,14 @@ def _read_row(csv_path, line, row, read_row, root):
     where = f"{csv_path}, line {line}"
     try:
         path_a, path_b, prompt, label, more = read_row(row)
-        prompt, label, path_a, path_b = prompt.strip(), label.strip(), path_a.strip(), path_b.strip()
-    except (ValueError, AttributeError) as error:  # AttributeError: the row is shorter than the header (None)
+        label, path_a, path_b = label.strip(), path_a.strip(), path_b.strip()  # the prompt: in data.encode_prompt
+    except ValueError as error:
         raise InputError(f"{where}: cannot be read ({error}).") from error
     if label.lower() not in LABELS:
         raise InputError(f"{where}: unknown label {label[:40]!r}; known: {', '.join(LABELS)}.")
     if LABELS[label.lower()] is None:
         return None
-    if not prompt:
+    if not prompt.strip():
         raise InputError(f"{where}: the prompt is empty; a reward needs the prompt the video was made from.")
     if not path_a or not path_b:
         raise InputError(f"{where}: a video path is empty.")
@@ -203,7 +231,7 @@ def read_scores(path: str, data_path: str, pairs: list, root: str) -> np.ndarray
             i = place.get(k)
             if i is not None:
                 rewards[i] = [number(path, line, row, column) for column in ("reward_A", "reward_B")]
-                if row.get("prompt", pairs[i].prompt).strip() != pairs[i].prompt:
+                if row.get("prompt", pairs[i].prompt).strip() != pairs[i].prompt.strip():
                     other = f"line {pairs[i].line} of {data_path}"
                     raise InputError(f"{path}, line {line}: has another prompt than {other}.")
         if k + 1 != len(index):
@@ -214,10 +242,11 @@ def read_scores(path: str, data_path: str, pairs: list, root: str) -> np.ndarray
     for line, row in open_table(path)[1]:
         key = os.path.normpath(os.path.join(root, row["path"].strip())), row.get("prompt", "").strip()
         reward = number(path, line, row, "reward")
-        if found.setdefault(key, reward) != reward:
+        if not np.isnan(reward) and found.setdefault(key, reward) != reward:
             raise InputError(f"{path}, line {line}: a second reward for {row['path']!r}.")
     for i, pair in enumerate(pairs):
-        rewards[i] = [found.get((v, pair.prompt), found.get((v, ""), float("nan"))) for v in pair.videos]
+        own = [(video, pair.prompt.strip()) for video in pair.videos]  # a video under two prompts has two rewards
+        rewards[i] = [found.get(key, found.get((key[0], ""), float("nan"))) for key in own]
     return rewards
 
 

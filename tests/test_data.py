@@ -197,3 +197,72 @@ def test_frames_in_memory_keep_their_shape():
     assert video.frames.shape == (4, 96, 256, 3)
     small = data.to_video(frames, fps=2.0, max_pixels=64 * 128, source_fps=2.0)
     assert small.frames.shape == (4, *data.target_size(96, 256, 64 * 128), 3) == (4, 64, 128, 3)
+
+
+@pytest.mark.parametrize("frames, says", [
+    (np.linspace(-1, 1, 2 * 32 * 32 * 3, dtype=np.float32).reshape(2, 32, 32, 3), "floats from -1 to 1"),
+    (np.full((2, 32, 32, 3), 255.0), "floats from 255 to 255"),
+    (np.full((2, 32, 32, 3), np.nan), "floats from nan to nan"),
+    (np.full((2, 32, 32, 3), np.inf), "floats from inf"),
+    (np.full((2, 32, 32, 3), 300, np.int16), "integers from 300 to 300"),
+    (np.full((2, 32, 32, 3), -1, np.int64), "integers from -1 to -1"),
+    (np.zeros((2, 32, 32, 3), bool), "type torch.bool"),
+    (np.zeros((2, 3, 32, 32), np.uint8), r"shape \(2, 3, 32, 32\)"),
+    (np.zeros((0, 32, 32, 3), np.uint8), r"shape \(0, 32"),
+    (["a.mp4", "b.mp4"], "a list of images of one size"),
+    (7, "shape"), (None, "NoneType"),
+])
+def test_frames_in_memory_that_are_no_pictures_are_refused(frames, says):
+    """A VAE's range, or 0 to 255 in floats, would be clipped to another picture and get a plausible reward."""
+    with pytest.raises(InputError, match=says):
+        data.to_video(frames, 2.0, 4096, source_fps=2.0)
+    for source_fps in (None, 0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match="source_fps"):
+            data.to_video(np.zeros((2, 32, 32, 3), np.uint8), 2.0, 4096, source_fps)
+
+
+def test_frames_in_memory_of_any_kind_are_the_same_frames():
+    """uint8, other integers, floats, half floats, a list of images; and those who sample them themselves."""
+    import torch
+    from PIL import Image
+
+    frames = np.random.default_rng(0).integers(0, 256, (4, 64, 96, 3), dtype=np.uint8)
+    floats = torch.tensor(frames).float() / 255
+    for same in (torch.tensor(frames), frames.astype(np.int32), floats, floats.double(), list(frames),
+                 [Image.fromarray(frame) for frame in frames]):
+        video = data.to_video(same, 2.0, 448 * 448, source_fps=4.0)
+        assert np.array_equal(video.frames, frames[[0, 2]]) and video.frame_indices == (0, 1)
+        assert video.metadata()["fps"] == 2.0
+    half = data.to_video(floats.bfloat16(), 2.0, 448 * 448, source_fps=4.0)
+    assert np.abs(half.frames.astype(int) - frames[[0, 2]]).max() <= 2
+    with pytest.raises(InputError, match="images of one size"):
+        data.to_video([frames[0], frames[1][:32]], 2.0, 4096, source_fps=2.0)
+
+
+def test_frames_in_memory_are_made_small_by_averages():
+    """Stripes one pixel wide become grey, as they do when a file is decoded; picked pixels would stay stripes."""
+    stripes = np.zeros((2, 128, 128, 3), np.uint8)
+    stripes[:, :, ::2] = 255
+    small = data.to_video(stripes, 2.0, 64 * 64, source_fps=2.0).frames
+    assert small.shape[1:3] == (64, 64) and np.abs(small[:, 2:-2, 2:-2].astype(int) - 128).max() < 20
+
+
+def test_line_ends_and_blanks_around_a_prompt_do_not_count(processor, tiny_clips, tmp_path):
+    """A CSV, the Python call, HTTP and --prompt give the same ids: all go through encode_prompt, which alone does it."""
+    video = data.sample_frames(tiny_clips[0])
+    ids = lambda prompt: data.encode_prompt(processor, video, prompt)["input_ids"].tolist()
+    assert ids("A red circle.") == ids("A red circle.\r\n") == ids(" \tA red circle.\n\n")
+    assert ids("one\ntwo") == ids("one\r\ntwo") == ids("one\rtwo\n") != ids("one two")
+    (tmp_path / "x.csv").write_bytes(b'path_A,path_B,prompt,TA\r\na.mp4,b.mp4,"one\r\ntwo ",A\r\n')
+    assert ids(data.read_pairs(str(tmp_path / "x.csv"))[0].prompt) == ids("one\ntwo")
+
+
+def test_tokens_behind_the_end_do_not_spell_the_text(processor):
+    """EOS belongs at the end alone: inside, decoding may hide it, and what follows would be trained on."""
+    tokenizer = processor.tokenizer
+    ids = data.encode_cot(tokenizer, "<think>x</think>")
+    eos, body = tokenizer.eos_token_id, ids[:-1]
+    assert data.encode_cot(tokenizer, "<think>x</think>", ids) == ids
+    for wrong in ([eos, *body], [*body[:2], eos, *body[2:]], [*ids, eos], [*ids, body[-1]]):
+        with pytest.raises(InputError, match="do not spell"):
+            data.encode_cot(tokenizer, "<think>x</think>", wrong)

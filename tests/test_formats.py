@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import data
-from plumbing.formats import read_scores
+from plumbing.formats import open_table, read_scores, refuse_outside
 from plumbing.settings import InputError
 from rules import DIMENSIONS
 from tests.conftest import write_csv
@@ -134,3 +134,61 @@ def test_scores_by_path_are_looked_up(tmp_path, pairs_csv):
     with pytest.raises(InputError, match="second reward"):
         rewards_of(write_csv(tmp_path / "t.csv", ["path", "reward"], [*rows, ["0a.mp4", 9]]), pairs_csv)
     assert np.isnan(rewards_of(write_csv(tmp_path / "u.csv", ["path", "reward"], rows[1:]), pairs_csv)[3][0])
+    empty = write_csv(tmp_path / "v.csv", ["path", "reward"], [["0a.mp4", ""], *rows])  # no score is no second score
+    assert rewards_of(empty, pairs_csv) == [[1, 0], [2, 1], [4, 3], [5, 4]]
+    lacks = write_csv(tmp_path / "w.csv", ["path", "reward"], [*rows[1:], ["4a.mp4", ""], ["4a.mp4", " "]])
+    assert np.isnan(rewards_of(lacks, pairs_csv)[3][0])
+    both = [["0a.mp4", "prompt 0", 7], ["0a.mp4", "another", 8], ["0a.mp4", "", 9], ["0b.mp4", "", 6]]
+    own = write_csv(tmp_path / "x.csv", ["path", "prompt", "reward"], both)  # the prompt's own reward comes first
+    assert rewards_of(own, pairs_csv)[0] == [7, 6]
+
+
+# -- what is no table -----------------------------------------------------------------------------------------------
+HEAD = "path_A,path_B,prompt,TA\n"
+GOOD = "a.mp4,b.mp4,a cat,A\n"
+
+
+@pytest.mark.parametrize("text, says", [
+    (HEAD + GOOD + "a.mp4,b.mp4,a cat, running,A\n", "line 3: has 5 cells, but the header 4"),
+    (HEAD + "a.mp4,b.mp4,a cat\n", "line 2: has 3 cells, but the header 4"),
+    ("path_A,path_B,prompt,TA,TA\na.mp4,b.mp4,a cat,A,B\n", "has the column TA 2 times"),
+    (HEAD + GOOD + 'a.mp4,b.mp4,"a cat,A\n' + GOOD, "the record after line 2 is not CSV"),  # never closed
+    (HEAD + 'a.mp4,b.mp4,"a cat,A\n' + GOOD + 'a.mp4,b.mp4,a cat",A\n', "line 2: a quote opens in it and closes 1"),
+    (HEAD + GOOD + 'a.mp4,b.mp4,"a cat,A\na.mp4,b.mp4,a cat",A\n', "line 3: a quote opens in it and closes 1"),
+    (HEAD + '"a.mp4,b.mp4,a cat,A\n' + GOOD + 'a.mp4",b.mp4,a cat,A\n', "line 2: a quote opens in it and closes 1"),
+    (HEAD + 'a.mp4,b.mp4,"the "old" cat",A\n', "the record after line 1 is not CSV"),
+])
+def test_what_is_no_table_is_named_with_its_line(tmp_path, text, says):
+    """Read as far as it goes, each of these gives a finite, plausible, wrong label or prompt."""
+    path = tmp_path / "x.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match=says):
+        data.read_pairs(str(path))
+    with pytest.raises(InputError, match=says):
+        list(open_table(str(path))[1])
+
+
+def test_long_texts_with_commas_quotes_and_file_names_are_cells(tmp_path):
+    cot = 'one, two, three, four\n"quoted", like x.mp4, in, many\n\na, b, c, d\r\nlast.mp4'
+    rows = [{**FORMATS["cold start"][0], "CoT_A": cot, "CoT_B": cot}]
+    (pair,) = data.read_pairs(write_rows(tmp_path / "x.csv", rows))
+    assert pair.cot_a == cot
+    prompts = [{**FORMATS["videoalign"][0], "prompt": cot}, {**FORMATS["videoalign"][0], "prompt": '"'}]
+    assert [pair.prompt for pair in data.read_pairs(write_rows(tmp_path / "x.csv", prompts))] == [cot, '"']
+    (tmp_path / "blank.csv").write_text(HEAD + "\n" + GOOD + "\n\n" + GOOD + "\n")  # empty lines are no records
+    assert [pair.line for pair in data.read_pairs(str(tmp_path / "blank.csv"))] == [2, 3]
+
+
+def test_only_files_inside_the_root_are_opened(tmp_path):
+    """`root-secret` beside `root` begins with the same letters."""
+    root = tmp_path / "root"
+    for folder in (root, tmp_path / "root-secret"):
+        folder.mkdir()
+        (folder / "x.mp4").write_bytes(b"x")
+    (root / "link.mp4").symlink_to(tmp_path / "root-secret" / "x.mp4")
+    refuse_outside(str(root), str(root / "x.mp4"), 2)
+    refuse_outside(str(root), str(root / ".." / "root" / "x.mp4"), 2)
+    secret = tmp_path / "root-secret" / "x.mp4"
+    for path in (secret, root / ".." / "root-secret" / "x.mp4", root / "link.mp4", "/x", "a\0"):
+        with pytest.raises(InputError, match="line 2: .* is outside --root"):
+            refuse_outside(str(root), str(path), 2)

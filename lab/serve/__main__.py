@@ -14,7 +14,7 @@ failed, the answer holds the same list as `rewards`, and no `error`: the form th
 One thread owns the model; requests that wait are scored together. Uploads are untrusted: their size is limited before
 anything is decoded, no path that a client names is opened, and only known containers reach ffmpeg, since a playlist
 would make it open other files. What this does not do is shield you from a bug in ffmpeg: for strangers' files, run it
-in a container. Needs requirements-serve.txt (lab/serve/README.md).
+in a container; a file that is not decoded in time is given up. Needs requirements-serve.txt (lab/serve/README.md).
 """
 
 import asyncio
@@ -26,6 +26,7 @@ import ipaddress
 import math
 import os
 import socket
+import threading
 import time
 import traceback
 
@@ -35,6 +36,7 @@ import data
 from lab.serve.uploads import check_fields, decode_base64, open_file, open_images, read_form, read_json, require_text
 from model import DeScore
 from phases import require_short
+from plumbing import decoder
 from plumbing.settings import InputError, arg, cli, first_line, parse, require
 
 try:
@@ -61,6 +63,7 @@ class Settings:
     max_mb: float = arg(64.0, "size of a request, in 10^6 bytes", above=0)
     max_videos: int = arg(64, "videos in a request", at_least=1)
     max_seconds: float = arg(60.0, "length of a video", above=0)
+    decode_seconds: float = arg(20.0, "for a video to be opened, and again to be decoded; then it is given up", above=0)
     timeout: float = arg(600.0, "seconds for a request, its waiting included", above=0)
 
 
@@ -83,6 +86,7 @@ class RewardServer:
         self.model, self.s = model, s
         self.count, self.seconds = collections.Counter(), 0.0
         self.decoders = concurrent.futures.ThreadPoolExecutor(4, thread_name_prefix="decode")
+        self.decoding = {}  # {a decoding thread: since when it is at its video}
         self.scorer = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="score")
         self.queue = asyncio.Queue()
         # Nobody is refused: what is beyond these two waits unread in its connection, and costs no memory.
@@ -120,7 +124,7 @@ class RewardServer:
                 raise InputError("the multipart form is broken.") from error
             return read_form(form)
         body = await request.read()
-        return await asyncio.get_running_loop().run_in_executor(self.decoders, read_json, body)
+        return await asyncio.to_thread(read_json, body)
 
     async def judge(self, upload, prompt: str, source_fps: float):
         """One video: opened, queued, scored. Returns (reward, CoT), or the exception that is its answer."""
@@ -138,10 +142,14 @@ class RewardServer:
     def open_video(self, upload, source_fps: float) -> data.Video:
         """An upload -> frames, sampled as in training. bytes: a file; text: the same in base64; list: its images."""
         fps, max_pixels = self.model.settings.get("fps", 2.0), self.model.settings.get("max_pixels", 448 * 448)
-        if isinstance(upload, list):
-            return open_images(upload, source_fps, fps, max_pixels, self.s.max_seconds)
-        raw = upload if isinstance(upload, bytes) else decode_base64(upload)
-        return open_file(raw, fps, max_pixels, self.s.max_seconds)
+        self.decoding[threading.get_ident()] = time.monotonic()
+        try:
+            if isinstance(upload, list):
+                return open_images(upload, source_fps, fps, max_pixels, self.s.max_seconds)
+            raw = upload if isinstance(upload, bytes) else decode_base64(upload)
+            return open_file(raw, fps, max_pixels, self.s.max_seconds, self.s.decode_seconds)
+        finally:
+            del self.decoding[threading.get_ident()]
 
     async def score_waiting(self) -> None:
         """For ever: takes what waits, up to a batch, and scores it. While one batch is scored the next one gathers."""
@@ -175,18 +183,22 @@ class RewardServer:
                 *zip(*batch), think=self.s.think, max_new_tokens=self.s.max_new_tokens, normalize=self.s.normalize,
                 with_thoughts=True,
             )
-        except Exception as error:  # whatever it is, it must not take the batch's other videos along: one by one then
+            bad = InputError("the model's reward is not finite.")
+            return [(r, text) if math.isfinite(r) else bad for r, text in zip(rewards.tolist(), thoughts)]
+        except Exception as error:  # whatever it is, it must not take the batch's other videos along
             if len(batch) == 1:
-                return [error]
-            return [self.score([one])[0] for one in batch]
-        bad = InputError("the model's reward is not finite.")
-        return [(r, text) if math.isfinite(r) else bad for r, text in zip(rewards.tolist(), thoughts)]
+                return [InputError(message_of(error))]  # its text alone: the error itself holds the batch's tensors
+        # One by one, outside `except`: in there, too, the failed batch's tensors would still fill the memory.
+        return [self.score([one])[0] for one in batch]
 
     async def health(self, request):
-        """GET /health: 503 once nothing will be scored any more."""
-        alive = not self.task.done()
-        status = "ok" if alive else "the scoring task has ended"
-        return web.json_response({"status": status}, status=200 if alive else 503)
+        """GET /health: 503 once nothing will be scored any more, or a decoder does not keep its time."""
+        patience = 2 * self.s.decode_seconds + 10  # opened and decoded, and an end put to both
+        stuck = sum(time.monotonic() - since > patience for since in list(self.decoding.values()))
+        status = f"{stuck} decoders stand still" if stuck else "ok"
+        if self.task.done():
+            status = "the scoring task has ended"
+        return web.json_response({"status": status}, status=200 if status == "ok" else 503)
 
     async def metrics(self, request):
         """GET /metrics, in Prometheus' text form."""
@@ -194,7 +206,7 @@ class RewardServer:
         for word in ("scored", "failed"):
             lines.append(f'descore_videos_total{{outcome="{word}"}} {self.count["videos", word]}')
         lines += [f"descore_batches_total {self.count['batches']}", f"descore_scoring_seconds_total {self.seconds:.3f}",
-                  f"descore_waiting_videos {self.queue.qsize()}"]
+                  f"descore_decoding_videos {len(self.decoding)}", f"descore_waiting_videos {self.queue.qsize()}"]
         return web.Response(text="\n".join(lines) + "\n")
 
     async def run_beside(self, app):
@@ -204,6 +216,7 @@ class RewardServer:
         self.task.cancel()
         for pool in (self.decoders, self.scorer):
             pool.shutdown(wait=False, cancel_futures=True)
+        decoder.end_all()  # or the end would wait for the files that they are at
 
 
 def message_of(error: Exception) -> str:
@@ -270,8 +283,10 @@ def main(argv=None) -> None:
     if s.normalize and not model.settings.get("reward_std"):
         raise InputError(f"--normalize: {s.model} holds no reward_mean and reward_std; train it with this code.")
     app = make_app(model, s, token)
+    listener.listen(128)  # before it is said; whoever comes before the loop runs waits in line
     print(f"http://{s.host}:{listener.getsockname()[1]}/compute answers now", flush=True)
-    web.run_app(app, sock=listener, print=None, handler_cancellation=True)  # a client that left is not scored
+    web.run_app(app, sock=listener, print=None, handler_cancellation=True,  # a client that left is not scored
+                shutdown_timeout=3.0)  # Ctrl-C: what is answered by then
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
+import weakref
 
 import numpy as np
 import pytest
@@ -23,7 +25,9 @@ from aiohttp import web  # noqa: E402
 from lab.serve import __main__ as serve
 from lab.serve import uploads  # noqa: E402
 from model import DeScore  # noqa: E402
+from plumbing import video  # noqa: E402
 from plumbing.settings import InputError  # noqa: E402
+from tests import clips as made  # noqa: E402
 from tests.conftest import ROOT, refuses  # noqa: E402
 
 PROMPT = "a red circle moves left"
@@ -181,7 +185,7 @@ def test_limits_of_time_length_and_number(scorer, clips):
     assert body["results"] == [None] and "at most 0.1" in body["error"]
     status, body = served(scorer, lambda *at: post(*at, {"prompt": [PROMPT] * 3, "video": [good] * 3}), max_videos=2)
     assert status == 400 and "at most 2" in body["error"]
-    for fps in (-1, "x", 1e9):
+    for fps in (-1, "x", 1e9, 10**400):
         with pytest.raises(InputError, match="`fps`"):
             uploads.check_fields({"prompt": [PROMPT], "video": [good], "fps": fps}, 64, 16.0)
     status, body = served(scorer, lambda *at: post(*at, data=b"--x\r\nbroken", headers={
@@ -216,13 +220,13 @@ def test_health_and_token(scorer, clips):
         async with session.get(f"{url}/other", headers={"Authorization": "Bearer secret"}) as response:
             other = response.status, await response.json()
         answers = [await post(session, url, payload, headers={"Authorization": given})
-                   for given in ("", "Bearer secreT", "secret", "Bearer secret")]
+                   for given in ("", "Bearer secreT", "Bearer secre", "Bearer secret2", "secret", "Bearer secret")]
         return health, metrics, other, answers
 
     health, metrics, other, answers = served(scorer, client, token="secret")
     assert health == (200, {"status": "ok"}) and metrics == 401 and other[0] == 404 and "error" in other[1]
-    assert [status for status, _ in answers] == [401, 401, 401, 200]
-    assert "results" not in answers[0][1] and answers[3][1]["errors"] == [None]
+    assert [status for status, _ in answers] == [401, 401, 401, 401, 401, 200]
+    assert "results" not in answers[0][1] and answers[5][1]["errors"] == [None]
 
 
 def test_the_script_and_the_clients_of_the_docs(tiny_model_dir, clips, scorer):
@@ -277,6 +281,110 @@ def test_bad_flags(capsys, monkeypatch, tiny_model_dir):
         refuses(capsys, serve.main, "--model", tiny_model_dir, "--port", port, says=f"--port {port}: cannot be")
     refuses(capsys, serve.main, "--model", "nowhere", "--port", "0", says="nowhere")
     refuses(capsys, serve.main, "--model", tiny_model_dir, "--port", "0", "--normalize", says="--normalize")
+    assert not any(map(serve.is_loopback, ("::", "0.0.0.0", "192.168.0.1", "a.example")))
     assert serve.is_loopback("127.0.0.1") and serve.is_loopback("::1") and serve.is_loopback("localhost")
     monkeypatch.setattr(serve, "web", None)
     refuses(capsys, serve.main, "--model", tiny_model_dir, says="requirements-serve.txt")
+
+
+# -- a decoder that does not come back ------------------------------------------------------------------------------
+def test_files_that_are_never_decoded_cost_the_others_nothing(scorer, clips, monkeypatch):
+    """More of them than there are decoders: each gets its sentence, and the good ones behind them their rewards."""
+    monkeypatch.setattr(video, "read_header", made.sleeps)
+    good = next(iter(clips.values()))
+    payload = {"prompt": [PROMPT] * 8, "video": [b64(good + b"sleeps")] * 6 + [b64(good)] * 2}
+    status, body = served(scorer, lambda *at: post(*at, payload), decode_seconds=3.0)
+    assert status == 200 and [r is None for r in body["results"]] == [True] * 6 + [False] * 2, body
+    assert all(error.startswith("the video: not decoded within 3 s") for error in body["errors"][:6])
+
+
+def test_ctrl_c_ends_a_server_whose_decoder_does_not_come_back(tiny_model_dir, clips):
+    script = ("from plumbing import settings, video; from tests import clips; video.read_header = clips.sleeps; "
+              "from lab.serve.__main__ import main; import sys; settings.cli(lambda: main(sys.argv[1:]))")
+    command = [sys.executable, "-c", script, "--model", tiny_model_dir, "--no-think", "--port", "0"]
+    raw = b64(next(iter(clips.values())) + b"sleeps")
+
+    async def leave_it_waiting(url):
+        async with aiohttp.ClientSession() as session:
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(post(session, url, {"prompt": PROMPT, "video": raw}), 2.0)
+            task = asyncio.create_task(post(session, url, {"prompt": PROMPT, "video": raw}))
+            await asyncio.sleep(2.0)
+            server.send_signal(signal.SIGINT)
+            with pytest.raises(aiohttp.ClientError):
+                await task
+
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        url = server.stdout.readline().split("/compute")[0]
+        began = time.monotonic()
+        try:
+            asyncio.run(leave_it_waiting(url))
+            assert server.wait(timeout=30) == 0 and time.monotonic() - began < 16  # --decode-seconds is 20
+        finally:
+            server.kill()
+
+
+def test_health_sees_the_scorer_and_the_decoders(scorer):
+    async def statuses():
+        server = serve.RewardServer(scorer, serve.Settings(model="-"))
+        server.task = asyncio.get_running_loop().create_future()
+        found = []
+        for since in (time.monotonic() - 45, time.monotonic() - 55):  # 20 s to open, 20 s to decode, 10 s to end both
+            server.decoding = {1: since}
+            found.append((await server.health(None)))
+        server.decoding = {}
+        server.task.set_result(None)
+        return [*found, await server.health(None)]
+
+    answers = [(answer.status, json.loads(answer.text)["status"]) for answer in asyncio.run(statuses())]
+    assert answers == [(200, "ok"), (503, "1 decoders stand still"), (503, "the scoring task has ended")]
+
+
+# -- what the flags and the checkpoint say reaches the model ----------------------------------------------------------
+def test_a_failed_batch_is_out_of_memory_before_its_videos_are_scored_alone(scorer, tiny_clips, monkeypatch):
+    alive = []
+
+    class Model:
+        processor = scorer.processor
+
+        def reward(self, videos, prompts, **flags):
+            batch = torch.zeros(len(videos))
+            assert not any(old() is not None for old in alive), "a failed batch's tensors still fill the memory"
+            alive.append(weakref.ref(batch))
+            if len(videos) > 1 or prompts[0] == "bad":
+                raise torch.OutOfMemoryError("too large")
+            return torch.ones(1), [None]
+
+    server = serve.RewardServer.__new__(serve.RewardServer)
+    server.model, server.s = Model(), serve.Settings(model="-")
+    answers = server.score([("a", PROMPT), ("b", "bad"), ("c", PROMPT)])
+    assert answers[0] == answers[2] == (1.0, None) and "OutOfMemoryError: too large" in str(answers[1])
+    assert len(alive) == 4
+
+
+def test_the_checkpoint_s_fps_and_pixels_and_the_flags_are_used(scorer, clips, monkeypatch):
+    raw, seen = next(iter(clips.values())), {}
+    monkeypatch.setattr(scorer, "settings", {**scorer.settings, "fps": 1.0, "max_pixels": 1024})
+    server = serve.RewardServer(scorer, serve.Settings(model="-", max_new_tokens=7, normalize=True, think=False))
+    opened = server.open_video(raw, 16.0)
+    assert opened.frames.shape[:3] == (4, 32, 32) and opened.source_fps == 1.0
+    frame = io.BytesIO()
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(frame, format="PNG")
+    assert server.open_video([b64(frame.getvalue())] * 64, 16.0).frames.shape[:3] == (4, 32, 32)
+    monkeypatch.setattr(scorer, "reward", lambda *a, **flags: seen.update(flags) or (torch.ones(1), [None]))
+    assert server.score([(opened, PROMPT)]) == [(1.0, None)]
+    assert seen == {"think": False, "max_new_tokens": 7, "normalize": True, "with_thoughts": True}
+
+
+def test_images_have_limits(monkeypatch):
+    def png(height, width):
+        file = io.BytesIO()
+        Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(file, format="PNG")
+        return b64(file.getvalue())
+
+    small = png(32, 32)
+    assert len(uploads.open_images([small] * 16, 8.0, 2.0, 4096, 2.0).frames) == 4
+    for images, says in (([small] * 17, "17 frames at 8 fps"), ([], "0 frames"), ([small] * 4 + [png(32, 64)] * 4,
+                         "frame 4 has"), ([png(8, 9000)] * 2, "at most 8192 a side")):
+        with pytest.raises(InputError, match=says):
+            uploads.open_images(images, 8.0, 2.0, 4096, 2.0)

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 import data
+from plumbing.decoder import LIMIT
 from plumbing.settings import InputError
-from plumbing.video import MAX_SIDE, resize
+from plumbing.video import MAX_SIDE, open_clip, resize
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -35,19 +36,18 @@ def decode_base64(text) -> bytes:
         raise InputError("the video is no base64 text.") from None
 
 
-def open_file(raw: bytes, fps: float, max_pixels: int, max_seconds: float) -> data.Video:
-    """A video file's bytes -> sampled frames, by way of a temporary file: decord wants one."""
+def open_file(raw: bytes, fps: float, max_pixels: int, max_seconds: float, limit: float = LIMIT) -> data.Video:
+    """A video file's bytes -> sampled frames, by way of a temporary file. Opened and decoded within `limit` s each."""
     if not is_known_container(raw):
         raise InputError("the video is empty or no mp4, mov, webm, mkv or avi file.")
     with tempfile.NamedTemporaryFile(prefix="descore-", suffix=".mp4") as file:
         file.write(raw)
         file.flush()
         try:
-            probe = data.sample_frames(file.name, fps, max_pixels, decode=False)  # before the memory is taken
-            seconds = probe.total_num_frames / probe.source_fps
+            seconds = open_clip(file.name, limit).seconds  # before the memory is taken
             if seconds > max_seconds:
-                raise InputError(f"the video has {seconds:.0f} s; at most {max_seconds:g} are read.")
-            return data.sample_frames(file.name, fps, max_pixels)
+                raise InputError(f"the video has {seconds:.1f} s; at most {max_seconds:g} are read.")
+            return data.sample_frames(file.name, fps, max_pixels, limit=limit)
         except InputError as error:
             raise InputError(str(error).replace(file.name, "the video")) from error
 
@@ -69,7 +69,8 @@ def open_images(images: list, source_fps: float, fps: float, max_pixels: int, ma
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow, on broken files
             raise InputError(f"frame {index} is no PNG or JPEG image.") from error
         frames.append(resize(pixels, data.target_size(size[1], size[0], max_pixels))[0])
-    return data.Video(np.stack(frames), source_fps, len(images), tuple(indices))
+    steps = data.sample_steps(len(images) / source_fps, fps)
+    return data.Video(np.stack(frames), fps, steps[-1] + 1, tuple(steps))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ def check_fields(fields: dict, max_videos: int, source_fps: float) -> tuple[list
         raise InputError(f"{len(prompts)} prompts, {len(videos)} videos: as many of both, and at most {max_videos}.")
     try:
         fps = float(fields.get("fps") or source_fps)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # OverflowError: an integer of 400 digits
         fps = math.nan
     if not 0 < fps <= 1000:
         raise InputError("`fps` must be a number of frames a second, above 0 and at most 1000.")

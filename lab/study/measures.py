@@ -7,7 +7,6 @@ A hit is 1 where the sign of r_A - r_B is the label, 0 where it is not, and 1/2 
 scores often, heads never, and counting those as wrong would let the head win by not being rounded.
 """
 
-import csv
 import json
 import os
 
@@ -17,6 +16,7 @@ import data
 from lab.study import sanity
 from lab.study.models import CSVS, MOST_WRONG, SETS
 from lab.study.sanity import half_hits
+from plumbing.formats import open_table
 from plumbing.jobs import read_log
 from plumbing.logs import read_metrics
 from plumbing.settings import write_csv
@@ -288,8 +288,8 @@ def ladder(runs) -> dict:
 # ---------------------------------------------------------------------------------------------------------------
 def first_rows(path: str, out: str, share: int) -> None:
     """The header and the first 1/share of the rows of a CSV, as they are."""
-    with open(path, newline="", encoding="utf-8") as file:
-        head, *rows = csv.reader(file)
+    head, records = open_table(path)
+    rows = [list(row.values()) for _, row in records]
     write_csv(out, head, rows[: len(rows) // share])
 
 
