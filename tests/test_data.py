@@ -248,7 +248,7 @@ def test_frames_in_memory_are_made_small_by_averages():
 
 
 def test_line_ends_and_blanks_around_a_prompt_do_not_count(processor, tiny_clips, tmp_path):
-    """A CSV, the Python call, HTTP and --prompt give the same ids: all go through encode_prompt, which alone does it."""
+    """A CSV, the Python call, HTTP and --prompt give the same ids: encode_prompt alone does it, for all."""
     video = data.sample_frames(tiny_clips[0])
     ids = lambda prompt: data.encode_prompt(processor, video, prompt)["input_ids"].tolist()
     assert ids("A red circle.") == ids("A red circle.\r\n") == ids(" \tA red circle.\n\n")
