@@ -298,32 +298,6 @@ def test_files_that_are_never_decoded_cost_the_others_nothing(scorer, clips, mon
     assert all(error.startswith("the video: not decoded within 3 s") for error in body["errors"][:6])
 
 
-def test_ctrl_c_ends_a_server_whose_decoder_does_not_come_back(tiny_model_dir, clips):
-    script = ("from plumbing import settings, video; from tests import clips; video.read_header = clips.sleeps; "
-              "from lab.serve.__main__ import main; import sys; settings.cli(lambda: main(sys.argv[1:]))")
-    command = [sys.executable, "-c", script, "--model", tiny_model_dir, "--no-think", "--port", "0"]
-    raw = b64(next(iter(clips.values())) + b"sleeps")
-
-    async def leave_it_waiting(url):
-        async with aiohttp.ClientSession() as session:
-            with pytest.raises(asyncio.TimeoutError):
-                await asyncio.wait_for(post(session, url, {"prompt": PROMPT, "video": raw}), 2.0)
-            task = asyncio.create_task(post(session, url, {"prompt": PROMPT, "video": raw}))
-            await asyncio.sleep(2.0)
-            server.send_signal(signal.SIGINT)
-            with pytest.raises(aiohttp.ClientError):
-                await task
-
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
-        url = server.stdout.readline().split("/compute")[0]
-        began = time.monotonic()
-        try:
-            asyncio.run(leave_it_waiting(url))
-            assert server.wait(timeout=30) == 0 and time.monotonic() - began < 16  # --decode-seconds is 20
-        finally:
-            server.kill()
-
-
 def test_health_sees_the_scorer_and_the_decoders(scorer):
     async def statuses():
         server = serve.RewardServer(scorer, serve.Settings(model="-"))
