@@ -44,6 +44,7 @@ from rollout import decode_cot
 BENCHMARKS = {  # name -> what the CSV in --root may be called, the published name first
     "videogen-rewardbench": ("videogen-rewardbench.csv", "test_videogen_rewardbench.csv"),
     "genai-bench": ("genai-bench.csv", "genaibench.csv", "test_genai_bench.csv"),
+    "mj-bench-video": ("mj-bench-video.csv",),
     "in-domain": ("tabench.csv", "in-domain.csv", "test_in_domain.csv"),
 }
 DROPPED_VOTES = {  # --genai-ties -> the votes whose pairs are left out
