@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import cold_start
 import collect_cots
 import data
 from plumbing.jobs import read_log
-from tests.conftest import refuses, run
+from tests.conftest import refuses, run, write_csv
 
 
 def test_collecting_cots_writes_a_cold_start_csv_and_resumes(world, base_dir, tmp_path, capsys):
@@ -102,3 +103,18 @@ def test_two_ranks_collect_the_same(world, base_dir, tmp_path, capsys):
     run("collect_cots.py", *flags, "--data", *(world[name] for name in names), "--out", *two, ranks=2)
     assert [path.read_text() for path in one] == [path.read_text() for path in two]
     refuses(capsys, collect_cots.main, *flags, "--data", *(world[name] for name in names), says="as many --out")
+
+
+def test_a_clip_replaced_under_its_name_is_thought_about_anew(tmp_path, base_dir, tiny_clips):
+    names = [str(tmp_path / f"{side}.mp4") for side in "ab"]
+    for path, name in zip(tiny_clips, names):
+        shutil.copy(path, name)
+    source = write_csv(tmp_path / "pairs.csv", ["path_A", "path_B", "prompt", "TA"], [[*names, "a red circle", "A"]])
+    flags = ["--model", base_dir, "--data", source, "--max-new-tokens", "12", "--temperature", "0"]
+    collect_cots.main([*flags, "--out", str(tmp_path / "cots.csv")])
+    shutil.copy(tiny_clips[2], names[1])
+    collect_cots.main([*flags, "--out", str(tmp_path / "cots.csv")])  # on what is there
+    collect_cots.main([*flags, "--out", str(tmp_path / "fresh.csv")])
+    assert (tmp_path / "cots.csv").read_text() == (tmp_path / "fresh.csv").read_text()
+    lines = (tmp_path / "cots.csv.thoughts" / "thoughts.jsonl").read_text().splitlines()
+    assert [os.path.basename(json.loads(line)["video"]) for line in lines] == ["a.mp4", "b.mp4", "b.mp4"]

@@ -224,3 +224,36 @@ def test_the_score_that_a_cot_states(tmp_path, tiny_model_dir, clips_csv):
     for name in ("report.json", "text/report.json"):
         one, both = (json.loads((folder / name).read_text()) for folder in (tmp_path, tmp_path / "both"))
         assert one["accuracy_with_ties"] == both["accuracy_with_ties"]
+
+
+def test_a_clip_replaced_under_its_name_is_judged_anew(tmp_path, tiny_model_dir, tiny_clips, no_figure):
+    """As in training a generator, which writes each round's clips to the same names: no old CoT, no old reward."""
+    names = [str(tmp_path / f"{side}.mp4") for side in "ab"]
+    for path, name in zip(tiny_clips, names):
+        shutil.copy(path, name)
+    pairs = write_csv(tmp_path / "pairs.csv", ["path_A", "path_B", "prompt", "TA"], [[*names, "a red circle", "A"]])
+
+    def go(*flags):
+        judge(tiny_model_dir, pairs, tmp_path / "out", *flags)
+        logs = (jobs.read_log(str(tmp_path / "out"), kind) for kind in ("thoughts", "rewards"))
+        return [{key[0]: record for key, record in log.items()} for log in logs]
+
+    thoughts, rewards = go()
+    shutil.copy(tiny_clips[2], names[1])
+    new_thoughts, new_rewards = go()
+    assert new_thoughts[names[0]] == thoughts[names[0]] and new_rewards[names[0]] == rewards[names[0]]
+    assert new_thoughts[names[1]]["content"] != thoughts[names[1]]["content"]
+    model = phases.DeScore.from_pretrained(tiny_model_dir)
+    expected, _ = model.reward([tiny_clips[2]], ["a red circle"], max_new_tokens=6, with_thoughts=True)
+    assert new_rewards[names[1]]["reward"] == pytest.approx(expected.item(), abs=1e-5)
+    assert new_rewards[names[1]]["reward"] != pytest.approx(rewards[names[1]]["reward"], abs=1e-3)
+    # The report too; and a CoT that was lost takes its reward along, if it comes out as another one.
+    with open(tmp_path / "out" / "scores.csv", newline="") as file:
+        assert {float(row["reward"]) for row in csv.DictReader(file)} == {r["reward"] for r in new_rewards.values()}
+
+
+def test_other_words_around_the_prompt_need_another_folder(tmp_path, tiny_model_dir, clips_csv, capsys, monkeypatch):
+    judge(tiny_model_dir, clips_csv, tmp_path / "out")
+    monkeypatch.setattr(evaluate, "WORDING", phases.hash_of("another question"))
+    refuses(capsys, evaluate.main, "--model", tiny_model_dir, "--data", clips_csv, "--out", tmp_path / "out", *FEW,
+            says="made with another wording")

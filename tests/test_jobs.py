@@ -6,12 +6,15 @@ A work function that counts stands here where a model would think or score.
 import collections
 import contextlib
 import dataclasses
+import os
 import shutil
 
 import pytest
 
 import cold_start
+import collect_cots
 import data
+import evaluate
 import parallel
 from plumbing import jobs
 from plumbing.settings import InputError
@@ -139,3 +142,86 @@ def test_hub_models_differ_by_name_and_commit(tmp_path, base_dir, monkeypatch):
     assert len(known) == 3
     with pytest.raises(InputError, match="us/none: is no folder"):
         jobs.fingerprint("us/none")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Results belong to content
+# ---------------------------------------------------------------------------------------------------------------
+def test_a_result_belongs_to_what_the_video_holds(tmp_path):
+    """A clip replaced under the same name is done anew, also after it was done by another rank; the others are not."""
+    items = [jobs.Item(str(tmp_path / name), "a prompt", 2) for name in ("a.mp4", "b.mp4")]
+
+    def go(ranks=None, made_from="words"):
+        basis = {item.key: made_from for item in items}
+        phase = jobs.Phase("rewards", items, str(tmp_path), False, ranks or OneRank(), basis)
+        done = []
+        for batch in phase.batches(2):
+            for item in batch:
+                done.append(item.video[-5])
+                phase.write(item, {"reward": float(len(open(item.video).read()))})
+        return done, {key[0][-5]: record["reward"] for key, record in phase.finish()[0].items()}
+
+    for name, text in (("a.mp4", "1"), ("b.mp4", "22")):
+        (tmp_path / name).write_text(text)
+    assert go(OneRank(1, 2))[0] == ["b"] and go()[0] == ["a"]  # b's line is in rank 1's file, which is read last
+    (tmp_path / "b.mp4").write_text("333")
+    assert go() == (["b"], {"a": 1.0, "b": 3.0})
+    assert go() == ([], {"a": 1.0, "b": 3.0})
+    assert jobs.read_log(str(tmp_path), "rewards")[items[1].key]["reward"] == 3.0
+    (tmp_path / "b.mp4").write_text("444")  # the same size
+    assert go()[0] == ["b"]
+    os.utime(tmp_path / "a.mp4", (1, 1))  # a copy of the same clip
+    assert go()[0] == []
+    (tmp_path / "a.mp4").unlink()  # a finished run can be read without its clips
+    assert go() == ([], {"a": 1.0, "b": 3.0})
+    (tmp_path / "a.mp4").write_text("1")
+    assert go()[0] == [] and go(made_from="other words")[0] == ["a", "b"]
+
+
+def test_models_that_differ_in_one_byte_are_two(tmp_path):
+    """Also in the middle of a large file, whose ends are the same; and the same model elsewhere is the same."""
+    for name, place in (("one", 0), ("two", None), ("three", None)):
+        (tmp_path / name).mkdir()
+        weights = bytearray(8 << 20)
+        weights[4 << 20] = place is None
+        (tmp_path / name / "model.safetensors").write_bytes(weights)
+        (tmp_path / name / "descore.json").write_text("{}")
+    one, two, three = (jobs.fingerprint(str(tmp_path / name)) for name in ("one", "two", "three"))
+    assert one != two == three
+    (tmp_path / "three" / "descore.json").write_text('{"fps": 4}')
+    assert jobs.fingerprint(str(tmp_path / "three")) != two
+
+
+@pytest.mark.parametrize("script, names", [(evaluate, evaluate.MADE_WITH), (collect_cots, collect_cots.MADE_WITH)],
+                         ids=["evaluate", "collect_cots"])
+def test_another_setting_needs_another_folder(tmp_path, tiny_model_dir, script, names):
+    """Each setting that decides on CoTs or rewards is compared, and named; so are the model and the words around it."""
+    s = script.Settings(model=tiny_model_dir, out=str(tmp_path))
+    claim = lambda s, wording="words": jobs.require_same_settings(str(tmp_path), s, names, wording, OneRank())  # noqa: E731
+    claim(s)
+    claim(dataclasses.replace(s, temperature=0.5))  # nothing is there yet
+    claim(s)
+    (tmp_path / "thoughts.jsonl").write_text('{"video": "a", "prompt": "b"}\n')
+    claim(s)
+    decides = {"max_new_tokens", "temperature", "engine", "fps", "reader", "max_pixels", "seed"}
+    assert decides <= set(names)
+    for name in names:
+        with pytest.raises(InputError, match=f"made with another {name};"):
+            claim(dataclasses.replace(s, **{name: "something else"}))
+    with pytest.raises(InputError, match="made with another wording;"):
+        claim(s, "other words")
+    claim(s)
+
+
+def test_a_bad_video_on_either_side_drops_its_pair(tmp_path, tiny_clips):
+    """--skip-bad-videos before training: missing or broken, as A or as B."""
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    broken, (a, b) = str(tmp_path / "broken.mp4"), tiny_clips[:2]
+    sides = [(a, b), (broken, b), (a, broken), (a, "gone.mp4"), (b, a), ("gone.mp4", b)]
+    pairs = [data.PreferencePair(*videos, "a prompt", 1, line=k + 2) for k, videos in enumerate(sides)]
+    settings = cold_start.Settings(out=str(tmp_path), skip_bad_videos=True)
+    kept = jobs.readable_pairs(pairs, settings, parallel.Ranks(), data.sample_frames)
+    assert [pair.line for pair in kept] == [2, 6]
+    for one in pairs[3], pairs[5]:
+        with pytest.raises(InputError, match=f"line {one.line}: gone.mp4: no such video"):
+            jobs.readable_pairs([one], cold_start.Settings(), parallel.Ranks(), data.sample_frames)

@@ -188,6 +188,38 @@ def test_lora_targets_and_reference(model, prefixes):
     assert all(p.requires_grad for n, p in model.named_parameters() if ".lora_" in n)
 
 
+def test_no_dropout_in_the_kl_reference(model, prefixes):
+    """Qwen3-VL is published with attention dropout 0; a backbone that has some must not get a random reference."""
+    batch = lay_out(model.backbone, prefixes[:1], [[[70, 71]]])
+    model.make_trainable("lora", vision=False, lora_r=4, lora_dropout=0.5)
+    expected = model.eval()(batch).log_probs  # B is 0: the adapters change nothing yet
+    for layer in model.backbone.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model.train()
+    assert not torch.allclose(model(batch).log_probs, expected, atol=1e-3)  # else nothing is tested here
+    with model.reference_policy():
+        assert torch.allclose(model(batch).log_probs, expected, atol=1e-6)
+    assert model.training
+
+
+def test_where_training_starts(base_dir):
+    """The query as an average word; each LoRA layer's A from its own name and the seed, so no two layers are alike."""
+    def start(seed):
+        torch.manual_seed(seed)
+        model = DeScore.from_pretrained(base_dir, new_head=True)
+        torch.manual_seed(seed)
+        model.make_trainable("lora", vision=False, lora_r=4)
+        return model, {name: layer.lora_A["default"].weight for name, layer in model.lora_layers().items()}
+
+    (model, first), (_, again), (_, other) = start(0), start(0), start(1)
+    words = model.backbone.get_input_embeddings().weight.float()
+    assert torch.allclose(model.query, words.mean(dim=0)) and model.query.any()
+    assert all(torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name]) for name in first)
+    for shape in {a.shape for a in first.values()}:
+        alike = [a for a in first.values() if a.shape == shape]
+        assert len({tuple(a.flatten().tolist()) for a in alike}) == len(alike) > 1
+
+
 def test_trained_parameters_are_fp32_masters(base_dir):
     model = DeScore.from_pretrained(base_dir, dtype=torch.bfloat16, new_head=True)
     model.make_trainable("lora", vision=True, lora_r=2)

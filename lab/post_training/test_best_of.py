@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 
 import data
 import evaluate
@@ -35,3 +36,16 @@ def test_best_and_worst_leaves_out_what_has_no_order(tmp_path):
     best_of.write_best_and_worst(str(tmp_path / "dpo.csv"), groups)
     lines = (tmp_path / "dpo.csv").read_text().splitlines()
     assert len(lines) == 2 and lines[1].endswith("two,A,2.0,1.0")
+
+
+def test_a_replaced_clip_is_ranked_anew(tmp_path, tiny_model_dir, tiny_clips):
+    """A generator writes each round's clips to the same names."""
+    names = [str(tmp_path / f"{k}.mp4") for k in range(3)]
+    videos = write_csv(tmp_path / "videos.csv", ["path", "prompt"], [[name, "a prompt"] for name in names])
+    flags = ["--model", tiny_model_dir, *FEW, "--no-think", "--data", videos]
+    for clips, outs in ((tiny_clips[:3], ["out"]), (tiny_clips[3:6], ["out", "fresh"])):
+        for path, name in zip(clips, names):
+            shutil.copy(path, name)
+        for out in outs:
+            best_of.main([*flags, "--out", str(tmp_path / out)])
+    assert (tmp_path / "out" / "best_of.csv").read_text() == (tmp_path / "fresh" / "best_of.csv").read_text()

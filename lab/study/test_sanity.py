@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import data
 from lab.study import sanity
 from model import DeScore
 from plumbing.settings import InputError
-from tests.conftest import refuses
+from tests.conftest import refuses, write_csv
 
 FRAMES = np.arange(5 * 2 * 2 * 3, dtype=np.uint8).reshape(5, 2, 2, 3)
 
@@ -119,3 +120,23 @@ def test_without_thinking_and_from_the_text(flags, tmp_path):
 def test_refuses(flags, capsys):
     for more in (["--video", "x.mp4", "--prompt", "a cat"], ["--score-from", "head", "text"]):
         refuses(capsys, sanity.main, *flags, *more, says="sanity takes one set")
+
+
+def test_a_replaced_clip_is_checked_anew(world, tiny_clips, tiny_model_dir, tmp_path):
+    """Also where only the CoT comes from it: swapped clips under kept CoTs."""
+    first, second = data.read_pairs(world["test_in_domain"])[:2]
+    names = [str(tmp_path / f"{k}.mp4") for k in range(4)]
+    for path, name in zip([*first.videos, *second.videos], names):
+        shutil.copy(path, name)
+    rows = [[*names[:2], first.prompt, "A"], [*names[2:], second.prompt + " anew", "B"]]
+    table = write_csv(tmp_path / "pairs.csv", ["path_A", "path_B", "prompt", "TA"], rows)
+    flags = ["--model", tiny_model_dir, "--data", table, "--max-new-tokens", "6"]
+    sanity.main([*flags, "--out", str(tmp_path / "s")])
+    shutil.copy(tiny_clips[0], names[0])
+    for out in ("s", "fresh"):
+        sanity.main([*flags, "--out", str(tmp_path / out)])
+    found, fresh = rows_in(tmp_path / "s"), rows_in(tmp_path / "fresh")
+    assert found.keys() == fresh.keys()
+    for key, row in found.items():
+        for name in ("shift", "moved"):
+            assert row[name] == pytest.approx(fresh[key][name], abs=1e-4), (key, name)
