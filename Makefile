@@ -10,7 +10,7 @@ VENV ?= .venv
 RUNS ?= runs
 PY = HF_HUB_OFFLINE=1 $(VENV)/bin/python
 
-.PHONY: demo seeds study post-train post-seeds post-dpo post-grpo post-random post-gold road test test-all test-lab lint setup clean
+.PHONY: demo seeds study post-train post-seeds post-dpo post-grpo post-random post-gold road page test test-all test-lab lint setup clean
 setup: $(VENV)/.ready
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -77,6 +77,11 @@ post-seeds: setup
 road: setup
 	$(VENV)/bin/python -m pip install -q -r requirements-road.txt
 	$(PY) -m lab.road --out $(RUNS)/road
+
+# The paper line by line, and the files in two columns: build/index.html (lab/page)
+page: setup
+	$(VENV)/bin/python -m pip install -q -r requirements-page.txt
+	$(PY) -m lab.page --out build
 
 clean:
 	rm -rf $(RUNS)

@@ -1,6 +1,6 @@
 """The page: the paper line by line, and each file of the heart with its prose left and its code right.
 
-    README.md (map, eight steps), lab/page/paper.md, the sources, figures/method.svg   ->   OUT/index.html, a page a file
+    README.md (map, eight steps), lab/page/paper.md, the sources, figures/method.svg  ->  OUT/index.html, a page a file
 
     python -m lab.page --out build
 
@@ -53,9 +53,6 @@ def sources(root: pathlib.Path, readme: str) -> dict[str, Source]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The paper, line by line
-# ---------------------------------------------------------------------------------------------------------------
 def row_html(number: int, cells: list[str], said: str, files: dict[str, Source], root: pathlib.Path) -> str:
     """One row of the map: statement and equation left, the lines that implement it and its test's worked case right."""
     first, code, test = cells
@@ -119,9 +116,8 @@ def drawing(text: str, file: str) -> str:
 def index_html(root: pathlib.Path, readme: str, files: dict[str, Source]) -> str:
     said = statements((root / HERE / "paper.md").read_text(encoding="utf-8"))
     rows = table(readme, "| paper")
-    for first in (row[0] for row in rows):
-        if first not in said:
-            raise InputError(f"README's map has the row {first!r}; write its statement in {HERE}paper.md.")
+    if odd := {row[0] for row in rows} ^ set(said):
+        raise InputError(f"README's map and {HERE}paper.md must have the same rows; only one has: {sorted(odd)}.")
     contents = "".join(f'<li><a href="#row-{k}">{prose(row[0], block=False)}</a></li>' for k, row in enumerate(rows, 1))
     body = "".join(row_html(k, row, said[row[0]], files, root) for k, row in enumerate(rows, 1))
     figure = re.sub(r"^.*?(?=<svg)", "", (root / "figures/method.svg").read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -137,22 +133,19 @@ our words; equations without a number are not numbered here. Not the authors' co
 {drawing(files["layout.py"].text, "layout.py")}{body}"""
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# All pages
-# ---------------------------------------------------------------------------------------------------------------
 def page(title: str, body: str, files: dict[str, Source], style: str) -> str:
-    links = [f"<b>{title}</b>" if one.path == title else f'<a href="{one.page}">{one.path}</a>' for one in files.values()]
-    home = "<b>the paper</b>" if title == "the paper" else '<a href="index.html">the paper</a>'
+    pages = {"the paper": "index.html"} | {one.path: one.page for one in files.values()}
+    links = [f"<b>{name}</b>" if name == title else f'<a href="{at}">{name}</a>' for name, at in pages.items()]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,"><title>{title} · DeScore, readable</title><style>{style}</style></head>
-<body><nav class="files">{home} {" ".join(links)}</nav>
+<body><nav class="files">{" ".join(links)}</nav>
 {body}</body></html>
 """
 
 
 def build(root: pathlib.Path) -> dict[str, str]:
-    """{file name: HTML} of the site of a tree. InputError where README, paper.md and the sources do not fit together."""
+    """{file name: HTML} of the site of a tree. InputError where README, paper.md and the sources do not fit."""
     readme = (root / "README.md").read_text(encoding="utf-8")
     style = (root / HERE / "style.css").read_text(encoding="utf-8")
     files = sources(root, readme)
@@ -165,11 +158,9 @@ def build(root: pathlib.Path) -> dict[str, str]:
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="build", help="the folder to write")
-    parser.add_argument("--root", default=str(ROOT), help="the tree to show")
-    given = parser.parse_args(argv)
-    pages, out = build(pathlib.Path(given.root)), pathlib.Path(given.out)
+    out, pages = pathlib.Path(parser.parse_args(argv).out), build(ROOT)
     if out.exists() and not out.is_dir():
-        raise InputError(f"--out {given.out} is a file; name a folder.")
+        raise InputError(f"--out {out} is a file; name a folder.")
     out.mkdir(parents=True, exist_ok=True)
     for name, text in pages.items():
         (out / name).write_text(text, encoding="utf-8")

@@ -27,7 +27,7 @@ def tex(found: re.Match) -> str:
 
 
 def prose(text: str, block: bool = True) -> str:
-    """Markdown -> HTML. $$...$$ and $...$ are LaTeX and become MathML; they are put in last, so Markdown leaves them."""
+    """Markdown -> HTML. $$...$$ and $...$ are LaTeX and become MathML, put in last."""
     formulas = []
 
     def put_aside(found):
@@ -41,17 +41,8 @@ def prose(text: str, block: bool = True) -> str:
 
 def arguments(docstring: str) -> str:
     """The indented lines under "Args:" and "Returns:" become a list, one point an argument."""
-    lines, inside = [], False
-    for line in docstring.splitlines():
-        if re.fullmatch(r"(Args|Returns):", line):
-            inside = True
-            lines += ["", line, ""]
-        elif inside and line.startswith("    "):
-            lines.append(("- " if line[4] != " " else "  ") + line.strip())
-        else:
-            inside = False
-            lines.append(line)
-    return "\n".join(lines)
+    return re.sub(r"^(Args|Returns):\n((?:    .*(?:\n|$))+)", flags=re.MULTILINE, string=docstring, repl=lambda found:
+                  f"{found[1]}:\n\n" + re.sub(r"^    (?=\S)", "- ", found[2], flags=re.MULTILINE) + "\n")
 
 
 def first_line(node) -> int:
@@ -145,8 +136,7 @@ class Source:
         """Lines as <pre>, with their numbers; blank ones at the ends are left out."""
         while numbers and not self.lines[numbers[-1] - 1].strip():
             numbers = numbers[:-1]
-        name = ' id="L{0}" href="#L{0}"' if anchors else ' href="' + self.page + '#L{0}"'
-        name = name if anchors or self.names else ""
+        name = ' id="L{0}" href="#L{0}"' if anchors else ""
         rows = [f'<a class="n" data-n="{k}"{name.format(k)}></a>{self.coloured[k - 1]}\n' for k in numbers]
         return f"<pre>{''.join(rows)}</pre>" if rows else "<div></div>"
 
