@@ -15,7 +15,7 @@ One step:  1 draw pairs   2 mask CoTs   3 forward both videos   4 BT loss (Eq. 3
 import dataclasses
 import itertools
 import math
-import os
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,20 +26,17 @@ from layout import lay_out
 from losses import bt_loss, btt_loss, draw_cot_mask
 from metrics import accuracy_without_ties
 from model import DeScore, to_device
-from plumbing.checkpoint import save_model
 from plumbing.jobs import fitting_pairs, readable_pairs
 from plumbing.logs import (
     COLD_START_PANELS,
     Sums,
     cold_start_line,
     cold_start_metrics,
-    draw_curves,
     note_scores,
-    reward_scale,
 )
 from plumbing.resume import claim_run, require_finite
 from plumbing.settings import InputError, arg, cli, parse, require
-from plumbing.training import CommonSettings, Run
+from plumbing.training import CommonSettings, Run, save_run
 
 
 @dataclasses.dataclass
@@ -73,39 +70,6 @@ class Settings(CommonSettings):
     out: str = arg("runs/stage1", "output folder")
     val_every: int = arg(100, "steps between validations; 0: only at the end", at_least=0)
     save_every: int = arg(100, "steps between checkpoints; 0: only at the end", at_least=0)
-
-
-def prepare_pairs(path: str, settings: Settings, ranks, need_cots: bool) -> list[data.PreferencePair]:
-    """COLLECTIVE: reads a CSV, drops ties for plain BT, drops bad videos if asked, and says how many."""
-    pairs = data.read_pairs(path, settings.dimension, settings.video_root)
-    # Without CoTs nothing is left to mask: the head would learn to score unthinkingly, and nothing would say so.
-    if need_cots and not any(pair.cot_a or pair.cot_b for pair in pairs) and settings.mask_probability < 1:
-        raise InputError(
-            f"{path}: has no CoT_A / CoT_B; collect them with collect_cots.py, or train with --mask-probability 1."
-        )
-    if not need_cots and not any(pair.cot_a or pair.cot_b for pair in pairs):
-        ranks.print(f"{path}: has no CoT_A / CoT_B, so validation is without thinking")
-    # Eq. 3 needs a winner, and a human tie has none. --loss btt has a term of its own for "the same".
-    if settings.loss == "bt":
-        ties = sum(pair.label == 0 for pair in pairs)
-        pairs = [pair for pair in pairs if pair.label != 0]
-        ranks.print(f"{path}: {len(pairs)} pairs; {ties} ties left out (--loss btt uses them)")
-    return readable_pairs(pairs, settings, ranks, data.sample_frames)
-
-
-def sequence_lengths(processor, pair: data.PreferencePair, fps: float, max_pixels: int) -> list[int]:
-    """Tokens of the pair's two sequences, prefix + CoT + query, without decoding the videos.
-
-    A patch of 32 x 32 stands for each frame; each two frames of H x W then have H W / 1024 - 1 video tokens more.
-    """
-    lengths = []
-    for path, cot in zip(pair.videos, pair.cot_ids(processor.tokenizer)):
-        video = data.sample_frames(path, fps, max_pixels, decode=False)
-        count, height, width = video.frames.shape[:3]
-        small = dataclasses.replace(video, frames=np.zeros((count, data.SIDE, data.SIDE, 3), np.uint8))
-        prefix = len(data.encode_prompt(processor, small, pair.prompt)["input_ids"])
-        lengths.append(prefix + count // 2 * (height * width // data.SIDE**2 - 1) + len(cot) + 1)
-    return lengths
 
 
 def score_pairs(model, items, settings, masks=None):
@@ -152,13 +116,20 @@ def validate(model, dataset, settings, ranks) -> float:
     return accuracy_without_ties(labels, margins)
 
 
+class Drawn(NamedTuple):
+    """A drawn pair: its two prefixes, and whether its CoTs are hidden in this step."""
+
+    pair: data.PreferencePair
+    prefixes: list[dict]  # [2]
+    masked: bool
+
+
 def draw(run: Run, settings) -> list[tuple[int, bool]]:
     """1 and 2: this rank's pairs for all steps that are left, each with the coin that decides on its CoT.
 
-    One coin per pair and epoch, from (seed, epoch) alone, so that every rank and a resumed run toss the same.
+    losses.draw_cot_mask says why. One coin per pair and epoch, from (seed, epoch) alone, so that every rank and a
+    resumed run toss the same.
     """
-    # Why per pair and not per video: a video with its CoT against one without would teach the head about masking, not
-    # about the videos. Why at all: a head that always has the CoT may stop looking at the video.
     drawn = []
     for epoch, indices in run.draws():
         coins = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch + 500_009)
@@ -167,10 +138,9 @@ def draw(run: Run, settings) -> list[tuple[int, bool]]:
     return drawn
 
 
-def longest(item) -> int:
-    """Prompt tokens of the longer video of a drawn pair: like lengths together means less padding."""
-    (_, both), _ = item
-    return max(len(prefix["input_ids"]) for prefix in both)
+def longest(drawn: Drawn) -> int:
+    """Prompt tokens of the longer video: like lengths together means less padding."""
+    return max(len(prefix["input_ids"]) for prefix in drawn.prefixes)
 
 
 def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
@@ -183,7 +153,8 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
     # ahead of the loop. A resumed run starts the same schedule at its own step.
     drawn = draw(run, settings)
     encoded = data.take(train_set, [index for index, _ in drawn], settings.workers)
-    stream = zip(encoded, [masked for _, masked in drawn])
+    coins = (masked for _, masked in drawn)
+    stream = (Drawn(pair, both, coin or lacks_cot(pair)) for (pair, both), coin in zip(encoded, coins))
 
     model.train()
     for step in run.steps():
@@ -194,7 +165,8 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
         # Micro-batches: as many pairs as memory holds at a time. Gradients add up, and each loss is already divided by
         # the whole batch, so their number changes nothing.
         for i in range(0, run.local_pairs, settings.micro_pairs):
-            items, masks = zip(*batch[i : i + settings.micro_pairs])  # 2 mask CoTs
+            part = batch[i : i + settings.micro_pairs]
+            items, masks = [(one.pair, one.prefixes) for one in part], [one.masked for one in part]  # 2 mask CoTs
             with ranks.autocast():
                 reward_a, reward_b = score_pairs(model, items, settings, masks)  # 3 forward both videos: (B,), (B,)
             label = torch.tensor([pair.label for pair, _ in items], device=reward_a.device)  # (B,) +1, -1 or 0
@@ -212,7 +184,7 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
             note_scores(sums, loss, reward_a, reward_b, label, masks)
         parallel.set_learning_rate(optimizer, step, run.warmup_steps)
         # clip and update: once per batch, after all of its micro-batches have added to the gradients
-        rows = rows_of(item for item, _ in batch)
+        rows = rows_of((one.pair, one.prefixes) for one in batch)
         norms = parallel.take_step(model, optimizer, rows, settings, ranks)
         metrics = cold_start_metrics(ranks.sum(sums), settings) | norms  # 6 log
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "epoch": step / run.steps_per_epoch}
@@ -224,15 +196,59 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
 
 
 def rows_of(items) -> list[dict]:
-    """The pairs of drawn items as dictionaries, for the file that tells what was not finite."""
+    """The pairs of items as dictionaries, for the file that tells what was not finite."""
     return [dataclasses.asdict(pair) for pair, _ in items]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The script
+# ---------------------------------------------------------------------------------------------------------------
+def prepare_pairs(path: str, settings: Settings, ranks, need_cots: bool) -> list[data.PreferencePair]:
+    """COLLECTIVE: reads a CSV, drops ties for plain BT, drops bad videos if asked, and says how many."""
+    pairs = data.read_pairs(path, settings.dimension, settings.video_root)
+    # Without CoTs nothing is left to mask: the head would learn to score without thinking, and nothing would say so.
+    without = sum(lacks_cot(pair) for pair in pairs)
+    if need_cots and without == len(pairs) and settings.mask_probability < 1:
+        raise InputError(
+            f"{path}: has no CoT_A / CoT_B; collect them with collect_cots.py, or train with --mask-probability 1."
+        )
+    if not need_cots and without == len(pairs):
+        ranks.print(f"{path}: has no CoT_A / CoT_B, so validation is without thinking")
+    elif without and settings.mask_probability < 1:
+        ranks.print(f"{path}: {without} of {len(pairs)} pairs have no CoTs, and count as masked")
+    # Eq. 3 needs a winner, and a human tie has none. --loss btt has a term of its own for "the same".
+    if settings.loss == "bt":
+        ties = sum(pair.label == 0 for pair in pairs)
+        pairs = [pair for pair in pairs if pair.label != 0]
+        ranks.print(f"{path}: {len(pairs)} pairs; {ties} ties left out (--loss btt uses them)")
+    return readable_pairs(pairs, settings, ranks, data.sample_frames)
+
+
+def sequence_lengths(processor, pair: data.PreferencePair, fps: float, max_pixels: int) -> list[int]:
+    """Tokens of the pair's two sequences, prefix + CoT + query, without decoding the videos.
+
+    A patch of 32 x 32 stands for each frame; each two frames of H x W then have H W / 1024 - 1 video tokens more.
+    """
+    lengths = []
+    for path, cot in zip(pair.videos, pair.cot_ids(processor.tokenizer)):
+        video = data.sample_frames(path, fps, max_pixels, decode=False)
+        count, height, width = video.frames.shape[:3]
+        small = dataclasses.replace(video, frames=np.zeros((count, data.SIDE, data.SIDE, 3), np.uint8))
+        prefix = len(data.encode_prompt(processor, small, pair.prompt)["input_ids"])
+        lengths.append(prefix + count // 2 * (height * width // data.SIDE**2 - 1) + len(cot) + 1)
+    return lengths
+
+
+def lacks_cot(pair: data.PreferencePair) -> bool:
+    """Whether the pair has no CoTs (a CSV has both of a pair or neither): it then counts as masked."""
+    return not all(pair.cots)
 
 
 def main(argv=None) -> None:
     """Reads and checks everything that can be checked, builds the model, trains it, saves it."""
     settings = parse(Settings, __doc__, argv)
     require(settings, data="a CSV of preference pairs")
-    ranks = parallel.start(settings.seed, settings.cpu_offload)
+    ranks = parallel.start(settings.seed, settings.cpu_offload, settings.shard_ranks)
     claim_run(settings, ranks)
     pairs = prepare_pairs(settings.data, settings, ranks, need_cots=True)
     val_pairs = prepare_pairs(settings.val, settings, ranks, need_cots=False) if settings.val else []
@@ -253,12 +269,7 @@ def main(argv=None) -> None:
     parallel.shard(model, ranks, settings.shard_ranks, settings.cpu_offload)
     parallel.seed_dropout(ranks)
     train(model, pairs, val_pairs, settings, ranks)
-    # The rewards' mean and spread go along, for those who want them on a common scale: DeScore.reward(normalize=True).
-    model.settings.update(reward_scale(settings.out))
-    save_model(model, os.path.join(settings.out, "model"), ranks)
-    if ranks.is_main:
-        draw_curves(settings.out, COLD_START_PANELS, os.path.join(settings.out, "curves.png"), "Stage 1: cold start")
-    ranks.print(f"wrote {settings.out}/model, metrics.jsonl and curves.png")
+    save_run(model, settings, ranks, COLD_START_PANELS, "Stage 1: cold start")
     ranks.finish()
 
 

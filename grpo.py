@@ -307,7 +307,7 @@ def main(argv=None) -> None:
 
 def begin(settings: Settings):
     """COLLECTIVE: checks the flags, claims --out, reads --data -> (ranks, pairs whose videos can be read)."""
-    ranks = parallel.start(settings.seed, settings.cpu_offload)
+    ranks = parallel.start(settings.seed, settings.cpu_offload, settings.shard_ranks)
     grpo_flags(settings, ranks)
     claim_run(settings, ranks)
     pairs = data.read_pairs(settings.data, video_root=settings.video_root)

@@ -50,7 +50,8 @@ def draw_cot_mask(num_pairs: int, probability: float, generator: torch.Generator
         m_n ~ Bernoulli(p),  n = 1..B;   m_n = 1: the query sees video and prompt only
 
     ONE draw per pair, shared by its two videos: comparing a video judged with its CoT to one judged without would teach
-    the head about masking, not about videos. The paper has p = 0.5. Returns (num_pairs,) bool. Never used in
+    the head about masking, not about videos. Why at all: a head that always has the CoT may stop looking at the video;
+    and it can then score without thinking, fast. The paper has p = 0.5. Returns (num_pairs,) bool. Never used in
     evaluation.
     """
     return torch.rand(num_pairs, generator=generator) < probability

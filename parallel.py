@@ -99,9 +99,15 @@ class Ranks:
             dist.destroy_process_group()
 
 
-def start(seed: int, cpu_offload: bool = False) -> Ranks:
-    """COLLECTIVE: starts the process group, finds the device, seeds all generators alike on all ranks."""
+def start(seed: int, cpu_offload: bool = False, shard_ranks: int = 0) -> Ranks:
+    """COLLECTIVE: starts the process group, finds the device, seeds all generators alike on all ranks.
+
+    InputError for flags of sharding where there is one process: they would do nothing.
+    """
     ranks = Ranks(cpu_offload)
+    if ranks.world == 1 and (cpu_offload or shard_ranks):
+        flag = "--cpu-offload" if cpu_offload else "--shard-ranks"
+        raise InputError(f"{flag}: one process shards nothing; start several with torchrun, or leave the flag out.")
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

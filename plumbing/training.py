@@ -82,6 +82,8 @@ class Run:
                         f"over {num_pairs} pairs, --batch-pairs {settings.batch_pairs} at a time, give no more")
         self.warmup_steps = max(1, round(settings.warmup * self.total))
         position = load_checkpoint(settings.out, model, optimizer, ranks) if settings.resume else {"step": 0}
+        # The run's own: with more --epochs a share of the new total would begin the warm-up again.
+        self.warmup_steps = position.get("warmup_steps", self.warmup_steps)
         self.first = position["step"]
         self.log, self.stop, self.began = Log(settings.out, ranks, position), StopSignal(), time.time()
 
@@ -115,8 +117,9 @@ class Run:
         """
         self.stopping = self.ranks.any(self.stop.requested)
         if self.stopping or self.is_due(step, self.settings.save_every):
-            out, keep, more = self.settings.out, self.settings.keep, {"metrics": metrics}
-            save_checkpoint(out, step, self.model, self.optimizer, self.ranks, keep, more)
+            more = {"metrics": metrics, "warmup_steps": self.warmup_steps}
+            save_checkpoint(
+                self.settings.out, step, self.model, self.optimizer, self.ranks, self.settings.keep, more)
 
     def finish_step(self, step: int, metrics: dict[str, float], line: str) -> None:
         """Logs the step; after Ctrl-C ends the run. `line` is what the screen shows."""

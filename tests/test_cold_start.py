@@ -1,5 +1,6 @@
 """Stage 1: masking only in training and once per pair, ties, limits, resume bit for bit, and the script."""
 
+import csv
 import dataclasses
 import json
 import os
@@ -11,12 +12,13 @@ import torch
 
 import cold_start
 import data
+import grpo
 import parallel
 from model import DeScore
 from plumbing import logs
 from plumbing.settings import InputError
 from rules import parse_literal
-from tests.conftest import refuses
+from tests.conftest import refuses, write_csv
 
 
 @pytest.fixture
@@ -149,8 +151,6 @@ def arguments(world, base_dir, out, **more):
 @pytest.fixture(scope="module")
 def with_cots(world, tmp_path_factory):
     """The training CSV with some text in CoT_A and CoT_B."""
-    import csv
-
     path = tmp_path_factory.mktemp("cots") / "train.csv"
     rows = list(csv.DictReader(open(world["train_cold_start"], encoding="utf-8")))
     root = world["train_cold_start"].rsplit("/", 1)[0]
@@ -163,6 +163,34 @@ def with_cots(world, tmp_path_factory):
                 {**row, "videos": repr(paths), "CoT_A": "<think>one</think>", "CoT_B": "<think>two two</think>"}
             )
     return {"train_cold_start": str(path)}
+
+
+def test_pairs_without_cots_are_named_and_count_as_masked(with_cots, base_dir, tmp_path, capsys):
+    """CoTs in one of seven pairs are no cold start with thinking: it is said, and masked_share says 6/7."""
+    rows = list(csv.DictReader(open(with_cots["train_cold_start"], encoding="utf-8")))
+    for row in rows[1:]:
+        row["CoT_A"] = row["CoT_B"] = ""
+    few = {"train_cold_start": write_csv(tmp_path / "few.csv", list(rows[0]), [list(row.values()) for row in rows])}
+    how = {"batch_pairs": 7, "max_steps": 1, "mask_probability": 0, "loss": "btt", "epochs": 1}
+    cold_start.main(arguments(few, base_dir, tmp_path / "out", **how))
+    assert "6 of 7 pairs have no CoTs" in capsys.readouterr().out
+    (line,) = logs.read_metrics(str(tmp_path / "out"))
+    assert line["masked_share"] == pytest.approx(6 / 7)
+
+
+def test_more_epochs_do_not_begin_the_warm_up_again(with_cots, base_dir, tmp_path):
+    """A warm-up of both of 2 steps. Resumed with 4 steps in sight, step 3 has the full rate, not 3/4 of it."""
+    how = {"warmup": 1, "batch_pairs": 4, "loss": "btt", "max_steps": 8}
+    cold_start.main(arguments(with_cots, base_dir, tmp_path, epochs=2, **how))
+    cold_start.main([*arguments(with_cots, base_dir, tmp_path, epochs=4, **how), "--resume"])
+    rates = [line["lr"] for line in logs.read_metrics(str(tmp_path))]
+    assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3])
+
+
+@pytest.mark.parametrize("flags", [["--cpu-offload"], ["--shard-ranks", "2"]])
+def test_one_process_shards_nothing(tmp_path, capsys, flags):
+    for script in (cold_start, grpo):
+        refuses(capsys, script.main, "--data", "x.csv", "--model", "m", "--out", tmp_path, *flags, says=flags[0])
 
 
 def weights(folder):

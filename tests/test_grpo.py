@@ -220,6 +220,29 @@ def test_engine_gap_is_measured(batch, model, settings):
     assert sums["engine_gap"] == pytest.approx(0.2, abs=1e-4)
 
 
+def test_log_probs_are_those_of_the_policy_that_samples(batch, model, settings):
+    """At temperature .5 policy and reference have softmax(logits / .5), which the sampler draws from."""
+    settings, seen = dataclasses.replace(settings, temperature=0.5), []
+    model.backbone.lm_head.register_forward_hook(lambda _, args, logits: seen.append(logits.detach()))
+    output, mask = grpo.forward_pair(model, batch[0], settings, parallel.Ranks())
+    ids = torch.tensor([i for row in batch[0].cots for cot in row for i in cot])
+    expected = torch.log_softmax(seen[0] / 0.5, dim=1)[torch.arange(len(ids)), ids]
+    assert torch.allclose(output.log_probs[mask.bool()], expected, atol=1e-5)
+    reference = grpo.log_probs_now(model, batch[0], settings, parallel.Ranks())
+    assert torch.allclose(reference, output.log_probs, atol=1e-5)
+    logits = torch.tensor([[0.0, 0.3, 0.9, -1.0, 2.0]]).expand(20_000, -1)
+    drawn = rollout.SeededSampling(list(range(20_000)), 0.5)(None, logits).argmax(1)
+    for token in range(5):
+        p = losses.token_log_probs(logits[:1], torch.tensor([token]), 0.5).exp().item()
+        assert (drawn == token).float().mean().item() == pytest.approx(p, abs=4 * (p / 20_000) ** 0.5 + 1e-4), token
+
+
+@pytest.mark.parametrize("flag, value", [("--temperature", 0), ("--rollouts", 1)])
+def test_what_can_teach_nothing_is_refused(capsys, tmp_path, flag, value):
+    """Greedy CoTs of a video are all the same, and a group of one has no advantage."""
+    refuses(capsys, grpo.main, "--data", "x.csv", "--model", "m", "--out", tmp_path, flag, value, says=flag)
+
+
 def test_denominators_count_tokens_and_decided_rollouts(batch, settings):
     batch[1].pair = dataclasses.replace(batch[1].pair, label=0)
     tokens = sum(len(cot) for rollouts in batch for row in rollouts.cots for cot in row)
