@@ -84,8 +84,8 @@ class DeScore(nn.Module):
             video_features = self.backbone.model.get_video_features(
                 batch["pixel_values_videos"], batch["video_grid_thw"], return_dict=True
             )
-        # `spans` is no argument of transformers: its models hand keywords they do not know down to each layer's attention
-        # function, here layout.shared_prefix_attention, which reads who sees whom from it. So there is no mask: with
+        # `spans` is no argument of transformers: its models hand keywords they do not know down to each layer's
+        # attention function, here layout.shared_prefix_attention, which reads who sees whom from it. No mask then: with
         # None (and spans), that function runs each part causally, and padding is in no part.
         hidden = self.backbone.model(
             inputs_embeds=embeds,
