@@ -63,7 +63,7 @@ def test_settings_and_flags():
 
 
 SCRIPTS = [path for pattern in ("*.py", "toy/*.py", "lab/*/*.py") for path in sorted(ROOT.glob(pattern))
-           if "\ndef main(" in path.read_text(encoding="utf-8")]
+           if "\ndef main(argv" in path.read_text(encoding="utf-8")]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.relative_to(ROOT).as_posix())
