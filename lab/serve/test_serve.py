@@ -362,3 +362,25 @@ def test_images_have_limits(monkeypatch):
                          "frame 4 has"), ([png(8, 9000)] * 2, "at most 8192 a side")):
         with pytest.raises(InputError, match=says):
             uploads.open_images(images, 8.0, 2.0, 4096, 2.0)
+
+
+def test_ctrl_c_ends_a_server_whose_decoder_does_not_come_back(tiny_model_dir, clips):
+    script = ("from plumbing import settings, video; from tests import clips; video.read_header = clips.sleeps; "
+              "from lab.serve.__main__ import main; import sys; settings.cli(lambda: main(sys.argv[1:]))")
+    command = [sys.executable, "-c", script, "--model", tiny_model_dir, "--no-think", "--port", "0"]
+    raw = b64(next(iter(clips.values())) + b"sleeps")
+
+    async def leave_it_waiting(url):
+        async with aiohttp.ClientSession() as session:
+            task = asyncio.create_task(post(session, url, {"prompt": PROMPT, "video": raw}))
+            await asyncio.sleep(3.0)
+            server.send_signal(signal.SIGINT)
+            with pytest.raises(aiohttp.ClientError):
+                await task
+
+    with subprocess.Popen([*command, "--decode-seconds", "300"], cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            asyncio.run(leave_it_waiting(server.stdout.readline().split("/compute")[0]))
+            assert server.wait(timeout=50) == 0
+        finally:
+            server.kill()
