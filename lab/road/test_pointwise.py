@@ -32,6 +32,10 @@ def test_the_interval_is_over_prompts():
     scores, rewards = np.tile([1.0, 5.0], 40), np.concatenate([[0.0, 1.0]] * 20 + [[1.0, 0.0]] * 20)
     row = pointwise.with_intervals(scores, rewards, prompts)["within"]
     assert row["value"] == 0.5 and (row["high"] - row["low"]) / 2 == pytest.approx(1.96 * (0.25 / 40) ** 0.5, rel=0.15)
+    # 6 prompts of 20 videos that are all alike: six values, not 120, so the order of the prompts is hardly known
+    alike = np.repeat(np.arange(6), 20)
+    row = pointwise.with_intervals(alike.astype(float), np.array([0.0, 2, 1, 4, 3, 5])[alike], alike)["spearman"]
+    assert row["high"] - row["low"] > 0.35
 
 
 def test_convert_and_judge(tmp_path, capsys):
