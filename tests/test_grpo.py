@@ -9,6 +9,7 @@ import torch
 
 import data
 import grpo
+import losses
 import parallel
 import rollout
 import rules
