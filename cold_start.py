@@ -26,13 +26,14 @@ from layout import lay_out
 from losses import bt_loss, btt_loss, draw_cot_mask
 from metrics import accuracy_without_ties
 from model import DeScore, to_device
+from plumbing import checkpoint
 from plumbing.jobs import fitting_pairs, readable_pairs
 from plumbing.logs import (
     COLD_START_PANELS,
     Sums,
     cold_start_line,
     cold_start_metrics,
-    note_scores,
+    log_scores,
 )
 from plumbing.resume import claim_run, require_finite
 from plumbing.settings import InputError, arg, cli, parse, require
@@ -181,7 +182,7 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
                 loss = bt_loss(chosen, rejected, denominator=settings.batch_pairs)
             require_finite(loss.item(), "loss", rows_of(items), settings, ranks)
             parallel.backward(loss, ranks)  # 5 backward
-            note_scores(sums, loss, reward_a, reward_b, label, masks)
+            log_scores(sums, loss, reward_a, reward_b, label, masks)
         parallel.set_learning_rate(optimizer, step, run.warmup_steps)
         # clip and update: once per batch, after all of its micro-batches have added to the gradients
         rows = rows_of((one.pair, one.prefixes) for one in batch)
@@ -254,7 +255,7 @@ def main(argv=None) -> None:
     val_pairs = prepare_pairs(settings.val, settings, ranks, need_cots=False) if settings.val else []
     dtype = parallel.load_dtype(settings.train, ranks)
     # new_head: the base model has none, so query and head start from scratch; stage 2 will insist on them.
-    model = DeScore.from_pretrained(settings.model, dtype=dtype, new_head=True, empty=ranks.world > 1)
+    model = checkpoint.open_on_rank(DeScore, settings.model, dtype, ranks, new_head=True)
     pairs = fitting_pairs(pairs, model.processor, settings, ranks, sequence_lengths)  # before hours of training
     if val_pairs:
         val_pairs = fitting_pairs(val_pairs, model.processor, settings, ranks, sequence_lengths)

@@ -29,7 +29,7 @@ import parallel
 from layout import lay_out
 from losses import bt_loss, group_advantages, grpo_loss, kl_to_reference
 from model import DeScore, to_device
-from plumbing import logs
+from plumbing import checkpoint, logs
 from plumbing.jobs import readable_pairs, task_seed
 from plumbing.resume import claim_run, require_finite
 from plumbing.settings import annotated_pairs, arg, cli, grpo_flags, parse
@@ -254,7 +254,7 @@ def update(model, optimizer, mini: list[PairRollouts], settings, ranks) -> dict[
         require_finite(loss.item(), "loss", [rollouts.record()], settings, ranks)
         parallel.backward(loss, ranks)
         sums.add(grpo_loss=grpo.item(), kl=kl.item(), bt_loss=bt.item())
-        logs.note_update(sums, output, mask, old, rollouts, settings, counts)
+        logs.log_update(sums, output, mask, old, rollouts, settings, counts)
     norms = parallel.take_step(model, optimizer, [r.record() for r in mini], settings, ranks)
     ratio_max = max(ranks.gather_objects([sums.pop("ratio_max")]))
     return {**ranks.sum(sums), "ratio_max": ratio_max, **norms}
@@ -317,7 +317,7 @@ def begin(settings: Settings):
 def open_policy(settings: Settings, ranks, new_head: bool = False) -> DeScore:
     """COLLECTIVE: the model that is trained, not yet sharded. new_head: --model may be a base model, without a head."""
     dtype = parallel.load_dtype(settings.train, ranks)
-    model = DeScore.from_pretrained(settings.model, dtype=dtype, empty=ranks.world > 1, new_head=new_head)
+    model = checkpoint.open_on_rank(DeScore, settings.model, dtype, ranks, new_head)
     model.settings.update(fps=settings.fps, max_pixels=settings.max_pixels)
     # The vision tower is frozen (paper). No dropout: π_θ must equal π_old at the first update, or the ratio is not 1.
     model.make_trainable(settings.train, False, settings.lora_r, settings.lora_alpha, lora_dropout=0.0)
@@ -331,8 +331,8 @@ def run(model: DeScore, pairs, settings: Settings, ranks, rewards=None) -> None:
     reference = None
     if settings.kl_coef > 0 and settings.train == "full":  # with LoRA the reference is the model without its adapter
         # new_head: the policy's has been checked, and nobody asks the reference for a reward
-        reference = DeScore.from_pretrained(
-            settings.model, dtype=parallel.load_dtype("lora", ranks), empty=ranks.world > 1, new_head=True)
+        reference = checkpoint.open_on_rank(
+            DeScore, settings.model, parallel.load_dtype("lora", ranks), ranks, new_head=True)
         reference.eval().requires_grad_(False)
         parallel.shard(reference, ranks, settings.shard_ranks, settings.cpu_offload, frozen=True)
     own = model.backbone if ranks.world == 1 else None  # under FSDP the transformers engine needs an unsharded copy

@@ -24,7 +24,7 @@ from transformers import Qwen3VLForConditionalGeneration
 import data
 from layout import SHARED_PREFIX, lay_out
 from losses import token_log_probs
-from plumbing.checkpoint import QUERY_AND_HEAD, open_model, write_model
+from plumbing.checkpoint import QUERY_AND_HEAD, inject_lora, open_model, write_model
 from plumbing.settings import InputError
 from rollout import TransformersEngine, decode_cot
 
@@ -61,8 +61,10 @@ class DeScore(nn.Module):
         hidden = backbone.config.text_config.hidden_size
         # Here, so that every way to a backbone (weights, empty, random) gets it. The vision tower keeps SDPA.
         backbone.model.language_model.set_attn_implementation(SHARED_PREFIX)
+        for name in ("folded", "beside"):  # LoRA of earlier stages, in the weights or next to them: read_adapters
+            setattr(backbone, name, getattr(backbone, name, {}))
         self.backbone, self.processor, self.settings = backbone, processor, dict(settings or {})
-        self.weights = None  # where the values of a backbone that is still empty come from; see `fill`
+        self.weights = None  # where the values of a backbone that is still empty come from; see `load_empty`
         # The query starts as an average word (a foreign scale would disturb the first layers), the head near 0, so that
         # at the start all rewards are about equal and the loss is ln 2.
         self.query = nn.Parameter(backbone.get_input_embeddings().weight.detach().float().mean(dim=0).clone())  # (D,)
@@ -137,16 +139,14 @@ class DeScore(nn.Module):
         if train not in ("lora", "full", "head"):
             raise InputError(f"--train {train}: choose lora, full or head.")
         if train == "lora":
-            from peft import LoraConfig
-
-            self.backbone.add_adapter(
-                LoraConfig(r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=LORA_TARGETS)
-            )
+            inject_lora(self.backbone, "default", r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout,
+                        target_modules=LORA_TARGETS)
             self._start_adapters()
         trained = {"head": True, "vision": vision, "llm": train == "full"}
-        for name, parameter in self.named_parameters():  # after add_adapter, which freezes the whole backbone
+        for name, parameter in self.named_parameters():  # after inject_lora, which freezes the whole backbone
             idle = name == "backbone.lm_head.weight" and not lm_head
-            parameter.requires_grad_(".lora_" in name or (trained[part_of(name)] and not idle))
+            own = trained[part_of(name)] and not idle
+            parameter.requires_grad_(".default." in name if ".lora_" in name else own)  # an earlier stage's LoRA rests
         for parameter in self.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -157,7 +157,7 @@ class DeScore(nn.Module):
         Each A is drawn from its own name and the seed, so one process and many ranks start alike.
         """
         for name, layer in self.lora_layers().items():
-            a, b = (part.to_empty(device=self.query.device)["default"].weight for part in (layer.lora_A, layer.lora_B))
+            a, b = (part["default"].to_empty(device=self.query.device).weight for part in (layer.lora_A, layer.lora_B))
             generator = torch.Generator(a.device).manual_seed(torch.initial_seed() + zlib.crc32(name.encode()))
             nn.init.kaiming_uniform_(a, a=5**0.5, generator=generator)
             nn.init.zeros_(b)
@@ -176,20 +176,21 @@ class DeScore(nn.Module):
 
     @contextlib.contextmanager
     def reference_policy(self):
-        """Inside, the model is what it was before training, for the KL term: adapters off, and no dropout.
+        """Inside, the model is what it was before training, for the KL term: its adapter off, and no dropout.
 
         Only for LoRA: with full fine-tuning the old weights are gone, and grpo.py loads a second, frozen model.
         """
         layers, was_training = list(self.lora_layers().values()), self.training
         assert layers, "reference_policy needs LoRA"
         self.eval()
-        for layer in layers:
-            layer._disable_adapters = True  # enable_adapters() would also flip requires_grad, which FSDP forbids
+        active = [layer._active_adapter for layer in layers]
+        for layer in layers:  # set_adapter() would also flip requires_grad, which FSDP forbids
+            layer._active_adapter = [name for name in layer.active_adapters if name != "default"]
         try:
             yield self
         finally:
-            for layer in layers:
-                layer._disable_adapters = False
+            for layer, names in zip(layers, active):
+                layer._active_adapter = names
             self.train(was_training)
 
     # -- using it -----------------------------------------------------------------------------------------------
@@ -255,27 +256,27 @@ class DeScore(nn.Module):
         return rewards
 
     # -- disk: plumbing/checkpoint.py has the files --------------------------------------------------------------
-    def save_pretrained(self, path: str, whole=lambda tensor: tensor, write=True) -> None:
+    def save_pretrained(self, path: str) -> None:
         """Writes a folder that transformers and vLLM open as a plain Qwen3-VL, plus the query and the head.
 
-        LoRA is folded into the weights, in fp32, so the next stage cannot lose it (difference 17). A sharded
-        model (`save_model`): `whole` gathers one tensor; `write=False` only takes part in gathering.
+        LoRA is folded into the weights, in fp32, so the next stage cannot lose it (difference 17), and kept beside
+        them as well: see `from_pretrained`. InputError: none; OSError if the folder cannot be written.
         """
-        write_model(self, path, whole, write)
+        write_model(self, path)
 
-    def lora_scaling(self) -> dict[str, float]:
-        """Layer name in the state dict -> alpha / r."""
-        return {name: layer.scaling["default"] for name, layer in self.lora_layers().items()}
+    def lora_scaling(self) -> dict[str, dict[str, float]]:
+        """Layer name in the state dict -> adapter -> alpha / r."""
+        return {name: {key: layer.scaling[key] for key in layer.lora_A} for name, layer in self.lora_layers().items()}
 
     @classmethod
-    def from_pretrained(cls, path: str, device="cpu", dtype=torch.float32, new_head=False, empty=False) -> "DeScore":
+    def from_pretrained(cls, path: str, device="cpu", dtype=torch.float32, new_head=False) -> "DeScore":
         """Opens a DeScore folder, or, with `new_head=True`, a plain Qwen3-VL to start stage 1 from.
 
         Strict: a missing or extra weight, another size, or a base model without a head is an InputError, never a random
-        head (difference 16). In evaluation mode, as transformers does it. `empty=True`: the backbone stays on
-        the meta device, without memory, until `fill`; parallel.shard does that block by block.
+        head (difference 16). In evaluation mode, as transformers does it. In bf16 the LoRA of training stands beside
+        its base again, as it did there; rounded into it, a small change would be gone (difference 25).
         """
-        return open_model(cls, path, device, dtype, new_head, empty)
+        return open_model(cls, path, device, dtype, new_head)
 
 
 def part_of(name: str) -> str:

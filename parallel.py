@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from plumbing.checkpoint import fill, merge_lora, whole
+from plumbing.checkpoint import load_empty, merge_lora
 from plumbing.resume import require_finite
 from plumbing.settings import InputError
 
@@ -139,7 +139,7 @@ def shard(model, ranks: Ranks, shard_ranks: int = 0, cpu_offload: bool = False, 
     compute_dtype: bfloat16 on GPUs, else as the weights; tests ask for bfloat16 on a CPU.
     """
     if ranks.world == 1:
-        fill(model, model, ranks.device)
+        load_empty(model, model, ranks.device)
         return model.to(ranks.device)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -164,9 +164,9 @@ def shard(model, ranks: Ranks, shard_ranks: int = 0, cpu_offload: bool = False, 
         own.data = own.data.to(ranks.device)
     tower = model.backbone.model
     for block in [*tower.language_model.layers, *tower.visual.blocks]:
-        fill(model, block, ranks.device)
+        load_empty(model, block, ranks.device)
         fully_shard(block, mp_policy=inside, **options)
-    fill(model, model, ranks.device)
+    load_empty(model, model, ranks.device)
     options["mp_policy"] = MixedPrecisionPolicy(compute_dtype, reduce_dtype)
     options["reshard_after_forward"] = True if frozen else None  # None: FSDP's own choice, the root stays whole
     fully_shard(model, ignored_params={model.query, model.head.weight}, **options)
@@ -235,7 +235,7 @@ def trained_weights(model):
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     trained |= {f"{layer}.base_layer.weight" for layer in model.lora_layers()}
     chosen = {name: value for name, value in state.items() if name in trained or ".lora_" in name}
-    yield from merge_lora(chosen, model.lora_scaling(), whole)
+    yield from merge_lora(chosen, model.lora_scaling())
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -16,42 +16,52 @@ from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen3VLFor
 
 from plumbing.settings import InputError, first_line
 
-SETTINGS_FILE, HEAD_FILE = "descore.json", "reward_head/head.safetensors"
-# The head lies in a folder of its own: vLLM loads EVERY *.safetensors beside config.json as weights of the backbone.
+SETTINGS_FILE, HEAD_FILE, ADAPTER_FILE = "descore.json", "reward_head/head.safetensors", "adapter/lora.safetensors"
+# These lie in folders of their own: vLLM loads EVERY *.safetensors beside config.json as weights of the backbone.
 QUERY_AND_HEAD = ("query", "head.weight")  # what is ours: their names in the model and in HEAD_FILE
 
 
-def write_model(model, path: str, whole=lambda tensor: tensor, write=True) -> None:
-    """DeScore.save_pretrained. COLLECTIVE through `whole` if the model is sharded.
+def write_model(model, path: str, write=True) -> None:
+    """DeScore.save_pretrained. COLLECTIVE if the model is sharded; `write=False` only takes part in gathering.
 
-    Files: config.json, model*.safetensors, tokenizer and processor; reward_head/head.safetensors (query, head.weight);
-    descore.json (sizes, sampling settings).
+    Files: config.json, model*.safetensors (LoRA merged), tokenizer, processor; reward_head/head.safetensors (query,
+    head.weight); adapter/lora.safetensors, with LoRA; descore.json (sizes, sampling settings, what LoRA is in bf16).
     """
     state = {name: value.detach() for name, value in model.state_dict().items()}
     text = model.backbone.config.text_config
     sizes = {"hidden_size": text.hidden_size, "layers": text.num_hidden_layers, "vocab_size": text.vocab_size}
-    head = {key: whole(state[key]).cpu().contiguous() for key in QUERY_AND_HEAD}
-    if write:
-        os.makedirs(os.path.dirname(os.path.join(path, HEAD_FILE)), exist_ok=True)
-        save_tensors(head, os.path.join(path, HEAD_FILE))
-        with open(os.path.join(path, SETTINGS_FILE), "w", encoding="utf-8") as file:
-            json.dump({**model.settings, **sizes}, file, indent=1)
-        if model.processor is not None:
-            model.processor.save_pretrained(path)
+    head = {key: gather_full(state[key]).cpu().contiguous() for key in QUERY_AND_HEAD}
     if model.backbone.config.tie_word_embeddings:
         state.pop("backbone.lm_head.weight", None)
     # One type for all. fp32 as soon as anything was trained: stage 1 changes weights by less than half a step of bf16,
     # and rounding would give the base model back.
     trained = any(value.dtype == torch.float32 for name, value in state.items() if name.startswith("backbone."))
     dtype = torch.float32 if trained else model.backbone.dtype
-    merged = merge_lora(state, model.lora_scaling(), whole)
-    write_tensors(path, ((name, value.to(dtype)) for name, value in merged), write)
+    adapters, kept = {}, Survival()
     if write:
-        config = copy.deepcopy(model.backbone.config)
-        for part in (config, config.text_config, config.vision_config):
-            part.dtype = dtype
-        config.save_pretrained(path)
-        model.backbone.generation_config.save_pretrained(path)
+        os.makedirs(path, exist_ok=True)
+    merged = merge_lora(state, model.lora_scaling(), model.backbone.folded, adapters, kept)
+    write_tensors(path, ((name, value.to(dtype)) for name, value in merged), write)
+    if not write:
+        return
+    for file, tensors in ((HEAD_FILE, head), (ADAPTER_FILE, adapters)):
+        if tensors:
+            os.makedirs(os.path.dirname(os.path.join(path, file)), exist_ok=True)
+            save_tensors(tensors, os.path.join(path, file))
+    settings = {**model.settings, **sizes}
+    settings.pop(SURVIVAL, None)
+    if adapters:
+        settings[SURVIVAL] = kept.cosines()
+        print(survival_line(settings[SURVIVAL]), flush=True)
+    with open(os.path.join(path, SETTINGS_FILE), "w", encoding="utf-8") as file:
+        json.dump(settings, file, indent=1)
+    if model.processor is not None:
+        model.processor.save_pretrained(path)
+    config = copy.deepcopy(model.backbone.config)
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = dtype
+    config.save_pretrained(path)
+    model.backbone.generation_config.save_pretrained(path)
 
 
 def trained_settings(path: str) -> dict:
@@ -63,8 +73,12 @@ def trained_settings(path: str) -> dict:
         raise InputError(f"{path}: is no DeScore checkpoint ({error}); give a folder that training wrote") from error
 
 
-def open_model(cls, path: str, device, dtype: torch.dtype, new_head: bool, empty: bool):
-    """DeScore.from_pretrained; `cls` is DeScore."""
+def open_model(cls, path: str, device="cpu", dtype=torch.float32, new_head=False, empty=False, merged=None):
+    """DeScore.from_pretrained; `cls` is DeScore. Two more choices for training:
+
+    empty: the backbone stays on the meta device, without memory, until `load_empty`; parallel.shard does that block by
+    block. merged: as `load_backbone` has it.
+    """
     settings_path = os.path.join(path, SETTINGS_FILE)
     settings = {"base_model": str(path)}
     if os.path.isfile(settings_path):
@@ -73,7 +87,7 @@ def open_model(cls, path: str, device, dtype: torch.dtype, new_head: bool, empty
         raise InputError(
             f"{path}: has no {SETTINGS_FILE}, so no reward head; give --model a folder that cold_start.py wrote."
         )
-    backbone = empty_backbone(path, dtype) if empty else load_backbone(path, dtype)
+    backbone = empty_backbone(path, dtype, merged) if empty else load_backbone(path, dtype, merged)
     try:
         processor = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -81,6 +95,7 @@ def open_model(cls, path: str, device, dtype: torch.dtype, new_head: bool, empty
     model = cls(backbone, processor, settings)
     if empty:
         model.weights = Weights(path, backbone)
+        model.weights.outside = backbone.beside
         model.query = nn.Parameter(model.weights[EMBEDDING].to(dtype).float().mean(dim=0))
     if not new_head or os.path.isfile(settings_path):
         sizes = backbone.config.text_config
@@ -94,8 +109,15 @@ def open_model(cls, path: str, device, dtype: torch.dtype, new_head: bool, empty
     return (model if empty else model.to(device)).eval()
 
 
+def open_on_rank(cls, path: str, dtype: torch.dtype, ranks, new_head=False):
+    """A DeScore to train, for parallel.shard: empty if it will be sharded. On a GPU all is computed in bf16, fp32
+    masters too, so the LoRA of earlier stages stands beside its base there; on a CPU it is in the weights."""
+    merged = ranks.device.type == "cpu"
+    return open_model(cls, path, dtype=dtype, new_head=new_head, empty=ranks.world > 1, merged=merged)
+
+
 @torch.no_grad()
-def fill(model, module: nn.Module, device) -> None:
+def load_empty(model, module: nn.Module, device) -> None:
     """Reads the parameters of `module`, a part of `model`, that are still empty. Without any it does nothing."""
     wanted = {id(parameter) for parameter in module.parameters() if parameter.is_meta}
     for name, parameter in [(n, p) for n, p in model.backbone.named_parameters() if id(p) in wanted]:
@@ -106,21 +128,29 @@ def fill(model, module: nn.Module, device) -> None:
         model.backbone.lm_head.weight = model.backbone.get_input_embeddings().weight
 
 
-def merge_lora(state: dict[str, torch.Tensor], scaling: dict[str, float], whole=lambda tensor: tensor):
+def merge_lora(state: dict[str, torch.Tensor], scaling: dict[str, dict[str, float]], folded=None, adapters=None,
+               kept=None):
     """State dict -> (Hugging Face name, tensor) of the backbone, adapters folded in: W + (alpha / r) B A, in fp32.
 
-    A generator: a caller that sends the weights on needs room for one layer, not for a second model. `whole` turns a
-    shard into the whole tensor, where the model is sharded.
+    A generator: a caller that sends the weights on needs room for one layer, not for a second model. COLLECTIVE if the
+    model is sharded. scaling: layer -> adapter -> alpha / r. `adapters` takes what makes the base again, as
+    ADAPTER_FILE has it, with `folded`, which the weights hold already; `kept`, a Survival, what bf16 leaves of it.
     """
+    folded = folded or {}
     for key, value in state.items():
         if not key.startswith("backbone.") or ".lora_" in key:
             continue
-        layer = key.removesuffix(".base_layer.weight")
-        if layer != key:
-            a, b = (whole(state[f"{layer}.lora_{x}.default.weight"]).float() for x in "AB")  # (r, in), (out, r)
-            value, key = whole(value).float() + scaling[layer] * (b @ a), f"{layer}.weight"
-        else:
-            value = whole(value)
+        value, layer = gather_full(value), key.removesuffix(".weight").removesuffix(".base_layer")
+        name = layer.removeprefix("backbone.")
+        parts = [(name, folded[name])] if name in folded else []
+        for adapter, scale in scaling.get(layer, {}).items() if key.endswith(".base_layer.weight") else ():
+            a, b = (gather_full(state[f"{layer}.lora_{x}.{adapter}.weight"]).float() for x in "AB")  # (r, in), (out, r)
+            parts.append((adapter, (a, scale * b)))
+            value = value.float() + (scale * b) @ a
+        if parts and adapters is not None:
+            a, b = (torch.cat([part[x].to(value.device) for _, part in parts], dim=x) for x in (0, 1))
+            adapters[f"{name}.A"], adapters[f"{name}.B"] = a.cpu().contiguous(), b.cpu().contiguous()
+            kept.add(name, value, b @ a)
         yield key.removeprefix("backbone.").replace(".base_layer.", "."), value
 
 
@@ -168,7 +198,7 @@ def write_tensors(path: str, named_tensors, write=True) -> None:
             json.dump({"metadata": {"total_size": size}, "weight_map": where}, file, indent=1)
 
 
-def refuse_blind_transformers() -> None:
+def require_transformers() -> None:
     """InputError for a transformers whose Qwen3-VL takes no `mm_encoder_outputs` (5.17 and before).
 
     It would be swallowed by **kwargs, and the model would train and score without seeing the video.
@@ -180,33 +210,51 @@ def refuse_blind_transformers() -> None:
         )
 
 
-def load_backbone(path: str, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:
-    """The Qwen3-VL in a folder (or on the hub), every weight accounted for. Raises InputError otherwise."""
-    refuse_blind_transformers()
+def load_backbone(path: str, dtype: torch.dtype, merged: bool | None = None) -> Qwen3VLForConditionalGeneration:
+    """The Qwen3-VL in a folder (or on the hub), every weight accounted for. Raises InputError otherwise.
+
+    merged: the LoRA of earlier stages stays in the weights. Default: in fp32 only, where that is exact. In bf16 it
+    stands beside its base, as in training: rounded to bf16, base + LoRA would be nearly the base again.
+    """
+    config = read_config(path)
     try:
-        config = AutoConfig.from_pretrained(path)
-        if config.model_type != "qwen3_vl":
-            raise InputError(f"{path}: is a {config.model_type} model; DeScore needs a Qwen3-VL (model_type qwen3_vl).")
         backbone, info = Qwen3VLForConditionalGeneration.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{path}: cannot be opened as a Qwen3-VL checkpoint ({first_line(error)}).") from error
-    refuse_odd_weights(path, info)
+    require_matching_weights(path, info)
     if config.tie_word_embeddings and backbone.lm_head.weight is not backbone.get_input_embeddings().weight:
-        raise InputError(two_matrices(path))
+        raise InputError(untied_message(path))
+    if read_adapters(path, backbone, dtype == torch.float32 if merged is None else merged):
+        weights = Weights(path, backbone)
+        weights.outside = backbone.beside
+        attach_adapters(backbone)
+        with torch.no_grad():
+            for name in backbone.beside:
+                backbone.get_submodule(name).base_layer.weight.copy_(weights[f"{name}.weight"])
     return backbone
 
 
-def two_matrices(path: str) -> str:
+def read_config(path: str):
+    """config.json of a Qwen3-VL; InputError for anything else."""
+    require_transformers()
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be opened as a Qwen3-VL checkpoint ({first_line(error)}).") from error
+    if config.model_type != "qwen3_vl":
+        raise InputError(f"{path}: is a {config.model_type} model; DeScore needs a Qwen3-VL (model_type qwen3_vl).")
+    return config
+
+
+def untied_message(path: str) -> str:
     """What to say if config.json ties the embeddings, but the weights do not. transformers would go on with both."""
     return (f"{path}: config.json has tie_word_embeddings true, but lm_head.weight is not the embedding; set it to "
             "false there.")
 
 
-def refuse_odd_weights(path: str, found: dict) -> None:
+def require_matching_weights(path: str, found: dict) -> None:
     """InputError if any of the three lists of names in `found` is not empty."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(str(name) for name in found[kind]):
@@ -215,23 +263,19 @@ def refuse_odd_weights(path: str, found: dict) -> None:
             )
 
 
-def empty_backbone(path: str, dtype: torch.dtype) -> Qwen3VLForConditionalGeneration:
+def empty_backbone(path: str, dtype: torch.dtype, merged: bool | None = None) -> Qwen3VLForConditionalGeneration:
     """The Qwen3-VL of a folder's config.json on the meta device: names, shapes and types, but no memory."""
     from accelerate import init_empty_weights
 
-    refuse_blind_transformers()
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be opened as a Qwen3-VL checkpoint ({first_line(error)}).") from error
-    if config.model_type != "qwen3_vl":
-        raise InputError(f"{path}: is a {config.model_type} model; DeScore needs a Qwen3-VL (model_type qwen3_vl).")
+    config = read_config(path)
     with init_empty_weights(include_buffers=False):  # buffers, such as the rotary frequencies, are in no checkpoint
         backbone = Qwen3VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
     if config.tie_word_embeddings:  # 2B and 4B. `init_empty_weights` makes each name a parameter of its own
         backbone.lm_head.weight = backbone.get_input_embeddings().weight
     with contextlib.suppress(OSError):  # a base model may come without one
         backbone.generation_config = GenerationConfig.from_pretrained(path)
+    if read_adapters(path, backbone, dtype == torch.float32 if merged is None else merged):
+        attach_adapters(backbone)
     return backbone
 
 
@@ -249,23 +293,28 @@ class Weights:
 
         folder = path if os.path.isdir(path) else snapshot_download(path, allow_patterns="*.safetensors")
         self.places, shapes = {}, {}  # name -> file; name -> shape
+        self.outside = {}  # layer -> (A, B) that stand beside it: `self[name]` is the base without them
         for file in sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))):
             with open_tensors(file) as tensors:
                 self.places |= {name: file for name in tensors.keys()}
                 shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
-        own = {name: tuple(value.shape) for name, value in backbone.state_dict().items()}
+        own = {name.replace(".base_layer.", "."): tuple(value.shape) for name, value in backbone.state_dict().items()
+               if ".lora_" not in name}
         if backbone.config.tie_word_embeddings:
             own.pop("lm_head.weight")
             second = shapes.pop("lm_head.weight", None)  # some programs write the one matrix twice
             if second and EMBEDDING in shapes and not torch.equal(self["lm_head.weight"], self[EMBEDDING]):
-                raise InputError(two_matrices(path))
+                raise InputError(untied_message(path))
         wrong = [name for name in own.keys() & shapes.keys() if own[name] != shapes[name]]
         found = {"missing_keys": own.keys() - shapes.keys(), "unexpected_keys": shapes.keys() - own.keys()}
-        refuse_odd_weights(path, found | {"mismatched_keys": wrong})
+        require_matching_weights(path, found | {"mismatched_keys": wrong})
 
     def __getitem__(self, name: str) -> torch.Tensor:
         with open_tensors(self.places[name]) as tensors:
-            return tensors.get_tensor(name)
+            value = tensors.get_tensor(name)
+        if part := self.outside.get(name.removesuffix(".weight")):
+            value = value - part[1] @ part[0]  # to fp32's last digit the base; to bf16's every digit, if it was bf16
+        return value
 
 
 def read_tensors(file: str) -> dict[str, torch.Tensor]:
@@ -300,8 +349,8 @@ def load_strictly(model: nn.Module, tensors: dict, file: str, expected) -> None:
             own[name].copy_(value)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """COLLECTIVE: a shard -> the whole tensor, on every rank."""
+def gather_full(tensor: torch.Tensor) -> torch.Tensor:
+    """COLLECTIVE: a shard -> the whole tensor, on every rank. A tensor that is no shard comes back as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -311,7 +360,7 @@ def save_model(model, path: str, ranks) -> None:
     Atomic: a kill while saving leaves the old folder or the new one.
     """
     with replacing(path) if ranks.is_main else contextlib.nullcontext() as temporary:
-        write_model(model, temporary, whole, ranks.is_main)
+        write_model(model, temporary, ranks.is_main)
     ranks.barrier()
 
 
@@ -329,3 +378,88 @@ def replacing(path: str):
         os.rename(path, old)
     os.rename(temporary, path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# LoRA beside its base
+# ---------------------------------------------------------------------------------------------------------------
+# model*.safetensors hold W + B A in fp32, so that anybody can open the folder as a plain Qwen3-VL. In bf16 that sum is
+# no good: an entry of B A below half a step of bf16 at W is gone. So A and B are kept too (alpha / r inside B; those of
+# several stages side by side, (R, in) and (out, R)), and W is what the file holds minus B A.
+SURVIVAL = "lora_cosine_in_bf16"
+KEPT = "kept"  # the name of this adapter in peft; the one that is being trained is "default"
+
+
+def read_adapters(path: str, backbone, merged: bool) -> bool:
+    """Sets backbone.folded or backbone.beside, layer -> (A, B) fp32, from ADAPTER_FILE; True if any stand beside.
+
+    folded: they are in the weights, and are only handed on to the next save. beside: the weights are to be read
+    without them.
+    """
+    file, found = os.path.join(path, ADAPTER_FILE), {}
+    if os.path.isfile(file):
+        tensors = read_tensors(file)
+        layers = {name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
+        names = {name.rpartition(".")[0] for name in tensors}
+        expected = {f"{name}.{x}" for name in names & layers for x in "AB"}
+        if odd := sorted(set(tensors) ^ expected):
+            raise InputError(f"{file}: is not this model's LoRA; missing or extra weights: {', '.join(odd[:3])}.")
+        found = {name: (tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in sorted(names)}
+    backbone.folded, backbone.beside = (found, {}) if merged else ({}, found)
+    return bool(backbone.beside)
+
+
+def inject_lora(backbone, name: str, **options) -> None:
+    """peft's adapter in the layers of the backbone, by peft's own function: transformers' add_adapter is a second way
+    to it, which refuses some versions of peft that work (transformers 5.24 every one that is released)."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(**options), backbone, name, low_cpu_mem_usage=name == KEPT)
+    active = [KEPT, name] if backbone.beside and name != KEPT else [name]
+    for module in backbone.modules():
+        if hasattr(module, "lora_A"):
+            module.set_adapter([adapter for adapter in active if adapter in module.lora_A])
+
+
+def attach_adapters(backbone) -> None:
+    """Puts the backbone's earlier LoRA, `beside`, next to its layers: frozen, in fp32, alpha / r = 1."""
+    rank = next(iter(backbone.beside.values()))[0].shape[0]
+    inject_lora(backbone, KEPT, r=rank, lora_alpha=rank, target_modules=list(backbone.beside))
+    for name, (a, b) in backbone.beside.items():
+        layer = backbone.get_submodule(name)
+        device = "cpu" if layer.base_layer.weight.is_meta else layer.base_layer.weight.device
+        layer.lora_A[KEPT].weight = nn.Parameter(a.to(device), requires_grad=False)
+        layer.lora_B[KEPT].weight = nn.Parameter(b.to(device), requires_grad=False)
+
+
+class Survival:
+    """What is left of LoRA where its sum with the base is rounded to bf16, over all layers of a part of the LLM.
+
+    cosine = <D, B A> / (|D| |B A|), D = bf16(W + B A) - bf16(W), over all entries: also the cosine between the two
+    changes of a layer's output, for inputs of independent entries. 1: all is left; 0: nothing.
+    """
+
+    def __init__(self):
+        self.sums = {}  # part -> (<D, BA>, |D|^2, |BA|^2)
+
+    def add(self, name: str, merged: torch.Tensor, change: torch.Tensor) -> None:
+        """merged: W + B A, change: B A, fp32 (out, in)."""
+        part = "mlp" if ".mlp." in name else "attention"
+        left = merged.bfloat16().float() - (merged - change).bfloat16().float()
+        new = [(left * change).sum().item(), left.square().sum().item(), change.square().sum().item()]
+        self.sums[part] = [old + more for old, more in zip(self.sums.get(part, (0, 0, 0)), new)]
+
+    def cosines(self) -> dict[str, float]:
+        """Part -> cosine; 1 if there is no change."""
+        return {part: round(dot / (left * all_) ** 0.5, 4) if left * all_ else float(not all_)
+                for part, (dot, left, all_) in sorted(self.sums.items())}
+
+
+def survival_line(cosines: dict[str, float]) -> str:
+    """What the save prints, and --engine vllm, which can only have the merged weights."""
+    text = "LoRA merged and rounded to bf16, cosine with what was trained: "
+    text += ", ".join(f"{part} {value:.3f}" for part, value in cosines.items())
+    if min(cosines.values()) < 0.9:
+        text += ("; WARNING: under .9, so who opens the folder as a plain Qwen3-VL in bf16 (vLLM) gets another model. "
+                 "DeScore.from_pretrained keeps LoRA beside its base, and loses nothing")
+    return text

@@ -119,7 +119,7 @@ def draw_curves(out: str, panels: dict[str, list[str]], path: str, title: str) -
 # Stage 1
 # ---------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def note_scores(sums: Sums, loss, reward_a, reward_b, label, masks) -> None:
+def log_scores(sums: Sums, loss, reward_a, reward_b, label, masks) -> None:
     """What a forward adds to the step's log."""
     margins = (reward_a - reward_b) * label  # (B,): r_w - r_l, and 0 for a human tie
     both = torch.cat([reward_a, reward_b])
@@ -176,7 +176,7 @@ def engine_gap(old, rollouts) -> torch.Tensor | None:
 
 
 @torch.no_grad()
-def note_update(sums: Sums, output, mask, old, rollouts, settings, counts) -> None:
+def log_update(sums: Sums, output, mask, old, rollouts, settings, counts) -> None:
     """What a forward adds to the update's log: each entry's sum over pairs and ranks is the mean."""
     log_probs, gap = output.log_probs, engine_gap(old, rollouts)  # (2G, T), like old and mask
     reward_a, reward_b = output.rewards.view(2, -1)  # (G,) each

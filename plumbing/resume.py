@@ -19,7 +19,7 @@ import warnings
 import numpy as np
 import torch
 
-from plumbing.settings import InputError, write_json
+from plumbing.settings import InputError, flag_of, write_json
 
 # What a run writes into --out; --overwrite removes this and nothing else.
 WRITTEN = ("checkpoints", "model", "model.tmp", "model.old", "settings.json", "changes.jsonl", "metrics.jsonl",
@@ -32,7 +32,7 @@ MAY_CHANGE = {
     "epochs", "max_steps",  # how long it trains
     "max_length", "skip_bad_videos",  # limits that an error in mid-training asks to change
     "data", "val", "video_root", "frame_cache",  # where files lie; that --data holds the same pairs is checked below
-    "out", "val_every", "save_every", "keep", "log_with", "resume", "overwrite",  # what is written, and how often
+    "out", "val_every", "save_every", "keep", "resume", "overwrite",  # what is written, and how often
     "workers", "micro_pairs", "packing", "gradient_checkpointing", "rows_per_batch",  # speed and memory: the same sums
     "engine", "engine_memory", "engine_tp", "engine_max_len", "shard_ranks", "cpu_offload",  # who computes, and where
 }
@@ -89,18 +89,14 @@ def _compare(out, now, newest, ranks):
     if fixed == ["data_sha256"]:
         raise InputError(f"{now['data']}: is not the file that the run in {out} was trained on; give another --out.")
     if fixed:
-        was = ", ".join(f"{_flag(name)} {before.get(name)}" for name in fixed if name != "data_sha256")
+        was = ", ".join(f"{flag_of(name)} {before.get(name)}" for name in fixed if name != "data_sha256")
         raise InputError(f"{out}: was begun with {was}, which --resume cannot change; give another --out.")
     told = {name: values for name, values in changed.items() if name not in ("resume", "overwrite", "out")}
     if told:
         for name, (old, new) in told.items():
-            ranks.print(f"{_flag(name)} was {old}, from here on {new}")
+            ranks.print(f"{flag_of(name)} was {old}, from here on {new}")
         with open(os.path.join(out, "changes.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps({"after_step": _read_position(newest)["step"], **told}) + "\n")
-
-
-def _flag(name):
-    return "--" + name.replace("_", "-")
 
 
 def _sha256(path):

@@ -18,10 +18,11 @@ import grpo
 import parallel
 from losses import bt_loss
 from model import DeScore
+from plumbing.checkpoint import open_model
 
 
 def load(path: str, train: str, ranks, vision=False, dropout=0.0, frozen=False):
-    model = DeScore.from_pretrained(path, empty=True)
+    model = open_model(DeScore, path, empty=True)
     model.make_trainable(train, vision=vision, lora_r=4, lora_dropout=dropout, lm_head=not vision)
     model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     model.backbone.model.visual.register_forward_hook(lambda *_: looks.append(1))

@@ -131,7 +131,7 @@ def test_a_directory_that_is_no_checkpoint_is_one_sentence(tmp_path, world, caps
 
 
 def test_an_empty_model_is_read_part_by_part_and_equals_the_whole(model, tiny_model_dir, tmp_path):
-    """What sharded loading builds on: nothing is in memory before `fill`, and `fill` of a part reads that part only."""
+    """What sharded loading builds on: nothing is in memory before `load_empty`, which reads one part only."""
     model.make_trainable("lora", vision=True, lora_r=4, lora_alpha=8)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -139,16 +139,16 @@ def test_an_empty_model_is_read_part_by_part_and_equals_the_whole(model, tiny_mo
     model.save_pretrained(str(tmp_path))
     for folder in (tiny_model_dir, str(tmp_path)):
         whole = DeScore.from_pretrained(folder).state_dict()
-        empty = DeScore.from_pretrained(folder, empty=True)
+        empty = checkpoint.open_model(DeScore, folder, empty=True)
         on_disk = [p for name, p in empty.named_parameters() if name.startswith("backbone.") and ".lora_" not in name]
         assert on_disk and all(p.is_meta for p in on_disk)
         block = empty.backbone.model.language_model.layers[0]
-        checkpoint.fill(empty, block, "cpu")
+        checkpoint.load_empty(empty, block, "cpu")
         assert not any(p.is_meta for p in block.parameters()) and sum(p.is_meta for p in on_disk) == len(on_disk)
-        checkpoint.fill(empty, empty, "cpu")
+        checkpoint.load_empty(empty, empty, "cpu")
         for name, value in empty.state_dict().items():
             assert torch.equal(value, whole[name]), name
-    query = DeScore.from_pretrained(tiny_model_dir, new_head=True, empty=True).query
+    query = checkpoint.open_model(DeScore, tiny_model_dir, new_head=True, empty=True).query
     assert torch.equal(query, DeScore.from_pretrained(tiny_model_dir).query)
 
 
@@ -163,7 +163,7 @@ def test_empty_loading_is_strict(tiny_model_dir, tmp_path):
     ):
         save_file(broken, file)
         with pytest.raises(InputError, match=says):
-            DeScore.from_pretrained(str(folder), empty=True)
+            checkpoint.open_model(DeScore, str(folder), empty=True)
 
 
 def test_saved_weights_are_readable_as_the_umask_says(model, tmp_path):
@@ -188,7 +188,7 @@ def test_a_transformers_that_would_drop_the_video_is_refused(base_dir, monkeypat
     monkeypatch.setattr(transformers.Qwen3VLModel, "forward", lambda self, input_ids, **kwargs: None)
     for empty in (False, True):
         with pytest.raises(InputError, match="would not see the video; 5.18 or newer"):
-            DeScore.from_pretrained(base_dir, new_head=True, empty=empty)
+            checkpoint.open_model(DeScore, base_dir, new_head=True, empty=empty)
 
 
 def test_replacing_a_folder_is_atomic(tmp_path):
@@ -208,3 +208,110 @@ def test_replacing_a_folder_is_atomic(tmp_path):
         with checkpoint.replacing(path):
             raise RuntimeError("killed again")
     assert os.listdir(path) == ["newer"]
+
+
+WIDTH, RANK = 4096, 64
+
+
+@pytest.mark.parametrize("size, cosine, lost", [(2e-4, 0.63, 0.77), (1e-3, 0.95, 0.32)])
+def test_what_bf16_leaves_of_lora_at_the_width_of_the_8b(size, cosine, lost):
+    """A layer of 4,096 (std .03) with LoRA of rank 64 and |B| as after some 100 and some 500 Adam steps at the paper's 2e-6:
+    merged in bf16 most of its weights are the base's again. What Survival says is what the layer's outputs say."""
+    torch.manual_seed(0)
+    base = (torch.randn(WIDTH, WIDTH) * 0.03).bfloat16().float()
+    a = (torch.rand(RANK, WIDTH) * 2 - 1) / WIDTH**0.5  # as a linear layer's start
+    b = size * torch.randn(WIDTH, RANK).sign()
+    change = 2 * b @ a  # alpha / r = 2
+    kept = checkpoint.Survival()
+    kept.add("layers.0.mlp.up_proj", base + change, change)
+    x = torch.randn(16, WIDTH)
+    rounded = (base + change).bfloat16().float()
+    outputs = torch.nn.functional.cosine_similarity((x @ (rounded - base).T).flatten(), (x @ change.T).flatten(), dim=0)
+    assert kept.cosines()["mlp"] == pytest.approx(outputs.item(), abs=0.02) == pytest.approx(cosine, abs=0.03)
+    assert (rounded == base).float().mean().item() == pytest.approx(lost, abs=0.03)
+
+
+def small_lora(model, seed, size=2e-4):
+    """LoRA as a short run leaves it: B of a size whose changes are below half a step of bf16."""
+    model.make_trainable("lora", vision=False, lora_r=4, lora_alpha=8, lora_dropout=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in model.lora_layers().values():
+            weight = layer.lora_B["default"].weight
+            weight.copy_(size * torch.randn(weight.shape, generator=generator).sign())
+    return model.eval()
+
+
+def rewards_and_log_probs(model, prefixes):
+    """In the unit that small changes need: fp32 sums over bf16 hidden states."""
+    with torch.no_grad():
+        out = model(lay_out(model.backbone, prefixes[:2], [[[70, 71, 72]], [[80, 81]]]))
+    return torch.cat([out.rewards, out.log_probs.flatten()])
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_lora_opened_in_bf16_is_the_model_that_was_trained(base_dir, prefixes, tmp_path, capsys, empty):
+    """docs/differences.md, row 25: bit for bit the adapters, and the base that they were trained beside. The folder
+    opened as a plain model in bf16 is another one, and the save says so."""
+    torch.manual_seed(0)
+    trained = small_lora(DeScore.from_pretrained(base_dir, dtype=torch.bfloat16, new_head=True), 0)
+    trained.save_pretrained(str(tmp_path))
+    assert "WARNING: under .9" in capsys.readouterr().out
+    assert all(0 < v < 0.9 for v in json.loads((tmp_path / "descore.json").read_text())["lora_cosine_in_bf16"].values())
+    again = checkpoint.open_model(DeScore, str(tmp_path), dtype=torch.bfloat16, empty=empty)
+    if empty:
+        checkpoint.load_empty(again, again, "cpu")
+    for name, layer in trained.lora_layers().items():
+        twin = again.get_submodule(name)
+        assert torch.equal(twin.base_layer.weight, layer.base_layer.weight)
+        assert torch.equal(twin.lora_B["kept"].weight, 2 * layer.lora_B["default"].weight)
+    want = rewards_and_log_probs(trained, prefixes)
+    assert torch.equal(rewards_and_log_probs(again, prefixes), want)
+    merged = checkpoint.open_model(DeScore, str(tmp_path), dtype=torch.bfloat16, merged=True)
+    assert not merged.lora_layers() and not torch.equal(rewards_and_log_probs(merged, prefixes), want)
+
+
+@pytest.mark.parametrize("second", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_a_chain_of_stages_loses_no_lora(base_dir, prefixes, tmp_path, second, train):
+    """Stage 1 with LoRA in bf16, stage 2 with LoRA or in full, in bf16 or (merged) in fp32: the KL's reference is stage
+    1's model, and the last folder, opened in bf16, has the base and both stages' changes."""
+    torch.manual_seed(0)
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    first = small_lora(DeScore.from_pretrained(base_dir, dtype=torch.bfloat16, new_head=True), 0)
+    first.save_pretrained(one)
+    stage2 = DeScore.from_pretrained(one, dtype=second)
+    start = rewards_and_log_probs(stage2, prefixes)
+    if train == "lora":
+        small_lora(stage2, 1)
+        assert not torch.equal(rewards_and_log_probs(stage2, prefixes), start)
+        with stage2.reference_policy():
+            assert torch.equal(rewards_and_log_probs(stage2, prefixes), start)
+        assert stage2.parameter_groups()["llm"] and all(
+            ".kept." not in name for name, p in stage2.named_parameters() if p.requires_grad)
+    else:
+        stage2.make_trainable("full", vision=False)
+        with torch.no_grad():
+            stage2.backbone.model.language_model.norm.weight.add_(0.01)
+    stage2.eval().save_pretrained(two)
+    last = DeScore.from_pretrained(two, dtype=torch.bfloat16)
+    for name, layer in first.lora_layers().items():
+        twin, b = last.get_submodule(name), layer.lora_B["default"].weight
+        assert torch.equal(twin.base_layer.weight, layer.base_layer.weight), name
+        assert torch.equal(twin.lora_B["kept"].weight[:, :4], 2 * b)
+        assert twin.lora_A["kept"].weight.shape[0] == (8 if train == "lora" else 4)
+    want = rewards_and_log_probs(stage2, prefixes)
+    noise = 0.05 if second == torch.float32 or train == "full" else 0.02
+    assert torch.allclose(rewards_and_log_probs(last, prefixes), want, atol=noise)
+
+
+def test_a_foreign_adapter_is_one_sentence(base_dir, prefixes, tmp_path):
+    torch.manual_seed(0)
+    small_lora(DeScore.from_pretrained(base_dir, dtype=torch.bfloat16, new_head=True), 0).save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter" / "lora.safetensors"
+    tensors = load_file(file)
+    for broken in ({**tensors, "more.A": torch.zeros(1), "more.B": torch.zeros(1)},
+                   dict(list(tensors.items())[1:])):
+        save_file(broken, file)
+        with pytest.raises(InputError, match="is not this model's LoRA"):
+            DeScore.from_pretrained(str(tmp_path))

@@ -11,7 +11,7 @@ def test_a_kill_while_writing_leaves_the_file_as_it_was(tmp_path):
     path = tmp_path / "report.json"
     settings.write_json(str(path), {"accuracy": 0.5})
     with pytest.raises(InterruptedError):
-        with settings.written_whole(str(path)) as file:
+        with settings.atomic_write(str(path)) as file:
             file.write('{"accuracy": 0.')
             file.flush()
             raise InterruptedError

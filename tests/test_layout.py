@@ -5,6 +5,7 @@ import torch
 
 import layout
 from layout import lay_out, shared_prefix_attention
+from plumbing.checkpoint import open_model
 from rollout import sample_cots
 
 ROWS = [  # (prefix, [(start, CoT + query)]): equal lengths, unequal ones, a hidden CoT first and last, one CoT, none
@@ -111,9 +112,8 @@ def test_attention_without_spans_is_the_ordinary_one(model, prefixes, processor)
 def test_attention_is_ours_after_every_way_of_loading(base_dir, tiny_model_dir):
     """And what is saved names no attention: the folder stays a plain Qwen3-VL."""
     from model import DeScore
-
     ways = [DeScore.from_pretrained(base_dir, new_head=True), DeScore.from_pretrained(tiny_model_dir),
-            DeScore.from_pretrained(tiny_model_dir, empty=True)]
+            open_model(DeScore, tiny_model_dir, empty=True)]
     for model in ways:
         assert model.backbone.config.text_config._attn_implementation == "shared_prefix"
     assert "shared_prefix" not in open(f"{tiny_model_dir}/config.json").read()

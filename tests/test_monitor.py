@@ -19,7 +19,7 @@ def test_stage_1_metrics_by_hand():
     sums, loss = Sums(), torch.tensor(0.25)
     r_a, r_b, label = torch.tensor([2.0, 0.0, 1.0]), torch.tensor([1.0, 3.0, 1.0]), torch.tensor([1, 1, 0])
     for part, hidden in ((slice(0, 2), [True, False]), (slice(2, 3), [False])):
-        logs.note_scores(sums, loss, r_a[part], r_b[part], label[part], hidden)
+        logs.log_scores(sums, loss, r_a[part], r_b[part], label[part], hidden)
     metrics = logs.cold_start_metrics(sums, cold_start.Settings(batch_pairs=3))
     assert metrics == pytest.approx({
         "loss": 0.5,  # each forward's loss has the batch's denominator already: they add up

@@ -16,7 +16,7 @@ import toy.base_model
 from layout import lay_out
 from model import DeScore
 from plumbing import logs
-from plumbing.checkpoint import read_tensors, save_tensors
+from plumbing.checkpoint import open_model, read_tensors, save_tensors
 from plumbing.settings import InputError
 from tests.conftest import TINY, fresh_model, run
 from tests.test_parallel import same_metrics
@@ -75,7 +75,7 @@ def test_save_and_load(tied, prefixes, tmp_path, train):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["tie_word_embeddings"] and "lm_head.weight" not in read_tensors(str(tmp_path / "model.safetensors"))
     for how in ({}, {"empty": True}):
-        again = DeScore.from_pretrained(str(tmp_path), **how)
+        again = open_model(DeScore, str(tmp_path), **how)
         again = parallel.shard(again, parallel.Ranks())
         assert is_tied(again.backbone)
         with torch.no_grad():
@@ -93,17 +93,17 @@ def test_a_second_lm_head_must_be_the_same(base, tmp_path, empty):
     tensors = read_tensors(str(tmp_path / "model.safetensors"))
     tensors["lm_head.weight"] = tensors[EMBEDDING].clone()
     save_tensors(tensors, str(tmp_path / "model.safetensors"))
-    model = DeScore.from_pretrained(str(tmp_path), new_head=True, empty=empty)
+    model = open_model(DeScore, str(tmp_path), new_head=True, empty=empty)
     assert is_tied(model.backbone)
     tensors["lm_head.weight"][0] += 1
     save_tensors(tensors, str(tmp_path / "model.safetensors"))
     with pytest.raises(InputError, match="tie_word_embeddings true, but lm_head.weight is not the embedding"):
-        DeScore.from_pretrained(str(tmp_path), new_head=True, empty=empty)
+        open_model(DeScore, str(tmp_path), new_head=True, empty=empty)
 
 
 def test_an_empty_model_has_the_parameters_of_a_full_one(base):
     """FSDP shards what is there while the model is empty: two matrices would be sharded and trained apart."""
-    full, empty = DeScore.from_pretrained(base, new_head=True), DeScore.from_pretrained(base, new_head=True, empty=True)
+    full, empty = DeScore.from_pretrained(base, new_head=True), open_model(DeScore, base, new_head=True, empty=True)
     assert [name for name, _ in full.named_parameters()] == [name for name, _ in empty.named_parameters()]
 
 

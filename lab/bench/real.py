@@ -100,7 +100,7 @@ class RandomWeights:
 
 
 def random_model(folder: str, dtype: torch.dtype) -> DeScore:
-    """A DeScore of the size that config.json says, empty until `checkpoint.fill`; no file with weights is read."""
+    """A DeScore of the size that config.json says, empty until `load_empty`; no file with weights is read."""
     backbone = checkpoint.empty_backbone(folder, dtype)
     model = DeScore(backbone, AutoProcessor.from_pretrained(folder))
     model.weights = RandomWeights(backbone)

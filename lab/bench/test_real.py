@@ -59,7 +59,7 @@ def test_random_weights_need_no_file_and_is_the_same_on_every_rank(base_dir, pre
     folder = shutil.copytree(base_dir, tmp_path / "sizes", ignore=shutil.ignore_patterns("*.safetensors"))
     models = [real.random_model(str(folder), torch.float32) for _ in "ab"]
     for one in models:
-        checkpoint.fill(one, one, "cpu")
+        checkpoint.load_empty(one, one, "cpu")
     a, b = (one.backbone.state_dict() for one in models)
     assert all(torch.equal(a[name], b[name]) for name in a)
     with torch.no_grad():

@@ -30,7 +30,7 @@ from lab.post_training import flow, report
 from lab.post_training.generator import C, Generator, P, draw_times, sample, step_mean, train_base
 from lab.post_training.world import Reward, draw_asked, gold_judge, noise_of, rng_of
 from losses import clipped_tokens, group_advantages, grpo_loss
-from plumbing.settings import InputError, arg, cli, flag_of, parse, write_json, write_jsonl, written_whole
+from plumbing.settings import InputError, arg, cli, flag_of, parse, write_json, write_jsonl, atomic_write
 
 COMMANDS = ("base", "grpo", "dpo", "measure")
 
@@ -207,7 +207,7 @@ def seed_folder(s: Settings) -> str:
 def save_generator(path: str, generator: Generator, **more) -> None:
     """A generator with its latents, and whatever belongs to it."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    with written_whole(path, "wb") as file:
+    with atomic_write(path, "wb") as file:
         torch.save({"shape": generator.shape, "weights": generator.state_dict(), **more}, file)
 
 

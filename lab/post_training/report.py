@@ -20,7 +20,7 @@ from lab.study.pages import rounded
 from lab.study.verdict import CANNOT_TELL, MARGIN, NOT_SEEN, SEEN, summary_of_seeds, weakest
 from lab.study.verdict import verdict as study_verdict
 from plumbing.report import table
-from plumbing.settings import InputError, write_json, written_whole
+from plumbing.settings import InputError, write_json, atomic_write
 from toy.world import prompt_text
 
 BESIDE = ("subject_consistency", "background_consistency", "sharpness", "dynamic_degree", "diversity")
@@ -205,7 +205,7 @@ def report(out: str, result: dict, logs: dict) -> str:
     """
     of, text = by_seed(result), summed_up(result)
     write_json(os.path.join(out, "results.json"), result)
-    with written_whole(os.path.join(out, "results.md")) as file:
+    with atomic_write(os.path.join(out, "results.md")) as file:
         file.write(f"{RULE}\n\n{text}")
     before = {arm: [of["base"][seed] for seed in found] for arm, found in of.items()}
     draw_curves(os.path.join(out, "post_training.png"), result["measured"], before, logs)

@@ -40,7 +40,7 @@ from plumbing.settings import (
     require,
     writable,
     write_jsonl,
-    written_whole,
+    atomic_write,
 )
 from plumbing.video import open_clip
 
@@ -209,7 +209,7 @@ class Wan:
 
         self.pipe.save_lora_weights(out, transformer_lora_layers=get_peft_model_state_dict(self.transformer))
         state = {"settings": dataclasses.asdict(self.s), "done": done, "optimizer": optimizer.state_dict()}
-        with written_whole(os.path.join(out, "state.pt"), "wb") as file:
+        with atomic_write(os.path.join(out, "state.pt"), "wb") as file:
             torch.save({**state, "trained": [parameter.detach().cpu() for parameter in self.trained]}, file)
 
     def resume(self, out: str, optimizer) -> int:

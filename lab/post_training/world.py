@@ -18,7 +18,7 @@ from tqdm import tqdm
 import toy.world
 from model import DeScore
 from plumbing.jobs import task_seed
-from plumbing.settings import InputError, written_whole
+from plumbing.settings import InputError, atomic_write
 
 ATTRIBUTES = {"colour": tuple(toy.world.COLOURS), "shape": toy.world.SHAPES, "dynamics": toy.world.VALUES["dynamics"],
               "environment": toy.world.VALUES["environment"]}
@@ -150,7 +150,7 @@ def gold_judge(out: str, steps: int, pool: int) -> Judge:
         judge, accuracy = train_judge(0, steps, pool)
         print("gold judge, rendered clips: " + ", ".join(f"{name} {share:.3f}" for name, share in accuracy.items()))
         os.makedirs(out, exist_ok=True)
-        with written_whole(path, "wb") as file:
+        with atomic_write(path, "wb") as file:
             torch.save({"steps": steps, "accuracy": accuracy, "weights": judge.state_dict()}, file)
     kept, judge = torch.load(path), Judge()
     if kept["steps"] != steps:
