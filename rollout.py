@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 import data
-from plumbing.checkpoint import load_backbone
+from plumbing.checkpoint import base_of, load_backbone
 from plumbing.settings import InputError, arg
 from plumbing.vllm_engine import VLLMEngine
 
@@ -137,13 +137,13 @@ class TransformersEngine:
 
     def sync(self, named_weights) -> None:
         """Takes over (Hugging Face name, whole tensor) of all that is trained. COLLECTIVE: iterating gathers shards."""
-        own = dict(self.backbone.named_parameters())
+        own = {name.replace(".base_layer.", "."): value for name, value in self.backbone.named_parameters()}
         for name, value in named_weights:  # walked through even when shared: gathering is collective
             if self.shared:
                 continue
             if name not in own or own[name].shape != value.shape:
                 raise InputError(f"the rollout engine has no weight {name} of shape {tuple(value.shape)}.")
-            own[name].data.copy_(value)
+            own[name].data.copy_(base_of(name, value, getattr(self.backbone, "beside", {})))
 
     def sleep(self, level: int) -> None:
         """Keeps its memory: the model that scores is often the same."""

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import shutil
+import warnings
 
 import torch
 import transformers
@@ -312,9 +313,7 @@ class Weights:
     def __getitem__(self, name: str) -> torch.Tensor:
         with open_tensors(self.places[name]) as tensors:
             value = tensors.get_tensor(name)
-        if part := self.outside.get(name.removesuffix(".weight")):
-            value = value - part[1] @ part[0]  # to fp32's last digit the base; to bf16's every digit, if it was bf16
-        return value
+        return base_of(name, value, self.outside)
 
 
 def read_tensors(file: str) -> dict[str, torch.Tensor]:
@@ -414,11 +413,21 @@ def inject_lora(backbone, name: str, **options) -> None:
     to it, which refuses some versions of peft that work (transformers 5.24 every one that is released)."""
     from peft import LoraConfig, inject_adapter_in_model
 
+    warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # one beside another: as we want it
     inject_adapter_in_model(LoraConfig(**options), backbone, name, low_cpu_mem_usage=name == KEPT)
     active = [KEPT, name] if backbone.beside and name != KEPT else [name]
     for module in backbone.modules():
         if hasattr(module, "lora_A"):
             module.set_adapter([adapter for adapter in active if adapter in module.lora_A])
+
+
+def base_of(name: str, value: torch.Tensor, beside: dict) -> torch.Tensor:
+    """W + B A -> W, for a weight whose LoRA stands beside it; any other comes back as it is.
+
+    To fp32's last digit; and W to its last bit, once rounded to bf16 again, if it was bf16.
+    """
+    a, b = beside.get(name.removesuffix(".weight"), (None, None))
+    return value if a is None else value.float() - b.to(value.device) @ a.to(value.device)
 
 
 def attach_adapters(backbone) -> None:
@@ -453,6 +462,12 @@ class Survival:
         """Part -> cosine; 1 if there is no change."""
         return {part: round(dot / (left * all_) ** 0.5, 4) if left * all_ else float(not all_)
                 for part, (dot, left, all_) in sorted(self.sums.items())}
+
+
+def say_merged(path: str) -> None:
+    """Prints what a program that opens the folder as a plain model in bf16 has of its LoRA, if there is any."""
+    if os.path.isfile(os.path.join(path, SETTINGS_FILE)) and (cosines := trained_settings(path).get(SURVIVAL)):
+        print(survival_line(cosines), flush=True)
 
 
 def survival_line(cosines: dict[str, float]) -> str:

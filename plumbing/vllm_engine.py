@@ -6,7 +6,7 @@ import re
 import torch
 from transformers import AutoConfig
 
-from plumbing.checkpoint import EMBEDDING
+from plumbing.checkpoint import EMBEDDING, say_merged
 from plumbing.settings import InputError
 
 REQUESTS = 256  # CoTs asked for at once. More keep the GPU no busier, and their frames would fill the host's memory
@@ -30,6 +30,8 @@ class VLLMEngine:
             from vllm import LLM
         except ImportError as error:
             raise InputError("--engine vllm: vllm is not installed; pip install -r requirements-vllm.txt.") from error
+        if not on_cpu:  # bf16, so without what rounding takes from the merged LoRA (docs/differences.md, row 25)
+            say_merged(path)
         # The process group must be there BEFORE the engine starts, or it makes its own.
         distributed = torch.distributed.is_initialized()
         options = {"gpu_memory_utilization": memory}

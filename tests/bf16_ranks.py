@@ -22,7 +22,7 @@ from plumbing.checkpoint import open_model
 
 
 def load(path: str, train: str, ranks, vision=False, dropout=0.0, frozen=False):
-    model = open_model(DeScore, path, empty=True)
+    model = open_model(DeScore, path, empty=True, merged=False)  # as on GPUs: an earlier LoRA beside its base
     model.make_trainable(train, vision=vision, lora_r=4, lora_dropout=dropout, lm_head=not vision)
     model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     model.backbone.model.visual.register_forward_hook(lambda *_: looks.append(1))
@@ -59,7 +59,7 @@ def both_stages(path: str, csv: str, train: str, ranks) -> dict:
     parallel.seed_dropout(ranks)
     with torch.no_grad():
         for name, parameter in first.named_parameters():
-            if ".lora_B" in name:
+            if ".lora_B.default" in name:
                 parameter.to_local().fill_(0.05)  # B starts at 0, where dropout changes nothing
     note_types(first, types)
     item = data.EncodedPairs(data.read_pairs(csv), first.processor)[0]  # one pair on both ranks: only dropout differs

@@ -215,7 +215,7 @@ WIDTH, RANK = 4096, 64
 
 @pytest.mark.parametrize("size, cosine, lost", [(2e-4, 0.63, 0.77), (1e-3, 0.95, 0.32)])
 def test_what_bf16_leaves_of_lora_at_the_width_of_the_8b(size, cosine, lost):
-    """A layer of 4,096 (std .03) with LoRA of rank 64 and |B| as after some 100 and some 500 Adam steps at the paper's 2e-6:
+    """A layer of 4,096 (std .03) with LoRA of rank 64 and |B| as after some 100 and 500 Adam steps at 2e-6:
     merged in bf16 most of its weights are the base's again. What Survival says is what the layer's outputs say."""
     torch.manual_seed(0)
     base = (torch.randn(WIDTH, WIDTH) * 0.03).bfloat16().float()

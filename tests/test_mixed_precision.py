@@ -3,15 +3,23 @@
 import json
 
 import pytest
+import torch
 
-from tests.conftest import ROOT, run
+from tests.conftest import ROOT, fresh_model, run
 
 
 @pytest.fixture(scope="module")
-def lines(world, tiny_model_dir):
-    """What each rank has seen, {train: [rank 0's, rank 1's]}; one start of the ranks for both ways to train."""
-    ways = ("lora", "full")
-    done = run("tests/bf16_ranks.py", tiny_model_dir, world["train_rl"], *ways, ranks=2, env={"PYTHONPATH": str(ROOT)})
+def lines(world, base_dir, tmp_path_factory):
+    """What each rank has seen, {train: [rank 0's, rank 1's]}; one start of the ranks for both ways to train.
+
+    The folder is one of a stage with LoRA, which stands beside its base here."""
+    ways, folder = ("lora", "full"), str(tmp_path_factory.mktemp("lora"))
+    model = fresh_model(base_dir, 1)
+    model.make_trainable("lora", vision=False, lora_r=4)
+    for layer in model.lora_layers().values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.01)
+    model.save_pretrained(folder)
+    done = run("tests/bf16_ranks.py", folder, world["train_rl"], *ways, ranks=2, env={"PYTHONPATH": str(ROOT)})
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return {train: [line for line in found if line["train"] == train] for train in ways}
 

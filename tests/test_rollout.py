@@ -10,6 +10,7 @@ import rollout
 from layout import lay_out
 from model import DeScore
 from plumbing.jobs import task_seed
+from plumbing.checkpoint import open_model
 from rollout import sample_cots
 
 
@@ -31,6 +32,33 @@ def test_engine_takes_over_trained_weights(model, base_dir, prefixes):
             engine.sync([wrong])
     batch = lay_out(model.backbone, prefixes[:1], [[[70, 71]]])
     assert torch.allclose(DeScore(engine.backbone)(batch).log_probs, model(batch).log_probs, atol=1e-4)
+
+
+@pytest.mark.parametrize("train", ["full", "lora"])
+def test_an_engine_with_lora_beside_its_base_takes_over_weights(base_dir, model, prefixes, tmp_path, train):
+    """The engine's own copy in bf16 of a folder with LoRA: it is sent W + B A, and keeps B A beside what is left. Full
+    fine-tuning loses nothing so; of an adapter that is trained on top, rounding leaves what fits beside W."""
+    model.make_trainable("lora", vision=False, lora_r=4, lora_alpha=8)
+    for layer in model.lora_layers().values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=1e-3)
+    model.save_pretrained(str(tmp_path))
+    trained = open_model(DeScore, str(tmp_path), merged=False)
+    trained.make_trainable(train, vision=False, lora_r=4)
+    engine = rollout.TransformersEngine(rollout.load_backbone(str(tmp_path), torch.bfloat16), None, shared=False)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if parameter.requires_grad and name.startswith("backbone."):
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    engine.sync(parallel.trained_weights(trained))
+    for name, layer in trained.lora_layers().items():
+        name = name.removeprefix("backbone.")
+        own, new = engine.backbone.get_submodule(name), layer.base_layer.weight
+        if train == "lora":
+            new = new + layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        assert torch.allclose(own.base_layer.weight.float(), new, rtol=2**-8, atol=1e-5)
+        assert torch.equal(own.lora_B["kept"].weight, layer.lora_B["kept"].weight)
+    batch = lay_out(trained.backbone, prefixes[:1], [[[70, 71]]])
+    assert torch.allclose(DeScore(engine.backbone)(batch).log_probs, trained(batch).log_probs, atol=0.3)
 
 
 def test_task_seed_is_stable():

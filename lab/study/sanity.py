@@ -31,7 +31,7 @@ from metrics import bootstrap_interval
 from phases import WORDING, Workers, score_phase, text_rewards, think_phase
 from plumbing.jobs import Item, require_same_settings, task_seed
 from plumbing.report import finite, table
-from plumbing.settings import InputError, cli, evaluation_flags, parse, writable, write_json, written_whole
+from plumbing.settings import InputError, cli, evaluation_flags, parse, writable, write_json, atomic_write
 
 
 Settings = evaluate.Settings  # the same flags, for one set of pairs
@@ -214,7 +214,7 @@ def rows_of(pairs: list, items: dict, rewards: dict) -> list[dict]:
 def write(out: str, rows: list[dict], model: str, path: str) -> None:
     """OUT/sanity.json and OUT/sanity.md; prints the table."""
     text = markdown(rows, os.path.normpath(model), path)
-    with written_whole(os.path.join(out, "sanity.md")) as file:
+    with atomic_write(os.path.join(out, "sanity.md")) as file:
         file.write(text)
     write_json(os.path.join(out, "sanity.json"), [finite(row) for row in rows])
     print(f"{text}\n{out}/sanity.md, sanity.json")
