@@ -41,7 +41,7 @@ MAY_CHANGE = {
 def claim_run(settings, ranks) -> None:
     """COLLECTIVE: makes --out this run's, and writes its settings.json; InputError on every rank if it must not be.
 
-    A new run wants an --out without a run, or --overwrite. --resume wants the settings of the run that it goes on with,
+    A new run needs an --out without a run, or --overwrite. --resume needs the settings of the run that it goes on with,
     but for MAY_CHANGE; what is changed is printed, and kept in changes.jsonl with the step after which it counts.
     """
     problem = None
@@ -254,8 +254,9 @@ def _refuse_foreign_index(path):
 
 def _checkpoints(out):
     folder = os.path.join(out, "checkpoints")
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    return [os.path.join(folder, name) for name in names if name.startswith("step-") and not name.endswith(".tmp")]
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    steps = sorted((int(name[5:]), name) for name in names if name.startswith("step-") and name[5:].isdigit())
+    return [os.path.join(folder, name) for _, name in steps]  # by number: "step-1000000" sorts before "step-999999"
 
 
 class StopSignal:

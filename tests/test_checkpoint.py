@@ -115,6 +115,7 @@ def test_loading_is_strict(tiny_model_dir, base_dir, tmp_path):
         "size", lambda f: edit(f, "reward_head/head.safetensors", lambda t: t.update(query=torch.ones(8)))
     )
     assert "hidden_size" in broken("other base", lambda f: edit_json(f, hidden_size=4096))
+    assert "base with layers 36" in broken("other depth", lambda f: edit_json(f, layers=36))  # of the same width
     assert "missing keys" in broken("hole", lambda f: edit(f, "model.safetensors", lambda t: t.pop(sorted(t)[3])))
     assert "unexpected keys" in broken(
         "odd", lambda f: edit(f, "model.safetensors", lambda t: t.update(odd=torch.ones(1)))

@@ -75,3 +75,18 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(model, tmp_path, monke
         assert resume.load_checkpoint(str(tmp_path), model, optimizer, ranks)["step"] == 1
     resume.save_checkpoint(str(tmp_path), 2, model, optimizer, ranks)  # what the kill left is no obstacle
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-000001", "step-000002"]
+
+
+@pytest.mark.parametrize("steps", [(1, 2), (9, 10), (999_999, 1_000_000)])
+def test_the_newest_checkpoint_is_loaded(model, tmp_path, steps):
+    """Not the oldest: its work would be lost, and no number would look wrong."""
+    model.make_trainable("head", vision=False)
+    optimizer, ranks = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), parallel.Ranks()
+    for step in steps:
+        with torch.no_grad():
+            model.query.fill_(float(step))
+        resume.save_checkpoint(str(tmp_path), step, model, optimizer, ranks)
+    with torch.no_grad():
+        model.query.fill_(0.0)
+    assert resume.load_checkpoint(str(tmp_path), model, optimizer, ranks)["step"] == steps[-1]
+    assert torch.equal(model.query, torch.full_like(model.query, steps[-1]))

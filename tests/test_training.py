@@ -1,8 +1,14 @@
 """What both stages share: how pairs are divided over ranks, and the order of an epoch."""
 
+import os
+
+import pytest
+import torch
+
 import cold_start
+import parallel
 from plumbing.logs import read_metrics
-from plumbing.training import epoch_order
+from plumbing.training import Run, epoch_order
 from tests.conftest import refuses
 
 
@@ -24,3 +30,39 @@ def test_steps_that_the_epochs_do_not_give_are_said(world, base_dir, tmp_path, c
     cold_start.main([*flags, "--epochs", "2", "--max-steps", "9"])
     assert "stage 1: 2 steps, not --max-steps 9: --epochs 2" in capsys.readouterr().out
     assert len(read_metrics(str(tmp_path))) == 2
+
+
+@pytest.fixture
+def begin(model, tmp_path):
+    """begin(seed=0, ...) -> a Run of three epochs over 8 pairs, 2 a step; query and head are trained."""
+    model.make_trainable("head", vision=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+
+    def start(**flags):
+        settings = cold_start.Settings(out=str(tmp_path), batch_pairs=2, epochs=3, **flags)
+        return Run("a run", model, optimizer, 8, settings, parallel.Ranks())
+
+    return start
+
+
+def epochs_of(run):
+    """[epoch][place]: which pairs are drawn."""
+    drawn = list(run.draws())
+    return [[pair for epoch, pairs in drawn if epoch == k for pair in pairs] for k in range(3)]
+
+
+def test_each_epoch_draws_every_pair_once_in_an_order_of_its_own_and_of_the_seed(begin):
+    """What the loop gets, not only what the helper can do."""
+    first, other = epochs_of(begin(seed=0)), epochs_of(begin(seed=1))
+    orders = [*first, *other]
+    assert all(sorted(order) == list(range(8)) for order in orders)
+    assert len(set(map(tuple, orders))) == 6
+
+
+@pytest.mark.parametrize("every, saved", [(0, [12]), (5, [5, 10, 12]), (6, [6, 12])])
+def test_a_checkpoint_is_saved_when_due_and_at_the_end(begin, tmp_path, every, saved):
+    """--save-every 0: at the end alone, but there; what is not saved is lost."""
+    run = begin(save_every=every, keep=99)
+    for step in run.steps():
+        run.save(step, {})
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == [f"step-{step:06d}" for step in saved]
