@@ -24,7 +24,8 @@ from transformers import Qwen3VLForConditionalGeneration
 import data
 from layout import SHARED_PREFIX, lay_out
 from losses import token_log_probs
-from plumbing.checkpoint import QUERY_AND_HEAD, inject_lora, open_model, write_model
+from plumbing.adapters import inject_lora
+from plumbing.checkpoint import QUERY_AND_HEAD, open_model, write_model
 from plumbing.settings import InputError
 from rollout import TransformersEngine, decode_cot
 

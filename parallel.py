@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from plumbing.checkpoint import load_empty, merge_lora
+from plumbing.adapters import merge_lora
+from plumbing.checkpoint import load_empty
 from plumbing.resume import require_finite
 from plumbing.settings import InputError
 

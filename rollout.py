@@ -13,7 +13,8 @@ import torch
 from transformers import AutoConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 import data
-from plumbing.checkpoint import base_of, load_backbone
+from plumbing.adapters import base_of
+from plumbing.checkpoint import load_backbone
 from plumbing.settings import InputError, arg
 from plumbing.vllm_engine import VLLMEngine
 

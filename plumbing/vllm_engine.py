@@ -6,7 +6,8 @@ import re
 import torch
 from transformers import AutoConfig
 
-from plumbing.checkpoint import EMBEDDING, say_merged
+from plumbing.adapters import SURVIVAL, survival_line
+from plumbing.checkpoint import EMBEDDING, SETTINGS_FILE, trained_settings
 from plumbing.settings import InputError
 
 REQUESTS = 256  # CoTs asked for at once. More keep the GPU no busier, and their frames would fill the host's memory
@@ -138,6 +139,12 @@ class VLLMEngine:
     def close(self) -> None:
         """Ends the engine. It takes the process group with it, so this is the very last thing a script does."""
         self.llm.llm_engine.engine_core.shutdown()
+
+
+def say_merged(path: str) -> None:
+    """Prints what a program that opens the folder as a plain model in bf16 has of its LoRA, if there is any."""
+    if os.path.isfile(os.path.join(path, SETTINGS_FILE)) and (cosines := trained_settings(path).get(SURVIVAL)):
+        print(survival_line(cosines), flush=True)
 
 
 def require_room(prompt_tokens: int, max_new_tokens: int, limit: int) -> None:

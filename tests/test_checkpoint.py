@@ -13,6 +13,7 @@ import grpo
 from layout import lay_out
 from model import DeScore
 from plumbing import checkpoint
+from plumbing.adapters import Survival
 from plumbing.settings import InputError
 from tests.conftest import refuses
 
@@ -223,7 +224,7 @@ def test_what_bf16_leaves_of_lora_at_the_width_of_the_8b(size, cosine, lost):
     a = (torch.rand(RANK, WIDTH) * 2 - 1) / WIDTH**0.5  # as a linear layer's start
     b = size * torch.randn(WIDTH, RANK).sign()
     change = 2 * b @ a  # alpha / r = 2
-    kept = checkpoint.Survival()
+    kept = Survival()
     kept.add("layers.0.mlp.up_proj", base + change, change)
     x = torch.randn(16, WIDTH)
     rounded = (base + change).bfloat16().float()
