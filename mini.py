@@ -68,7 +68,7 @@ def rl_loss(model, reference, pair, prefixes, cots, advantages, num_tokens: int,
     batch = lay_out(model.backbone, prefixes, cots)  # two rows: [video and prompt | cot_1 q_1 | ... | cot_G q_G]
     with torch.no_grad():
         ref_log_probs = reference(batch).log_probs  # (2G, T)
-    out, mask = model(batch), batch["response_mask"]  # log_probs (2G, T), rewards (2G,): A_1..A_G, B_1..B_G
+    out, mask = model(batch), batch["cot_mask"]  # log_probs (2G, T), rewards (2G,): A_1..A_G, B_1..B_G
     old_log_probs = out.log_probs.detach()  # one update per batch of CoTs: the policy IS the one that sampled
     grpo = grpo_loss(out.log_probs, old_log_probs, advantages.flatten(), mask, denominator=num_tokens)
     kl = (kl_to_reference(out.log_probs, ref_log_probs) * mask).sum() / num_tokens
