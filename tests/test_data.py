@@ -240,11 +240,11 @@ def test_frames_in_memory_of_any_kind_are_the_same_frames():
 
 
 def test_frames_in_memory_are_made_small_by_averages():
-    """Stripes one pixel wide become grey, as they do when a file is decoded; picked pixels would stay stripes."""
-    stripes = np.zeros((2, 128, 128, 3), np.uint8)
-    stripes[:, :, ::2] = 255
+    """Every fourth column is light: a quarter of it is what a file's decoder gives; picked pixels would be black."""
+    stripes = np.zeros((2, 256, 256, 3), np.uint8)
+    stripes[:, :, ::4] = 255
     small = data.to_video(stripes, 2.0, 64 * 64, source_fps=2.0).frames
-    assert small.shape[1:3] == (64, 64) and np.abs(small[:, 2:-2, 2:-2].astype(int) - 128).max() < 20
+    assert small.shape[1:3] == (64, 64) and np.abs(small[:, 2:-2, 2:-2].astype(int) - 64).max() < 20
 
 
 def test_line_ends_and_blanks_around_a_prompt_do_not_count(processor, tiny_clips, tmp_path):
