@@ -1,13 +1,12 @@
 """Stage 1, the discriminative cold start: Bradley-Terry on (video, prompt, CoT), with random CoT masking.
 
-    CSV with collected CoTs (collect_cots.py) + a Qwen3-VL   ->   OUT/model, a DeScore folder; OUT/metrics.jsonl,
-    OUT/curves.png
+    CSV with collected CoTs (collect_cots.py) + a Qwen3-VL  ->  OUT/model, a DeScore folder; metrics.jsonl, curves.png
 
     laptop   the line in scripts/demo.sh
     8 GPUs   torchrun --nproc_per_node 8 cold_start.py --data train_cots.csv --val val_cots.csv --out runs/stage1
 
-The defaults are the paper's. What to expect: the loss starts near ln 2 = 0.6931; `accuracy` starts
-near .5 and rises; `val_accuracy` is measured with the CoT always there.
+The defaults are the paper's. What to expect: the loss starts near ln 2 = 0.6931; `accuracy` starts near .5 and rises;
+`val_accuracy` is measured with the CoT always there.
 
 One step:  1 draw pairs   2 mask CoTs   3 forward both videos   4 BT loss (Eq. 3)   5 backward, clip, update   6 log
 """
@@ -17,7 +16,6 @@ import itertools
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 import data
@@ -26,15 +24,9 @@ from layout import lay_out
 from losses import bt_loss, btt_loss, draw_cot_mask
 from metrics import accuracy_without_ties
 from model import DeScore, to_device
-from plumbing import checkpoint
+from phases import sequence_lengths
+from plumbing import checkpoint, logs
 from plumbing.jobs import fitting_pairs, readable_pairs
-from plumbing.logs import (
-    COLD_START_PANELS,
-    Sums,
-    cold_start_line,
-    cold_start_metrics,
-    log_scores,
-)
 from plumbing.resume import claim_run, require_finite
 from plumbing.settings import InputError, arg, cli, parse, require
 from plumbing.training import CommonSettings, Run, save_run
@@ -45,7 +37,7 @@ class Settings(CommonSettings):
     """Stage 1; more in CommonSettings. Defaults: the paper's values, from its page and the released code."""
 
     # data
-    data: str = arg(None, "training pairs, a CSV in any known format; stage 1 wants CoT_A and CoT_B (collect_cots.py)")
+    data: str = arg(None, "training pairs, a CSV in any known format; stage 1 needs CoT_A and CoT_B (collect_cots.py)")
     val: str | None = arg(None, "validation pairs with CoTs")
     dimension: str = arg("TA", "label column where a CSV has several: TA, VQ, MQ or Overall")
     max_pixels: int = arg(448 * 448, "pixels per frame at most (paper: 448 * 448)", at_least=1024)
@@ -64,8 +56,7 @@ class Settings(CommonSettings):
     micro_pairs: int = arg(1, "pairs per forward on one rank (paper: 1)", at_least=1)
     lr: float = arg(2e-6, "learning rate of the LLM (paper: 2e-6)", at_least=0)
     lr_vision: float | None = arg(None, "learning rate of the vision tower; default --lr (paper: the same)", at_least=0)
-    warmup: float = arg(
-        0.05, "share of all steps with a rising learning rate; then constant (paper: 5 %)", at_least=0, at_most=1)
+    warmup: float = arg(0.05, "share of all steps with a rising learning rate (paper: 5 %)", at_least=0, at_most=1)
     weight_decay: float = arg(0.0, "AdamW weight decay (not given in the paper)", at_least=0)
     # output
     out: str = arg("runs/stage1", "output folder")
@@ -78,21 +69,20 @@ def score_pairs(model, items, settings, masks=None):
 
     items: B times (pair, [prefix of A, prefix of B]). masks: B booleans, True hides the pair's CoTs; None hides none.
     """
-    prefixes, responses = [], []
+    prefixes, cots = [], []
     for n, (pair, both) in enumerate(items):
-        # Random CoT masking: an EMPTY response, so the query stands right behind the prompt. One draw per pair.
+        # Random CoT masking: an EMPTY CoT, so the query stands right behind the prompt. One draw per pair.
         masked = masks is not None and masks[n]
-        cots = ([], []) if masked else pair.cot_ids(model.processor.tokenizer)
-        for prefix, ids in zip(both, cots):
+        shown = ([], []) if masked else pair.cot_ids(model.processor.tokenizer)
+        for prefix, ids in zip(both, shown):
             length = len(prefix["input_ids"]) + len(ids) + 1
             if length > settings.max_length:
-                raise InputError(
-                    f"line {pair.line}: {length} tokens (CoT {len(ids)}); raise --max-length or shorten the CoT."
-                )
+                raise InputError(f"line {pair.line}: {length} tokens (CoT {len(ids)}); raise --max-length or shorten "
+                                 "the CoT.")
             prefixes.append(prefix)
-            responses.append([ids])
+            cots.append([ids])
     # One row per video, [video and prompt | CoT | query]; r = head(hidden state of the query).
-    batch = to_device(lay_out(model.backbone, prefixes, responses), model.query.device)
+    batch = to_device(lay_out(model.backbone, prefixes, cots), model.query.device)
     rewards = model(batch, want_log_probs=False).rewards.view(-1, 2)  # (B, 2): videos A and B of each pair
     return rewards[:, 0], rewards[:, 1]
 
@@ -118,18 +108,21 @@ def validate(model, dataset, settings, ranks) -> float:
 
 
 class Drawn(NamedTuple):
-    """A drawn pair: its two prefixes, and whether its CoTs are hidden in this step."""
+    """A drawn pair."""
 
     pair: data.PreferencePair
     prefixes: list[dict]  # [2]
-    masked: bool
+    masked: bool  # its CoTs are hidden in this step
+
+    def longest(self) -> int:
+        """Prompt tokens of the longer video: like lengths together means less padding."""
+        return max(len(prefix["input_ids"]) for prefix in self.prefixes)
 
 
 def draw(run: Run, settings) -> list[tuple[int, bool]]:
     """1 and 2: this rank's pairs for all steps that are left, each with the coin that decides on its CoT.
 
-    losses.draw_cot_mask says why. One coin per pair and epoch, from (seed, epoch) alone, so that every rank and a
-    resumed run toss the same.
+    losses.draw_cot_mask says why. From (seed, epoch) alone, so that every rank and a resumed run toss the same.
     """
     drawn = []
     for epoch, indices in run.draws():
@@ -139,9 +132,9 @@ def draw(run: Run, settings) -> list[tuple[int, bool]]:
     return drawn
 
 
-def longest(drawn: Drawn) -> int:
-    """Prompt tokens of the longer video: like lengths together means less padding."""
-    return max(len(prefix["input_ids"]) for prefix in drawn.prefixes)
+def rows_of(items) -> list[dict]:
+    """The pairs of items as dictionaries, for the file that tells what was not finite."""
+    return [dataclasses.asdict(pair) for pair, _ in items]
 
 
 def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
@@ -150,8 +143,7 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
     run = Run("stage 1", model, optimizer, len(pairs), settings, ranks)
     how = (model.processor, settings.fps, settings.max_pixels, settings.frame_cache)
     train_set, val_set = data.EncodedPairs(pairs, *how), data.EncodedPairs(val_pairs, *how)
-    # What is drawn depends on (seed, epoch) alone, so the whole schedule is known now, and loader workers can decode
-    # ahead of the loop. A resumed run starts the same schedule at its own step.
+    # The whole schedule is known now, so loader workers can decode ahead; a resumed run starts it at its own step.
     drawn = draw(run, settings)
     encoded = data.take(train_set, [index for index, _ in drawn], settings.workers)
     coins = (masked for _, masked in drawn)
@@ -161,10 +153,9 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
     for step in run.steps():
         batch = [next(stream) for _ in range(run.local_pairs)]  # 1 draw pairs
         waited = run.seconds()  # a large share of the step means: more --workers, or --frame-cache
-        batch.sort(key=longest)  # only within the batch: the sum of its gradients does not depend on the order
-        sums = Sums()
-        # Micro-batches: as many pairs as memory holds at a time. Gradients add up, and each loss is already divided by
-        # the whole batch, so their number changes nothing.
+        batch.sort(key=Drawn.longest)  # only within the batch: the sum of its gradients does not depend on the order
+        sums = logs.Sums()
+        # Micro-batches: as many pairs as memory holds. Gradients add up, so their number changes nothing.
         for i in range(0, run.local_pairs, settings.micro_pairs):
             part = batch[i : i + settings.micro_pairs]
             items, masks = [(one.pair, one.prefixes) for one in part], [one.masked for one in part]  # 2 mask CoTs
@@ -175,30 +166,23 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
             if settings.loss == "btt":
                 loss = btt_loss(reward_a, reward_b, label, denominator=settings.batch_pairs)
             else:
-                # r_w, r_l of Eq. 3: the reward of the video that people preferred, and of the other. The label may say
-                # A or B; a reward has no side, so that the model cannot learn one.
+                # r_w, r_l of Eq. 3: the reward of the video that people preferred, A or B, and of the other.
                 chosen = torch.where(label > 0, reward_a, reward_b)
                 rejected = torch.where(label > 0, reward_b, reward_a)
                 loss = bt_loss(chosen, rejected, denominator=settings.batch_pairs)
             require_finite(loss.item(), "loss", rows_of(items), settings, ranks)
             parallel.backward(loss, ranks)  # 5 backward
-            log_scores(sums, loss, reward_a, reward_b, label, masks)
+            logs.log_scores(sums, loss, reward_a, reward_b, label, masks)
         parallel.set_learning_rate(optimizer, step, run.warmup_steps)
-        # clip and update: once per batch, after all of its micro-batches have added to the gradients
         rows = rows_of((one.pair, one.prefixes) for one in batch)
-        norms = parallel.take_step(model, optimizer, rows, settings, ranks)
-        metrics = cold_start_metrics(ranks.sum(sums), settings) | norms  # 6 log
+        norms = parallel.take_step(model, optimizer, rows, settings, ranks)  # clip and update, once per batch
+        metrics = logs.cold_start_metrics(ranks.sum(sums), settings) | norms  # 6 log
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "epoch": step / run.steps_per_epoch}
         metrics |= {"wait_share": waited / run.seconds(), "step_seconds": run.seconds()}
         run.save(step, metrics)
         if val_pairs and run.is_due(step, settings.val_every):  # after saving: a crash here costs nothing
             metrics["val_accuracy"] = validate(model, val_set, settings, ranks)
-        run.finish_step(step, metrics, cold_start_line(metrics))
-
-
-def rows_of(items) -> list[dict]:
-    """The pairs of items as dictionaries, for the file that tells what was not finite."""
-    return [dataclasses.asdict(pair) for pair, _ in items]
+        run.finish_step(step, metrics, logs.cold_start_line(metrics))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -207,12 +191,11 @@ def rows_of(items) -> list[dict]:
 def prepare_pairs(path: str, settings: Settings, ranks, need_cots: bool) -> list[data.PreferencePair]:
     """COLLECTIVE: reads a CSV, drops ties for plain BT, drops bad videos if asked, and says how many."""
     pairs = data.read_pairs(path, settings.dimension, settings.video_root)
-    # Without CoTs nothing is left to mask: the head would learn to score without thinking, and nothing would say so.
+    # Without CoTs nothing is left to mask: the head would learn to score without thinking, unnoticed.
     without = sum(lacks_cot(pair) for pair in pairs)
     if need_cots and without == len(pairs) and settings.mask_probability < 1:
-        raise InputError(
-            f"{path}: has no CoT_A / CoT_B; collect them with collect_cots.py, or train with --mask-probability 1."
-        )
+        raise InputError(f"{path}: has no CoT_A / CoT_B; collect them with collect_cots.py, or train with "
+                         "--mask-probability 1.")
     if not need_cots and without == len(pairs):
         ranks.print(f"{path}: has no CoT_A / CoT_B, so validation is without thinking")
     elif without and settings.mask_probability < 1:
@@ -223,21 +206,6 @@ def prepare_pairs(path: str, settings: Settings, ranks, need_cots: bool) -> list
         pairs = [pair for pair in pairs if pair.label != 0]
         ranks.print(f"{path}: {len(pairs)} pairs; {ties} ties left out (--loss btt uses them)")
     return readable_pairs(pairs, settings, ranks, data.sample_frames)
-
-
-def sequence_lengths(processor, pair: data.PreferencePair, fps: float, max_pixels: int) -> list[int]:
-    """Tokens of the pair's two sequences, prefix + CoT + query, without decoding the videos.
-
-    A patch of 32 x 32 stands for each frame; each two frames of H x W then have H W / 1024 - 1 video tokens more.
-    """
-    lengths = []
-    for path, cot in zip(pair.videos, pair.cot_ids(processor.tokenizer)):
-        video = data.sample_frames(path, fps, max_pixels, decode=False)
-        count, height, width = video.frames.shape[:3]
-        small = dataclasses.replace(video, frames=np.zeros((count, data.SIDE, data.SIDE, 3), np.uint8))
-        prefix = len(data.encode_prompt(processor, small, pair.prompt)["input_ids"])
-        lengths.append(prefix + count // 2 * (height * width // data.SIDE**2 - 1) + len(cot) + 1)
-    return lengths
 
 
 def lacks_cot(pair: data.PreferencePair) -> bool:
@@ -256,12 +224,12 @@ def main(argv=None) -> None:
     dtype = parallel.load_dtype(settings.train, ranks)
     # new_head: the base model has none, so query and head start from scratch; stage 2 will insist on them.
     model = checkpoint.open_on_rank(DeScore, settings.model, dtype, ranks, new_head=True)
-    pairs = fitting_pairs(pairs, model.processor, settings, ranks, sequence_lengths)  # before hours of training
-    if val_pairs:
-        val_pairs = fitting_pairs(val_pairs, model.processor, settings, ranks, sequence_lengths)
+    fit = model.processor, settings, ranks, sequence_lengths
+    pairs = fitting_pairs(pairs, *fit)  # before hours of training
+    val_pairs = fitting_pairs(val_pairs, *fit) if val_pairs else []
     model.settings.update(base_model=settings.model, fps=settings.fps, max_pixels=settings.max_pixels)
     lora = settings.lora_r, settings.lora_alpha, settings.lora_dropout
-    # lm_head maps hidden states to words. This stage's loss never asks for a word, so no gradient would reach it.
+    # lm_head maps hidden states to words: this stage's loss asks for none, so no gradient would reach it.
     model.make_trainable(settings.train, settings.train_vision, *lora, lm_head=False)
     if settings.gradient_checkpointing:
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
@@ -270,7 +238,7 @@ def main(argv=None) -> None:
     parallel.shard(model, ranks, settings.shard_ranks, settings.cpu_offload)
     parallel.seed_dropout(ranks)
     train(model, pairs, val_pairs, settings, ranks)
-    save_run(model, settings, ranks, COLD_START_PANELS, "Stage 1: cold start")
+    save_run(model, settings, ranks, logs.COLD_START_PANELS, "Stage 1: cold start")
     ranks.finish()
 
 

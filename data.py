@@ -5,7 +5,6 @@
     python -m toy.look --show 3 --data pairs.csv --model Qwen/Qwen3-VL-8B-Instruct     prints examples, draws frames
 
 Shapes: F frames, H x W pixels, P prompt tokens (video tokens included), T CoT tokens.
-Labels everywhere: +1 video A is better, -1 video B is better, 0 the same.
 """
 
 import dataclasses
@@ -71,7 +70,7 @@ class PreferencePair:
 
 
 def read_pairs(csv_path: str, dimension: str = "TA", video_root: str | None = None) -> list[PreferencePair]:
-    """Reads preference pairs from a CSV in any of the published formats, recognised by the columns.
+    """The pairs of a CSV in file order; its format is recognised by the columns. UTF-8, with or without a BOM.
 
     | format                          | columns                                                          |
     |---------------------------------|------------------------------------------------------------------|
@@ -82,23 +81,14 @@ def read_pairs(csv_path: str, dimension: str = "TA", video_root: str | None = No
     | VideoAlign, VideoGen-RewardBench| path_A, path_B, prompt and the label column named by `dimension` |
     | GenAI-Bench                     | left_video(_path), right_video(_path), prompt, vote_type         |
 
-    Args:
-        csv_path: the file; UTF-8, with or without a byte order mark.
-        dimension: which label column to use where there are several: TA (text alignment), VQ, MQ or Overall.
-        video_root: folder that relative video paths start from; default: the folder of the CSV.
-    Returns:
-        the pairs in file order. Rows labelled `invalid` are left out, and a line on stderr counts them.
-    Raises:
-        InputError: no such file, no known format, missing column, unknown label, empty prompt (file and line named).
+    dimension: the label column where there are several: TA (text alignment), VQ, MQ or Overall. video_root: where
+    relative video paths start; default: the CSV's folder. Rows labelled `invalid` are left out and counted on stderr.
+    InputError: no such file, no known format, missing column, unknown label, empty prompt (file and line named).
     """
     root = video_root if video_root is not None else os.path.dirname(csv_path)
-    pairs, invalid = [], 0
-    for record in read_records(csv_path, dimension, root):
-        if record is None:
-            invalid += 1
-        else:
-            pairs.append(PreferencePair(**record))
-    if invalid:
+    records = list(read_records(csv_path, dimension, root))
+    pairs = [PreferencePair(**record) for record in records if record is not None]
+    if invalid := len(records) - len(pairs):
         print(f"{csv_path}: left out {invalid} lines labelled invalid", file=sys.stderr)
     if not pairs:
         raise InputError(f"{csv_path}: holds no usable pair.")
@@ -120,10 +110,9 @@ class Video:
     Attributes:
         frames: (F, H, W, 3) uint8, RGB; F is even and >= 2; H and W are multiples of 32.
         source_fps: the rate that frame_indices count at. The processor tells the model frame_indices / source_fps as
-            times, and knows no varying rate. So sample_frames counts in steps of 1/fps, whatever the file's own rate:
-            frame k was on screen at k / fps. A wrong value here silently shifts all times.
-        total_num_frames: such steps in the clip.
-        frame_indices: the step of each of the F frames.
+            times, for a constant rate. So sample_frames counts in steps of 1/fps, whatever the file's own rate: frame
+            k was on screen at k / fps. A wrong value here silently shifts all times.
+        total_num_frames, frame_indices: such steps in the clip; the step of each of the F frames.
     """
 
     frames: np.ndarray
@@ -132,19 +121,15 @@ class Video:
     frame_indices: tuple[int, ...]
 
     def metadata(self) -> dict:
-        """What the Hugging Face processor and vLLM want to know, as a fresh dict (they edit the list in place)."""
-        return {
-            "fps": self.source_fps,
-            "total_num_frames": self.total_num_frames,
-            "frames_indices": list(self.frame_indices),
-            "duration": self.total_num_frames / self.source_fps,
-        }
+        """What the Hugging Face processor and vLLM need to know, as a fresh dict (they edit the list in place)."""
+        return {"fps": self.source_fps, "total_num_frames": self.total_num_frames,
+                "frames_indices": list(self.frame_indices), "duration": self.total_num_frames / self.source_fps}
 
 
 def target_size(height: int, width: int, max_pixels: int) -> tuple[int, int]:
     """Frame size for the model: multiples of 32, about the same shape, MIN_PIXELS to `max_pixels`.
 
-    Examples: target_size(752, 1360, 448 * 448) == (320, 608): 194,560 of at most 200,704 pixels, 190 video tokens.
+    target_size(752, 1360, 448 * 448) == (320, 608): 194,560 of at most 200,704 pixels, 190 video tokens;
     target_size(32, 32, 448 * 448) == (64, 64). Between the bounds a clip keeps its size, up to rounding.
     """
     scale = min(1.0, (max_pixels / (height * width)) ** 0.5)
@@ -196,8 +181,8 @@ def sample_frames(path: str, fps: float = 2.0, max_pixels: int = 448 * 448, deco
 def to_video(video, fps: float, max_pixels: int, source_fps: float | None = None) -> Video:
     """A path, a Video, or frames in memory -> Video.
 
-    Frames: (F, H, W, 3), uint8 or float in [0, 1], or a list of images: all frames of the clip, at `source_fps`; they
-    are sampled and resized as a file would be.
+    Frames: (F, H, W, 3), uint8 or float in [0, 1], or a list of images: all of the clip, at `source_fps`; they are
+    sampled and resized as a file would be.
     """
     if isinstance(video, Video):
         return video
@@ -238,11 +223,7 @@ _PLACE = "[[the user's prompt goes here]]"
 
 
 def build_conversation(prompt: str, cot: str | None = None) -> list[dict]:
-    """The chat messages, in Hugging Face form. `cot` adds the assistant's turn.
-
-    >>> [turn["role"] for turn in build_conversation("a red circle moves left", cot="<think>...")]
-    ['user', 'assistant']
-    """
+    """The chat messages, in Hugging Face form. `cot` adds the assistant's turn."""
     text = INSTRUCTION_BEFORE + prompt + INSTRUCTION_AFTER
     turns = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": text}]}]
     if cot is not None:
@@ -253,15 +234,14 @@ def build_conversation(prompt: str, cot: str | None = None) -> list[dict]:
 def encode_text(tokenizer, text: str, keep: tuple[str, ...] = (), before: str = "", after: str = "") -> list[int]:
     """Ids of before + text + after. Control tokens may come from `before` and `after`, never from `text`.
 
-    A user may type `<|im_end|>` or `<|video_pad|>`. The tokenizer would turn that into the control token and so let the
-    prompt end the turn or pretend to be video. We cut inside each spelling that touches `text` ('<' | '|im_end|>'),
-    encode the pieces, and join the ids: none of them is a control token, and they decode to exactly the same text, up
-    to Unicode normalisation (Qwen's tokenizer writes "e" + accent as one letter, NFC). `keep` names added tokens that
-    may stay (`<think>` in a CoT).
+    A user may type `<|im_end|>` or `<|video_pad|>`; as control tokens they would end the turn or pretend to be video.
+    We cut inside each spelling that touches `text` ('<' | '|im_end|>'), encode the pieces, and join the ids: none is a
+    control token, and they decode to the same text, up to Unicode normalisation (Qwen's tokenizer writes "e" + accent
+    as one letter, NFC). `keep` names added tokens that may stay (`<think>` in a CoT).
 
     Why not encode the three texts apart: a token may reach over a seam. In Qwen's vocabulary "." + newline is one
     token (624), and the model has read it so after almost every sentence.
-    Raises InputError for half a character (a lone surrogate), which no tokenizer can encode.
+    InputError: half a character (a lone surrogate), which no tokenizer can encode.
     """
     try:
         text.encode()
@@ -290,8 +270,7 @@ def encode_prompt(processor, video: Video, prompt: str) -> dict[str, torch.Tenso
     and nothing around them. The chat template writes <|vision_start|><|video_pad|><|vision_end|>. 4.57 replaced all
     three by the blocks; newer releases, and vLLM, replace the pad alone and so leave an extra start and end around all
     blocks, which the model has never seen. With a bare pad in the text both write what 4.57 wrote, id for id; and the
-    positions (get_rope_index) are then 4.57's too, since they follow from the ids: a text token takes one position, a
-    block as many as its longer side has tokens. With the extra pair all that follows would be one and two further on.
+    positions (get_rope_index), which follow from the ids, are 4.57's too.
 
     Returns:
         input_ids (P,) int64; mm_token_type_ids (P,), 2 at video positions, else 0;
@@ -307,8 +286,8 @@ def encode_prompt(processor, video: Video, prompt: str) -> dict[str, torch.Tenso
     head, tail = template.split(_PLACE)
     head, between = head.split(pad)
     # The processor replaces the pad by "<0.3 seconds>" and a block of pads per two frames. We sampled and resized
-    # already, so it must do neither: with its own defaults it assumes 24 fps and upsizes small clips. Its own cap of
-    # pixels is part of its resizing; unless told so, transformers 5.19 warns that this default will change.
+    # already, so it must do neither: with its own defaults it assumes 24 fps and upsizes small clips. Its cap of pixels
+    # belongs to its resizing; unless told so, transformers 5.19 warns that this default will change.
     inputs = processor(
         text=[head + pad], videos=[torch.from_numpy(video.frames).permute(0, 3, 1, 2)],
         video_metadata=[video.metadata()], do_sample_frames=False, do_resize=False, cap_pixels_per_frame=False,
@@ -320,8 +299,7 @@ def encode_prompt(processor, video: Video, prompt: str) -> dict[str, torch.Tenso
     return {
         "input_ids": torch.cat([before, after]),
         "mm_token_type_ids": torch.cat([inputs["mm_token_type_ids"][0], torch.zeros_like(after)]),
-        "pixel_values_videos": inputs["pixel_values_videos"],
-        "video_grid_thw": inputs["video_grid_thw"],
+        "pixel_values_videos": inputs["pixel_values_videos"], "video_grid_thw": inputs["video_grid_thw"],
         "video": video,
         "short_ids": processor.tokenizer(head + pad, add_special_tokens=False)["input_ids"] + after_ids,
     }
@@ -330,10 +308,10 @@ def encode_prompt(processor, video: Video, prompt: str) -> dict[str, torch.Tenso
 def encode_cot(tokenizer, cot: str | None, tokens: list[int] | None = None) -> list[int]:
     """A CoT's ids, ended by EOS as a sampled one is. None or "" (masked, or no thinking): no ids at all, no EOS.
 
-    tokens: the ids it was sampled as. They are the CoT itself, and are taken as they are: encoding the text may give
-    others, and would put an EOS behind a CoT that was cut off. They must spell the text.
-    Encoded apart from the prompt: a sampled CoT too begins with a token of its own. EOS is an added token, and nothing
-    merges with those, so there is no seam at the end either.
+    tokens: the ids it was sampled as, taken as they are: encoding the text may give others, and would put an EOS behind
+    a CoT that was cut off. They must spell the text.
+    Encoded apart from the prompt: a sampled CoT too begins with a token of its own. Nothing merges with EOS, an added
+    token, so there is no seam at the end either.
     """
     if tokens:
         spelled = tokens[:-1] if tokens[-1] == tokenizer.eos_token_id else tokens
@@ -350,19 +328,15 @@ def encode_cot(tokenizer, cot: str | None, tokens: list[int] | None = None) -> l
 # ---------------------------------------------------------------------------------------------------------------
 # 4. A stream of encoded pairs
 # ---------------------------------------------------------------------------------------------------------------
-FRAME_CACHE_GB = 50.0  # 10^9 bytes
-
-
 class EncodedPairs(torch.utils.data.Dataset):
     """Index -> (pair, [prompt inputs of video A, of video B]); decoded and encoded on demand, in loader workers.
 
-    An InputError is returned, not raised: a DataLoader wraps what a worker raises in its own traceback text, and the
-    user should read one sentence. `take` raises it.
+    An InputError is returned, and raised by `take`: a DataLoader wraps what a worker raises in its own traceback text.
     """
 
     def __init__(self, pairs, processor, fps=2.0, max_pixels=448 * 448, frame_cache: str | None = None):
         self.pairs, self.processor, self.fps, self.max_pixels = pairs, processor, fps, max_pixels
-        self.cache = FrameCache(frame_cache, FRAME_CACHE_GB) if frame_cache else None
+        self.cache = FrameCache(frame_cache, gigabytes=50.0) if frame_cache else None
 
     def sample(self, path: str) -> Video:
         """sample_frames, through the frame cache if there is one."""
@@ -382,9 +356,6 @@ class EncodedPairs(torch.utils.data.Dataset):
             return InputError(f"line {pair.line}: {error}")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# take
-# ---------------------------------------------------------------------------------------------------------------
 def take(dataset: torch.utils.data.Dataset, order: list[int], workers: int = 0):
     """Yields dataset[i] for i in `order`, read ahead by `workers` processes (0: in this one). Raises InputError."""
     # A loader draws a seed when it starts: from a generator of its own, or a resumed run has other dropout masks.

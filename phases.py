@@ -99,6 +99,21 @@ def require_short(prompt: str, tokenizer) -> None:
         raise InputError(f"the prompt has {length:,} tokens; at most {MAX_PROMPT:,} are read.")
 
 
+def sequence_lengths(processor, pair: data.PreferencePair, fps: float, max_pixels: int) -> list[int]:
+    """Tokens of the pair's two sequences, prefix + CoT + query, without decoding the videos.
+
+    A patch of 32 x 32 stands for each frame; each two frames of H x W then have H W / 1024 - 1 video tokens more.
+    """
+    lengths = []
+    for path, cot in zip(pair.videos, pair.cot_ids(processor.tokenizer)):
+        video = data.sample_frames(path, fps, max_pixels, decode=False)
+        count, height, width = video.frames.shape[:3]
+        small = dataclasses.replace(video, frames=np.zeros((count, data.SIDE, data.SIDE, 3), np.uint8))
+        prefix = len(data.encode_prompt(processor, small, pair.prompt)["input_ids"])
+        lengths.append(prefix + count // 2 * (height * width // data.SIDE**2 - 1) + len(cot) + 1)
+    return lengths
+
+
 def open_batch(batch: list[Item], phase: Phase, workers: Workers, tokenizer) -> list[tuple[Item, data.Video]]:
     """The items with their sampled frames. A broken video or an endless prompt is refused here, before any work is
     done on the batch, so that one bad item costs the others nothing.

@@ -43,7 +43,7 @@ def items(pairs, processor, count=2):
 def test_one_mask_draw_per_pair_and_a_masked_cot_is_absent(pairs, model, processor, settings, monkeypatch):
     seen = []
     real = cold_start.lay_out
-    monkeypatch.setattr(cold_start, "lay_out", lambda b, p, responses: seen.append(responses) or real(b, p, responses))
+    monkeypatch.setattr(cold_start, "lay_out", lambda b, p, cots: seen.append(cots) or real(b, p, cots))
     batch = items(pairs, processor)
     masked = cold_start.score_pairs(model, batch, settings, masks=[True, False])
     assert [[bool(ids) for ids in row] for row in seen[0]] == [[False], [False], [True], [True]]  # A and B alike
