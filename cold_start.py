@@ -13,7 +13,6 @@ One step:  1 draw pairs   2 mask CoTs   3 forward both videos   4 BT loss (Eq. 3
 
 import dataclasses
 import itertools
-import math
 from typing import NamedTuple
 
 import torch
@@ -92,7 +91,7 @@ def validate(model, dataset, settings, ranks) -> float:
     """COLLECTIVE: accuracy without ties over all pairs. Never masked: masking is for training."""
     model.eval()  # no dropout
     size, mine = len(dataset), []
-    rounds = math.ceil(size / ranks.world)  # the same number of forwards on every rank, or FSDP deadlocks
+    rounds = -(-size // ranks.world)  # the same number of forwards on every rank, or FSDP deadlocks
     order = [min(i * ranks.world + ranks.rank, size - 1) for i in range(rounds)]
     stream = data.take(dataset, order, settings.workers)
     for _ in range(0, rounds, settings.micro_pairs):
@@ -147,7 +146,7 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
     drawn = draw(run, settings)
     encoded = data.take(train_set, [index for index, _ in drawn], settings.workers)
     coins = (masked for _, masked in drawn)
-    stream = (Drawn(pair, both, coin or lacks_cot(pair)) for (pair, both), coin in zip(encoded, coins))
+    stream = (Drawn(pair, both, coin or not all(pair.cots)) for (pair, both), coin in zip(encoded, coins))
 
     model.train()
     for step in run.steps():
@@ -191,8 +190,8 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
 def prepare_pairs(path: str, settings: Settings, ranks, need_cots: bool) -> list[data.PreferencePair]:
     """COLLECTIVE: reads a CSV, drops ties for plain BT, drops bad videos if asked, and says how many."""
     pairs = data.read_pairs(path, settings.dimension, settings.video_root)
-    # Without CoTs nothing is left to mask: the head would learn to score without thinking, unnoticed.
-    without = sum(lacks_cot(pair) for pair in pairs)
+    # A CSV has both CoTs of a pair or neither. Without any the head would learn to score without thinking, unnoticed.
+    without = sum(not all(pair.cots) for pair in pairs)
     if need_cots and without == len(pairs) and settings.mask_probability < 1:
         raise InputError(f"{path}: has no CoT_A / CoT_B; collect them with collect_cots.py, or train with "
                          "--mask-probability 1.")
@@ -206,11 +205,6 @@ def prepare_pairs(path: str, settings: Settings, ranks, need_cots: bool) -> list
         pairs = [pair for pair in pairs if pair.label != 0]
         ranks.print(f"{path}: {len(pairs)} pairs; {ties} ties left out (--loss btt uses them)")
     return readable_pairs(pairs, settings, ranks, data.sample_frames)
-
-
-def lacks_cot(pair: data.PreferencePair) -> bool:
-    """Whether the pair has no CoTs (a CSV has both of a pair or neither): it then counts as masked."""
-    return not all(pair.cots)
 
 
 def main(argv=None) -> None:

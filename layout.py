@@ -110,7 +110,7 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling=N
     if spans is None:
         kwargs = {"scaling": scaling, "dropout": dropout, **more}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    # Under autocast the norms before leave queries and keys in fp32; lower-right kernels want one type.
+    # Under autocast the norms before leave queries and keys in fp32; lower-right kernels need one type.
     query, key = query.to(value.dtype), key.to(value.dtype)
     options = {"scale": scaling, "dropout_p": dropout, "enable_gqa": True}  # H_kv < H: heads in groups share keys
     rows = []

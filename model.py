@@ -79,7 +79,7 @@ class DeScore(nn.Module):
         temperature: that of sampling; log-probs are those of the policy that samples, softmax(logits / temperature).
         video_features: those of an earlier Output for the same videos, so that the tower need not look again. Only
         while the tower is frozen: a trained one must look in every forward. They go in and out openly, because FSDP
-        hands the forward a copy of the batch: what is written there, nobody sees.
+        hands the forward a copy of the batch: what is written there is lost.
         """
         embeds = self.backbone.get_input_embeddings()(batch["input_ids"])  # (S, L, D)
         embeds = torch.where(batch["query_mask"][..., None], self.query.to(embeds.dtype), embeds)
@@ -147,7 +147,7 @@ class DeScore(nn.Module):
         for name, parameter in self.named_parameters():  # after inject_lora, which freezes the whole backbone
             idle = name == "backbone.lm_head.weight" and not lm_head
             own = trained[part_of(name)] and not idle
-            parameter.requires_grad_(".default." in name if ".lora_" in name else own)  # an earlier stage's LoRA rests
+            parameter.requires_grad_(".default." in name if ".lora_" in name else own)  # not an earlier stage's LoRA
         for parameter in self.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()

@@ -94,7 +94,7 @@ class Ranks:
         """COLLECTIVE: the end of a script. Without the barrier a rank that leaves early can abort the others."""
         self.barrier()
         if engine is not None:
-            engine.close()  # before end_training, which destroys the process group that the engine wants to leave
+            engine.close()  # before end_training, which destroys the process group that the engine must leave first
         self.accelerator.end_training()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -59,7 +59,7 @@ def inject_lora(backbone, name: str, **options) -> None:
     to it, which refuses some versions of peft that work (transformers 5.24 every one that is released)."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # one beside another: as we want it
+    warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # one beside another, as intended
     inject_adapter_in_model(LoraConfig(**options), backbone, name, low_cpu_mem_usage=name == KEPT)
     active = [KEPT, name] if backbone.beside and name != KEPT else [name]
     for module in backbone.modules():
