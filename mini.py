@@ -114,7 +114,7 @@ def main(runs: str = "runs", steps=(10, 4), pool: int = 16) -> None:
     """Stage 1 on the base model, stage 2 on what stage 1 saved."""
     if not os.path.isdir(f"{runs}/base") and not os.path.isdir(f"{(runs := runs + '/mini')}/base"):  # no demo here
         few = "--train-cold-start 16 --train-rl 16 --val-cold-start 0 --test-in-domain 0 --test-genai-bench 0"
-        small = "--vision-steps 10 --steps 40 --pool 200 --batch 16"
+        small = "--vision-steps 4 --steps 30 --pool 100 --batch 16"
         for flags in f"data --out {runs}/data {few} --test-videogen-rewardbench 0", f"base --out {runs}/base {small}":
             subprocess.run([sys.executable, "-m", "toy", *flags.split()], check=True)
     torch.manual_seed(0)

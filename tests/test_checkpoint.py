@@ -54,10 +54,11 @@ def test_merged_folder_is_a_plain_qwen3_vl(model, prefixes, tmp_path, monkeypatc
     assert torch.allclose(DeScore.from_pretrained(str(tmp_path))(batch).rewards, model(batch).rewards, atol=1e-5)
 
 
-def test_what_was_trained_is_saved_in_fp32(base_dir, prefixes, tmp_path):
+@pytest.mark.parametrize("vision", [True, False])  # False: the backbone's first parameter, and so its dtype, is bf16
+def test_what_was_trained_is_saved_in_fp32(base_dir, prefixes, tmp_path, vision):
     """LoRA on a bf16 base, as on a GPU: one type for all; an update below half a step of bf16 is not rounded away."""
     model = DeScore.from_pretrained(base_dir, dtype=torch.bfloat16, new_head=True)
-    model.make_trainable("lora", vision=True, lora_r=2, lora_alpha=2)
+    model.make_trainable("lora", vision=vision, lora_r=2, lora_alpha=2)
     name = "backbone.model.language_model.layers.0.mlp.up_proj"
     layer = model.get_submodule(name)
     base = layer.base_layer.weight.detach().float()
