@@ -98,19 +98,19 @@ MISTAKES = (
         "np.array([human_tie[:k].sum() + decided[k:].sum() for k in range(len(decided) + 1)])")),
     _m(ATTENTION, "bidirectional prefix", "prefix_is_causal", ("is_causal=True", "is_causal=False")),
     _m(ATTENTION, "a CoT sees the one before it", "cots_do_not_see_each_other",
-       ("    for s, (prefix, cots) in enumerate(spans):", "    for s, (prefix, cots) in enumerate(spans):\n"
-        "        cots = [(prefix, sum(n for _, n in cots))] if cots else []")),
+       ("    for s, (prompt, cots) in enumerate(spans):", "    for s, (prompt, cots) in enumerate(spans):\n"
+        "        cots = [(prompt, sum(n for _, n in cots))] if cots else []")),
     _m(BEHIND, "upper left corner", "lower_right_corner",
-       ("attn_mask=causal_lower_right(n, prefix + n)", "is_causal=True")),
+       ("attn_mask=causal_lower_right(n, prompt + n)", "is_causal=True")),
     _m(ATTENTION, "in order of length", "in_the_order_of_positions",
        ("for start in sorted(outputs)", "for start in outputs")),
     _m(ATTENTION, "heads in turn", "heads_in_groups",
-       ("    rows = []\n    for s, (prefix, cots)",
+       ("    rows = []\n    for s, (prompt, cots)",
         "    key, value = (x.repeat(1, query.shape[1] // x.shape[1], 1, 1) for x in (key, value))\n"
-        "    rows = []\n    for s, (prefix, cots)")),
+        "    rows = []\n    for s, (prompt, cots)")),
     _m(ATTENTION, "no scaling", "scaling_is_used", ('{"scale": scaling, ', "{")),
     _m(BEHIND, "prefix detached", "gradient_reaches_the_prefix",
-       ("x[:, :, :prefix].expand", "x[:, :, :prefix].detach().expand")),
+       ("x[:, :, :prompt].expand", "x[:, :, :prompt].detach().expand")),
     *mistakes.MISTAKES,
 )
 

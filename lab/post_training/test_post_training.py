@@ -234,7 +234,7 @@ def test_the_whole_script_resumes_to_the_bit(tmp_path, tiny_model_dir, capsys):
     out = str(tmp_path / "post")
     flags = ["--out", out, *FLAGS]
     post_training.main(["base", *flags])
-    assert capsys.readouterr().out.startswith("The rule of the verdict, fixed before any run")
+    assert capsys.readouterr().out.startswith("The rule of the verdict.")
     for method, reward in (("grpo", "random"), ("dpo", "random")):  # a random reward: never equal
         arm = f"{method}-{reward}"
         post_training.main([method, *flags, "--reward", reward, "--updates", "2"])
