@@ -4,14 +4,13 @@
     torchrun --nproc_per_node 8 evaluate.py --model DIR --benchmark videogen-rewardbench --root DIR --out eval/vgrb
     python evaluate.py --model DIR --video clip.mp4 --prompt "a red circle rises"        one video: its CoT and reward
 
-In: a checkpoint folder, a CSV. Out, in --out: thoughts*.jsonl and rewards*.jsonl (one line per unique video and prompt,
-one file per rank; the same command goes on where it was killed), scores.csv, skipped.jsonl, settings.json, and
-report.json, report.md, report.png (plumbing/report.py). Made afterwards from what OUT holds: a page with the clips and
-CoTs (lab/serve/page.py), other models' score files beside ours (lab/study/compare.py).
+In --out: thoughts*.jsonl and rewards*.jsonl (one line per unique video and prompt, one file per rank; the same command
+goes on where it was killed), scores.csv, skipped.jsonl, settings.json, report.json, .md and .png (plumbing/report.py).
+From these: a page with clips and CoTs (lab/serve/page.py), other models' scores beside ours (lab/study/compare.py).
 Memory: the model and one batch; the 8B in bf16 needs a GPU of 24 GB. Time: nearly all of it is thinking.
 No CoT is masked here. --no-think leaves all of them out, which random CoT masking has trained the head for.
 
-Symbols: r_A, r_B rewards of a pair; margin = r_A - r_B; label +1 (A is better), -1 (B), 0 (the same); n pairs; k CoTs.
+Symbols: margin = r_A - r_B, a pair's rewards; label +1 (A is better), -1 (B), 0 (the same); n pairs; k CoTs.
 """
 
 import dataclasses
@@ -20,19 +19,9 @@ import os
 import numpy as np
 
 import data
+import metrics
 import parallel
 from data import PreferencePair
-from metrics import (
-    accuracy_curve,
-    accuracy_with_ties,
-    accuracy_with_ties_cross_fitted,
-    accuracy_without_ties,
-    bootstrap_interval,
-    calibration,
-    checked,
-    right,
-    videoalign_compatible,
-)
 from phases import WORDING, ThinkingSettings, Workers, require_short, score_phase, text_rewards, think_phase
 from plumbing import report
 from plumbing.checkpoint import trained_settings
@@ -47,12 +36,8 @@ BENCHMARKS = {  # name -> what the CSV in --root may be called, the published na
     "mj-bench-video": ("mj-bench-video.csv",),
     "in-domain": ("tabench.csv", "in-domain.csv", "test_in_domain.csv"),
 }
-DROPPED_VOTES = {  # --genai-ties -> the votes whose pairs are left out
-    "both": (),
-    "tie": ("bothbad_vote", "bothbad"),
-    "bothbad": ("tievote", "tie"),
-    "drop": ("bothbad_vote", "bothbad", "tievote", "tie"),
-}
+BOTH_BAD, BOTH_GOOD = ("bothbad_vote", "bothbad"), ("tievote", "tie")  # --genai-ties -> votes that are left out:
+DROPPED_VOTES = {"both": (), "tie": BOTH_BAD, "bothbad": BOTH_GOOD, "drop": BOTH_BAD + BOTH_GOOD}
 
 
 @dataclasses.dataclass
@@ -94,23 +79,23 @@ def measure(name: str, pairs: list[PreferencePair], rewards: np.ndarray) -> repo
     for pair, row in zip(pairs, rewards):
         if not np.isfinite(row).all():
             raise InputError(f"{name}, line {pair.line}: the rewards {row[0]} and {row[1]} must be finite numbers.")
-    # Only the difference counts: BT's loss (Eq. 3) is blind to a constant added to both rewards, so a reward by itself
-    # has no zero and no unit, and two prompts' rewards cannot be compared.
-    labels, margins = checked([p.label for p in pairs], rewards[:, 0] - rewards[:, 1])
+    # BT's loss (Eq. 3) is blind to a constant added to both rewards: only the difference of a pair has a meaning.
+    labels, margins = metrics.checked([p.label for p in pairs], rewards[:, 0] - rewards[:, 1])
     prompts = {}  # prompt -> group; not np.unique, which would pad every prompt to the longest
     groups = np.array([prompts.setdefault(p.prompt, len(prompts)) for p in pairs])
     # The model never says "the same". A pair counts as called a tie if |margin| <= threshold, the one that does best.
-    accuracy, threshold = accuracy_with_ties(labels, margins)
-    hits = {"without_ties": right(labels, margins), "with_ties": right(labels, margins, threshold)}
+    accuracy, threshold = metrics.accuracy_with_ties(labels, margins)
+    hits = {"without_ties": metrics.right(labels, margins), "with_ties": metrics.right(labels, margins, threshold)}
     decided = labels != 0  # human ties have no right side: accuracy without ties leaves them out
     numbers = {
         "name": name, "pairs": len(pairs), "human_ties": int((~decided).sum()), "prompts": len(prompts),
-        "accuracy_without_ties": accuracy_without_ties(labels, margins) if decided.any() else None,
-        "accuracy_without_ties_interval": bootstrap_interval(hits["without_ties"][decided], groups[decided]),
-        "accuracy_with_ties": accuracy, "accuracy_with_ties_interval": bootstrap_interval(hits["with_ties"], groups),
-        "threshold": threshold, "accuracy_with_ties_cross_fitted": accuracy_with_ties_cross_fitted(labels, margins),
-        "accuracy_with_ties_videoalign_compatible": videoalign_compatible(labels, margins),
-        "calibration": calibration(labels, margins),
+        "accuracy_without_ties": metrics.accuracy_without_ties(labels, margins) if decided.any() else None,
+        "accuracy_without_ties_interval": metrics.bootstrap_interval(hits["without_ties"][decided], groups[decided]),
+        "accuracy_with_ties": accuracy,
+        "accuracy_with_ties_interval": metrics.bootstrap_interval(hits["with_ties"], groups), "threshold": threshold,
+        "accuracy_with_ties_cross_fitted": metrics.accuracy_with_ties_cross_fitted(labels, margins),
+        "accuracy_with_ties_videoalign_compatible": metrics.videoalign_compatible(labels, margins),
+        "calibration": metrics.calibration(labels, margins),
     }
     # Where the CSV names the two generators: which of their comparisons is the reward good at?
     makers = {}  # (model, model) -> indices of its pairs; which of the two was shown as A does not matter
@@ -122,7 +107,7 @@ def measure(name: str, pairs: list[PreferencePair], rewards: np.ndarray) -> repo
          "without_ties": float(hits["without_ties"][i][decided[i]].mean()) if decided[i].any() else None}
         for names, i in sorted(makers.items())
     ]
-    return report.Agreement(numbers, labels, margins, accuracy_curve(labels, margins), hits, groups)
+    return report.Agreement(numbers, labels, margins, metrics.accuracy_curve(labels, margins), hits, groups)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -156,10 +141,8 @@ def read_test_set(s: Settings, benchmark: str | None = None) -> TestSet:
         path = os.path.join(s.root, names[0])
         out = os.path.join(s.out, benchmark) if len(s.benchmark) > 1 else s.out
     pairs = data.read_pairs(path, s.dimension, s.root or None)
-    if s.root:  # a benchmark's CSV comes from the net: "../../secret.mp4" must not be opened
-        for pair in pairs:
-            for video in pair.videos:
-                refuse_outside(s.root, video, pair.line)
+    for item in items_of(pairs) if s.root else []:  # a CSV from the net: "../../secret.mp4" must not be opened
+        refuse_outside(s.root, item.video, item.line)
     # GenAI-Bench lets people say "both good" and "both bad". Both are ties to us; published numbers differ in that.
     if DROPPED_VOTES[s.genai_ties]:
         votes = {line: row["vote_type"].strip().lower() for line, row in open_table(path, ("vote_type",))[1]}
@@ -177,10 +160,7 @@ def pair_rewards(pairs: list[PreferencePair], rewards: dict) -> np.ndarray:
 
 
 def complete_pairs(test: TestSet, rewards: list[np.ndarray], skip: bool) -> np.ndarray:
-    """(n,) bool: the pairs that have a reward for both videos in each of the arrays (n, 2).
-
-    InputError, unless `skip`, for a pair that has not; and if none is left.
-    """
+    """(n,) bool: pairs with a reward for both videos in each array (n, 2). InputError without `skip`, or if none is."""
     complete = np.all([np.isfinite(r).all(axis=1) for r in rewards], axis=0)
     if not complete.all() and not skip:
         line = test.pairs[int(complete.argmin())].line
@@ -218,11 +198,6 @@ def write_report(test: TestSet, s: Settings) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 # 4. The script
 # ---------------------------------------------------------------------------------------------------------------
-def make_folders(out: str, s: Settings) -> None:
-    """Fails on unwritable folders before hours of generation."""
-    writable([out, *([os.path.join(out, "text")] if "text" in s.score_from else [])])
-
-
 def resolve(s: Settings, ranks) -> Settings:
     """Settings with what was left to the checkpoint (it knows how its training sampled frames) and to the device."""
     trained = trained_settings(s.model)
@@ -237,16 +212,16 @@ def resolve(s: Settings, ranks) -> Settings:
 
 def one_video(s: Settings, ranks, workers: Workers) -> None:
     """Prints CoT and reward of --video."""
-    model, k = workers.open_model(), s.thoughts
+    model = workers.open_model()
     require_short(s.prompt, model.processor.tokenizer)
     # The same as for many: think, then score. The clip is decoded, and video and prompt are encoded, once.
     prefixes = model.encode([workers.frames(Item(s.video, s.prompt, 0))], [s.prompt])
-    cots = model.think(prefixes, s.max_new_tokens, s.temperature, s.seed, k) if s.think else [[None]]
+    cots = model.think(prefixes, s.max_new_tokens, s.temperature, s.seed, s.thoughts) if s.think else [[None]]
     rewards = model.score(prefixes, cots)[0].tolist()
     for cot, reward in zip(cots[0], rewards):
         text = decode_cot(model.processor.tokenizer, cot) if cot else "(no CoT)"
         ranks.print(f"{text}\nreward {reward:+.4f}")
-    if k > 1:
+    if s.thoughts > 1:
         ranks.print(f"mean reward {np.mean(rewards):+.4f}")
     ranks.print("(unbounded, no unit: only differences between videos of one prompt mean something)")
 
@@ -262,8 +237,8 @@ def main(argv=None) -> None:
         one_video(s, ranks, workers)
         return ranks.finish()
     tests = [read_test_set(s, name) for name in s.benchmark or [None]]
-    for test in tests:
-        make_folders(test.out, s)
+    for test in tests:  # an unwritable folder stops the run before hours of generation
+        writable([test.out, *([os.path.join(test.out, "text")] if "text" in s.score_from else [])])
     for test in tests:  # 1 think: over all sets first, so that the model that scores finds the engine's memory free
         own = dataclasses.replace(s, benchmark=test.benchmark and [test.benchmark], out=test.out)
         require_same_settings(test.out, own, MADE_WITH, WORDING, ranks)

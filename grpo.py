@@ -13,10 +13,8 @@ order; mini.py is the same on one page:
     7 hand the new weights to the rollout engine      8 log
 
 What to expect: `rollout_reward` and `quality` rise slowly; `pair_accuracy` must not fall. `grpo_loss` near 0 and
-`ratio_max` 1 are right: losses.grpo_loss says why.
-
-The two objectives are independent: the rules never see the head's score, and no gradient of the GRPO
-loss reaches the head, because log-probs do not pass through it.
+`ratio_max` 1 are right: losses.grpo_loss says why. The two objectives are independent: the rules never see
+the head's score, and no gradient of the GRPO loss reaches the head, because log-probs do not pass through it.
 """
 
 import dataclasses
@@ -102,7 +100,7 @@ class PairRollouts:
     engine_log_probs: list[list[list[float]] | None] = (None, None)  # [2][G][token], if the engine tells
     rule_rewards: list[list[RolloutReward]] = None  # [2][G]
     advantages: torch.Tensor = None  # (2, G)
-    old: torch.Tensor = None  # (2G, T) log-probs before the batch's first update; on-policy nobody asks for them
+    old: torch.Tensor = None  # (2G, T) log-probs before the batch's first update; on-policy not needed
     reference: torch.Tensor = None  # (2G, T) log-probs under the reference; None with --kl-coef 0
     video_features: object = None  # what the frozen tower saw, from the first pass of a step to its last
 
@@ -125,8 +123,8 @@ class PairRollouts:
 def train(model, reference, engine, pairs, settings: Settings, ranks, rewards=None) -> None:
     """The loop of stage 2; the steps are those of the docstring at the top.
 
-    rewards: (PairRollouts, tokenizer, settings) -> [2][G] RolloutReward, step 3; default `rule_rewards`. A model that
-    is rewarded otherwise is a file that hands over its own (lab/study/coupled.py).
+    rewards: (PairRollouts, tokenizer, settings) -> [2][G] RolloutReward, step 3; default `rule_rewards`, another is in
+    lab/study/coupled.py.
     """
     rewards = rewards or rule_rewards
     optimizer = parallel.make_optimizer(model, settings)
@@ -176,11 +174,8 @@ def generate(items, engine, settings, step) -> list[PairRollouts]:
              for pair, _ in items for video in (0, 1)]  # each CoT's own: the sample does not depend on its batch-mates
     cots = engine.generate(prefixes, seeds, settings.max_new_tokens, settings.temperature)
     log_probs = getattr(engine, "log_probs", None) or [None] * len(cots)  # as the engine saw them, if it tells
-    rollouts = []
-    for n, (pair, both) in enumerate(items):
-        a_and_b = slice(2 * n, 2 * n + 2)  # the pair's two videos among all
-        rollouts.append(PairRollouts(pair, both, cots[a_and_b], engine_log_probs=log_probs[a_and_b]))
-    return rollouts
+    two = [slice(2 * n, 2 * n + 2) for n in range(len(items))]  # each pair's two videos among all
+    return [PairRollouts(*item, cots[ab], engine_log_probs=log_probs[ab]) for item, ab in zip(items, two)]
 
 
 def rule_rewards(rollouts: PairRollouts, tokenizer, settings) -> list[list[RolloutReward]]:
@@ -197,10 +192,9 @@ def rule_rewards(rollouts: PairRollouts, tokenizer, settings) -> list[list[Rollo
 def log_probs_before(model, reference, rollouts: PairRollouts, settings, ranks) -> None:
     """COLLECTIVE under FSDP. 5: log-probs under the policy that sampled, and under the reference, before the update.
 
-    On-policy the old log-probs are those of the update's own forward, and need no pass. The reference is the model at
-    the start of this stage: with LoRA the same weights without the adapter.
+    The reference is the model at the start of this stage: with LoRA the same weights without the adapter.
     """
-    if not settings.on_policy:
+    if not settings.on_policy:  # else the update's own forward gives the old ones
         rollouts.old = log_probs_now(model, rollouts, settings, ranks)
     if settings.kl_coef == 0:
         return
@@ -230,10 +224,7 @@ def forward_pair(model, rollouts: PairRollouts, settings, ranks):
 
 
 def lay_out_pair(model, rollouts: PairRollouts, settings) -> dict:
-    """The tensors of a pair's ONE forward, CoTs ordered A_1..A_G, B_1..B_G.
-
-    Packed: two rows, each a prefix and its G CoTs. Plain: a row per CoT.
-    """
+    """The tensors of that forward. Packed: two rows, each a prefix and its G CoTs. Plain: a row per CoT."""
     if settings.packing:
         batch = lay_out(model.backbone, rollouts.prefixes, rollouts.cots)
     else:
@@ -263,8 +254,7 @@ def update(model, optimizer, mini: list[PairRollouts], settings, ranks) -> dict[
 def losses_of(output, old, mask, rollouts: PairRollouts, settings, counts) -> tuple[torch.Tensor, ...]:
     """The three losses of one pair: GRPO (Eq. 7), KL (Eq. 7), BT (Eq. 10), each with the whole update's denominator.
 
-    old, mask (2G, T). GRPO and KL train the thinking, through log-probs that do not pass through the head: their
-    gradient never reaches it. BT trains the score, and through its hidden states the LLM.
+    old, mask (2G, T). GRPO and KL train the thinking; BT trains the score, and through its hidden states the LLM.
     """
     log_probs = output.log_probs  # (2G, T), rows A_1..A_G, B_1..B_G
     advantages = rollouts.advantages.flatten().to(mask.device)  # (2G,) in the same order
@@ -273,7 +263,7 @@ def losses_of(output, old, mask, rollouts: PairRollouts, settings, counts) -> tu
     kl = torch.zeros((), device=mask.device)
     if rollouts.reference is not None:
         kl = (kl_to_reference(log_probs, rollouts.reference) * mask).sum() / counts["tokens"]
-    # Eq. 10: rollout i of the winner against rollout i of the loser. Rows are A_1..A_G, B_1..B_G, so i is i in both.
+    # Eq. 10: rollout i of the winner against rollout i of the loser
     reward_a, reward_b = output.rewards.view(2, -1)  # (G,) each
     if rollouts.pair.label > 0:
         bt = bt_loss(reward_a, reward_b, denominator=counts["bt"])
@@ -330,7 +320,7 @@ def run(model: DeScore, pairs, settings: Settings, ranks, rewards=None) -> None:
     """COLLECTIVE: adds reference and engine, trains, saves. rewards: as in `train`."""
     reference = None
     if settings.kl_coef > 0 and settings.train == "full":  # with LoRA the reference is the model without its adapter
-        # new_head: the policy's has been checked, and nobody asks the reference for a reward
+        # new_head: the policy's has been checked, and the reference gives no rewards
         reference = checkpoint.open_on_rank(
             DeScore, settings.model, parallel.load_dtype("lora", ranks), ranks, new_head=True)
         reference.eval().requires_grad_(False)

@@ -14,7 +14,7 @@ import parallel
 from phases import WORDING, Workers, score_phase, text_rewards, think_phase
 from plumbing.formats import open_table, refuse_outside
 from plumbing.jobs import Item, require_same_settings, write_skipped
-from plumbing.settings import InputError, arg, cli, evaluation_flags, parse, require, write_csv
+from plumbing.settings import InputError, arg, cli, evaluation_flags, parse, require, writable, write_csv
 
 
 @dataclasses.dataclass
@@ -79,7 +79,7 @@ def main(argv=None) -> None:
     evaluation_flags(s)
     ranks = parallel.start(s.seed)
     s = evaluate.resolve(s, ranks)
-    evaluate.make_folders(s.out, s)
+    writable([s.out])
     items, workers, thoughts, skipped = read_videos(s), Workers(s, ranks), None, []
     require_same_settings(s.out, s, evaluate.MADE_WITH, WORDING, ranks)
     if s.think:
