@@ -14,6 +14,7 @@ import ast
 import dataclasses
 import json
 import re
+import warnings
 
 # ---------------------------------------------------------------------------------------------------------------
 # 1. What a CoT says: text -> verdicts and stated score. Nothing is ever evaluated.
@@ -34,7 +35,8 @@ def parse_literal(text: str):
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError):
         try:
-            return ast.literal_eval(text)
+            with warnings.catch_warnings(action="ignore"):  # "1and": Python's parser would speak to the user
+                return ast.literal_eval(text)
         except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
             raise ValueError(f"neither JSON nor a Python literal: {text[:60]!r}") from error
 

@@ -31,3 +31,10 @@ def test_what_is_malformed_loses_the_format_reward_only():
     assert [rules.format_reward(text) for text in (cot(), *MALFORMED)] == [1.0] + [0.0] * len(MALFORMED)
     # style "3" is no verdict: not well formed, and 4 of 5 right: .7 * .8 + 0 + .2 * 1 = .76
     assert rules.rollout_reward(cot(style="3"), 2000, TRUTH).total == pytest.approx(0.76)
+
+
+def test_a_cot_makes_no_noise(recwarn):
+    """What is sampled is no code of ours: "1and" is a SyntaxWarning to Python's parser, once for each such CoT."""
+    with pytest.raises(ValueError, match="neither JSON"):
+        rules.parse_literal("[1and 2]")
+    assert not recwarn.list
