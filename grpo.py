@@ -9,7 +9,7 @@ The defaults are the paper's. The loop in `train` is the paper's algorithm, step
 order; mini.py is the same on one page:
 
     1 draw pairs      2 generate: G CoTs for each of the two videos      3 rollout rewards, by rules only
-    4 group advantages      5 old and reference log-probs      6 update: one forward gives GRPO + KL + BT
+    4 group advantages      5 old log-probs      6 update: one forward of a CoT gives GRPO + KL + BT
     7 hand the new weights to the rollout engine      8 log
 
 What to expect: `rollout_reward` and `quality` rise slowly; `pair_accuracy` must not fall. `grpo_loss` near 0 and
@@ -17,14 +17,16 @@ What to expect: `rollout_reward` and `quality` rise slowly; `pair_accuracy` must
 the head's score, and no gradient of the GRPO loss reaches the head, because log-probs do not pass through it.
 """
 
+import contextlib
 import dataclasses
 import os
 
 import torch
+from torch.nn.functional import pad
 
 import data
 import parallel
-from layout import lay_out
+from layout import Past, lay_out
 from losses import bt_loss, group_advantages, grpo_loss, kl_to_reference
 from model import DeScore, to_device
 from plumbing import checkpoint, logs
@@ -72,7 +74,8 @@ class Settings(CommonSettings, EngineSettings):
     batch_pairs: int = arg(128, "pairs per rollout batch over all ranks (paper: 128)", at_least=1)
     mini_pairs: int = arg(
         8, "pairs per update (paper: 8); equal to --batch-pairs: on-policy, no pass for old log-probs", at_least=1)
-    packing: bool = arg(True, "a row per video: the prefix once for its G CoTs; --no-packing: a row per CoT")
+    micro_rollouts: int = arg(
+        2, "CoTs of each video in one forward and backward: more is faster and needs more memory", at_least=1)
     lr: float = arg(1e-6, "learning rate of the LLM (paper: 1e-6)", at_least=0)
     warmup: float = arg(
         0.0, "share of all rollout batches with a rising learning rate (not given in the paper)", at_least=0, at_most=1)
@@ -100,9 +103,8 @@ class PairRollouts:
     engine_log_probs: list[list[list[float]] | None] = (None, None)  # [2][G][token], if the engine tells
     rule_rewards: list[list[RolloutReward]] = None  # [2][G]
     advantages: torch.Tensor = None  # (2, G)
-    old: torch.Tensor = None  # (2G, T) log-probs before the batch's first update; on-policy not needed
-    reference: torch.Tensor = None  # (2G, T) log-probs under the reference; None with --kl-coef 0
-    video_features: object = None  # what the frozen tower saw, from the first pass of a step to its last
+    old: torch.Tensor = None  # (2, G, T) log-probs before the batch's first update; on-policy not needed
+    reference: torch.Tensor = None  # (2, G, T) log-probs under the reference; None with --kl-coef 0
 
     @property
     def num_tokens(self) -> int:
@@ -111,6 +113,17 @@ class PairRollouts:
     def totals(self) -> torch.Tensor:
         """(2, G): R of each rollout."""
         return torch.tensor([[reward.total for reward in row] for row in self.rule_rewards])
+
+    def parts(self, size: int):
+        """The pair's rollouts, `size` of each video at a time. Eq. 10 sets i against i: a part has both."""
+        for i in range(0, len(self.cots[0]), size):
+            some, cots = slice(i, i + size), [row[i : i + size] for row in self.cots]
+            longest = max(len(cot) for row in cots for cot in row)
+            cut = {name: x if x is None else x[:, some, :longest] for name, x in
+                   (("old", self.old), ("reference", self.reference))}
+            engine = [row and row[some] for row in self.engine_log_probs]
+            yield dataclasses.replace(
+                self, cots=cots, engine_log_probs=engine, advantages=self.advantages[:, some], **cut)
 
     def record(self) -> dict:
         """The pair and its CoTs for a file that a person reads."""
@@ -147,12 +160,13 @@ def train(model, reference, engine, pairs, settings: Settings, ranks, rewards=No
             rollouts.rule_rewards = rewards(rollouts, tokenizer, settings)  # 3 rollout rewards: never by the head
             rollouts.advantages = group_advantages(rollouts.totals())  # 4 group advantages: (2, G)
         generated = run.seconds()
-        for rollouts in batch:
-            log_probs_before(model, reference, rollouts, settings, ranks)  # 5 old and reference log-probs
+        if not settings.on_policy:  # else the update's own forward gives them
+            for rollouts in batch:
+                rollouts.old, _ = log_probs_now(model, rollouts, settings, ranks)  # 5 old log-probs
         parallel.set_learning_rate(optimizer, step, run.warmup_steps)
         updates = []
         for i in range(0, run.local_pairs, mini_size):  # one mini-batch = one optimizer step
-            updates.append(update(model, optimizer, batch[i : i + mini_size], settings, ranks))  # 6 update
+            updates.append(update(model, reference, optimizer, batch[i : i + mini_size], settings, ranks))  # 6 update
         engine.sync(parallel.trained_weights(model))  # 7 the engine samples the next batch from the new weights
         metrics = logs.grpo_metrics(batch, updates, tokenizer.eos_token_id, settings, ranks)  # 8 log
         metrics |= {"wait_share": drawn / run.seconds(), "generate_seconds": generated - drawn}
@@ -189,82 +203,90 @@ def rule_rewards(rollouts: PairRollouts, tokenizer, settings) -> list[list[Rollo
     ]
 
 
-def log_probs_before(model, reference, rollouts: PairRollouts, settings, ranks) -> None:
-    """COLLECTIVE under FSDP. 5: log-probs under the policy that sampled, and under the reference, before the update.
-
-    The reference is the model at the start of this stage: with LoRA the same weights without the adapter.
-    """
-    if not settings.on_policy:  # else the update's own forward gives the old ones
-        rollouts.old = log_probs_now(model, rollouts, settings, ranks)
-    if settings.kl_coef == 0:
-        return
-    if reference is not None:
-        rollouts.reference = log_probs_now(reference, rollouts, settings, ranks)
-    else:
-        with model.reference_policy():
-            rollouts.reference = log_probs_now(model, rollouts, settings, ranks)
-
-
-@torch.no_grad()
-def log_probs_now(model, rollouts: PairRollouts, settings, ranks) -> torch.Tensor:
-    """COLLECTIVE under FSDP: the log-probs (2G, T) of a pair's rollouts under the model as it is."""
-    return forward_pair(model, rollouts, settings, ranks)[0].log_probs
-
-
-def forward_pair(model, rollouts: PairRollouts, settings, ranks):
-    """COLLECTIVE under FSDP: a pair's ONE forward -> (Output, mask (2G, T)), CoTs ordered A_1..A_G, B_1..B_G.
-
-    The tower is frozen in stage 2, so what it saw is kept for the next pass, of the policy or of the reference.
-    """
-    batch = lay_out_pair(model, rollouts, settings)
-    with ranks.autocast():
-        output = model(batch, video_features=rollouts.video_features, temperature=settings.temperature)
-    rollouts.video_features = output.video_features
-    return output, batch["cot_mask"]
-
-
-def lay_out_pair(model, rollouts: PairRollouts, settings) -> dict:
-    """The tensors of that forward. Packed: two rows, each a prefix and its G CoTs. Plain: a row per CoT."""
-    if settings.packing:
-        batch = lay_out(model.backbone, rollouts.prefixes, rollouts.cots)
-    else:
-        prefixes = [prefix for prefix, row in zip(rollouts.prefixes, rollouts.cots) for _ in row]
-        batch = lay_out(model.backbone, prefixes, [[cot] for row in rollouts.cots for cot in row])
-    return to_device(batch, model.query.device)
-
-
-def update(model, optimizer, mini: list[PairRollouts], settings, ranks) -> dict[str, float]:
+def update(model, reference, optimizer, mini: list[PairRollouts], settings, ranks) -> dict[str, float]:
     """COLLECTIVE. 6: one update from this rank's pairs of a mini-batch. Returns what is logged of it."""
     counts, sums = denominators(mini, settings, ranks), logs.Sums()
     for rollouts in mini:
-        output, mask = forward_pair(model, rollouts, settings, ranks)  # ONE forward: log-probs and rewards
-        rollouts.video_features = None  # this was the step's last pass: nothing stays in memory while sampling
-        old = output.log_probs.detach() if settings.on_policy else rollouts.old  # log π_old (2G, T)
-        grpo, kl, bt = losses_of(output, old, mask, rollouts, settings, counts)
-        loss = grpo + settings.kl_coef * kl + settings.bt_coef * bt  # Eq. 7 and Eq. 10
-        require_finite(loss.item(), "loss", [rollouts.record()], settings, ranks)
-        parallel.backward(loss, ranks)
-        sums.add(grpo_loss=grpo.item(), kl=kl.item(), bt_loss=bt.item())
-        logs.log_update(sums, output, mask, old, rollouts, settings, counts)
+        backward_pair(model, reference, rollouts, settings, ranks, counts, sums)
     norms = parallel.take_step(model, optimizer, [r.record() for r in mini], settings, ranks)
     ratio_max = max(ranks.gather_objects([sums.pop("ratio_max")]))
     return {**ranks.sum(sums), "ratio_max": ratio_max, **norms}
 
 
+def backward_pair(model, reference, rollouts: PairRollouts, settings, ranks, counts, sums) -> None:
+    """COLLECTIVE under FSDP. Adds one pair's gradients, and to `sums` what is logged.
+
+    Its two prefixes go forward and backward ONCE, its CoTs a few at a time in between: what is in memory at a time is
+    the prefixes and a few CoTs, however large G is.
+    """
+    features = add_reference(model, reference, rollouts, settings, ranks)
+    past = read(model, rollouts, settings, ranks, features)
+    cut = past.cut()  # a part's backward ends at the prefixes' keys and values
+    for part in rollouts.parts(settings.micro_rollouts):
+        output, mask = forward_behind(model, cut, part, settings, ranks)  # ONE forward: log-probs and rewards
+        old = output.log_probs.detach() if settings.on_policy else part.old.flatten(0, 1)  # log π_old (N, T)
+        grpo, kl, bt = losses_of(output, old, mask, part, settings, counts)
+        loss = grpo + settings.kl_coef * kl + settings.bt_coef * bt  # Eq. 7 and Eq. 10
+        require_finite(loss.item(), "loss", [part.record()], settings, ranks)
+        parallel.backward(loss, ranks)
+        sums.add(grpo_loss=grpo.item(), kl=kl.item(), bt_loss=bt.item())
+        logs.log_update(sums, output, mask, old, part, settings, counts)
+    past.backward(cut)  # and goes on from there, for all parts together
+
+
+def add_reference(model, reference, rollouts: PairRollouts, settings, ranks):
+    """COLLECTIVE under FSDP. Log-probs under the model at the start of this stage: with LoRA, without the adapter.
+
+    Returns what the tower saw, for the policy's pass: it is frozen in stage 2. (Kept for a whole batch of rollouts,
+    that would be 9 to 18 GB.)
+    """
+    if settings.kl_coef == 0:
+        return None
+    with model.reference_policy() if reference is None else contextlib.nullcontext(reference) as frozen:
+        rollouts.reference, features = log_probs_now(frozen, rollouts, settings, ranks)
+    return features
+
+
+@torch.no_grad()
+def log_probs_now(model, rollouts: PairRollouts, settings, ranks):
+    """COLLECTIVE under FSDP: log-probs (2, G, T) of a pair's rollouts under the model as it is; what the tower saw."""
+    past, found = read(model, rollouts, settings, ranks), []
+    longest = max(len(cot) for row in rollouts.cots for cot in row)
+    for part in rollouts.parts(settings.micro_rollouts):
+        log_probs = forward_behind(model, past, part, settings, ranks)[0].log_probs
+        found.append(pad(log_probs, (0, longest - log_probs.shape[1])).unflatten(0, (2, -1)))
+    return torch.cat(found, dim=1), past.video_features
+
+
+def read(model, rollouts: PairRollouts, settings, ranks, features=None) -> Past:
+    """COLLECTIVE under FSDP: the pair's two prefixes."""
+    batch = to_device(lay_out(model.backbone, rollouts.prefixes, [[], []]), model.query.device)
+    with ranks.autocast():
+        return model.read(batch, features)
+
+
+def forward_behind(model, past: Past, rollouts: PairRollouts, settings, ranks):
+    """COLLECTIVE under FSDP: the ONE forward of a pair's N CoTs behind their prefixes -> (Output, mask (N, T))."""
+    batch = to_device(lay_out(model.backbone, rollouts.prefixes, rollouts.cots, behind=True), model.query.device)
+    with ranks.autocast():
+        return model(batch, temperature=settings.temperature, past=past), batch["cot_mask"]
+
+
 def losses_of(output, old, mask, rollouts: PairRollouts, settings, counts) -> tuple[torch.Tensor, ...]:
     """The three losses of one pair: GRPO (Eq. 7), KL (Eq. 7), BT (Eq. 10), each with the whole update's denominator.
 
-    old, mask (2G, T). GRPO and KL train the thinking; BT trains the score, and through its hidden states the LLM.
+    N of its CoTs, A_i.. then B_i..; old, mask (N, T). GRPO and KL train the thinking; BT trains the score, and through
+    its hidden states the LLM.
     """
-    log_probs = output.log_probs  # (2G, T), rows A_1..A_G, B_1..B_G
-    advantages = rollouts.advantages.flatten().to(mask.device)  # (2G,) in the same order
+    log_probs = output.log_probs  # (N, T)
+    advantages = rollouts.advantages.flatten().to(mask.device)  # (N,) in the same order
     clip = settings.clip_low, settings.clip_high, settings.clip_dual
     grpo = grpo_loss(log_probs, old, advantages, mask, *clip, denominator=counts["tokens"])
     kl = torch.zeros((), device=mask.device)
     if rollouts.reference is not None:
-        kl = (kl_to_reference(log_probs, rollouts.reference) * mask).sum() / counts["tokens"]
+        kl = (kl_to_reference(log_probs, rollouts.reference.flatten(0, 1)) * mask).sum() / counts["tokens"]
     # Eq. 10: rollout i of the winner against rollout i of the loser
-    reward_a, reward_b = output.rewards.view(2, -1)  # (G,) each
+    reward_a, reward_b = output.rewards.view(2, -1)  # (N/2,) each
     if rollouts.pair.label > 0:
         bt = bt_loss(reward_a, reward_b, denominator=counts["bt"])
     elif rollouts.pair.label < 0:

@@ -18,8 +18,13 @@ times. That equals G separate rows because each CoT sees what it would see alone
 
 and the first token of b has the place (rotary position) that the first token of a has: the one after the prefix.
 
+What the p's compute does not depend on any CoT. So a row need not be one forward: the prefixes can be read first, and
+kept as `Past`; a later forward holds a few CoTs alone, which look back at it. Memory is then that of a few CoTs.
+
 Shapes: S rows (sequences), L positions (padded), P prompt tokens, N CoTs in all rows together, T CoT tokens (padded).
 """
+
+import dataclasses
 
 import torch
 from torch.nn.attention.bias import causal_lower_right
@@ -29,68 +34,107 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 
-def lay_out(backbone, prefixes: list[dict], cots: list[list[list[int]]]) -> dict:
+@dataclasses.dataclass  # which FSDP opens: before a backward it gathers weights for the tensors that it finds in here
+class Past:
+    """Prefixes that have been read: all that the CoTs behind them need, so that each prefix is computed once.
+
+    layers[i] = keys and values of layer i, each (S, H_kv, P, d), as `shared_prefix_attention` keeps them; last (S, D):
+    the hidden states of the prefixes' last tokens, which predict the CoTs' first; video_features: what the tower saw.
+    """
+
+    layers: dict = dataclasses.field(default_factory=dict)
+    last: torch.Tensor = None
+    video_features: object = None
+
+    def keep(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Called by the attention of each layer; gradient checkpointing calls it again, which changes nothing."""
+        self.layers.setdefault(layer, (key, value))
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that CoTs read, in the same order for a Past and its `cut`."""
+        return [self.last, *(x for i in sorted(self.layers) for x in self.layers[i])]
+
+    def cut(self) -> "Past":
+        """The same numbers as leaves: a backward from a few CoTs ends here, its gradients add up in the leaves."""
+        leaves = iter([x.detach().requires_grad_() for x in self.tensors()])
+        return Past(last=next(leaves), layers={i: (next(leaves), next(leaves)) for i in sorted(self.layers)})
+
+    def backward(self, cut: "Past") -> None:
+        """COLLECTIVE under FSDP. The ONE backward through the prefixes, with what all CoTs asked of them together."""
+        pairs = [(x, leaf.grad) for x, leaf in zip(self.tensors(), cut.tensors()) if x.requires_grad]
+        torch.autograd.backward(*zip(*pairs))
+
+
+def lay_out(backbone, prefixes: list[dict], cots: list[list[list[int]]], behind: bool = False) -> dict:
     """Prompts and CoTs -> the tensors of one forward. Row s holds prefix s ONCE and all of its CoTs behind it.
 
     Position i may look at j <= i in the prefix or in its own CoT, and positions restart right after the prefix for each
-    CoT (the drawing above). With one CoT per row, the plain path, this is ordinary causal attention.
+    CoT (the drawing above). With one CoT per row, the plain path, this is ordinary causal attention. With `behind` the
+    prefixes were read before: ONE row holds all CoTs, of the first video, then of the next, without any padding.
 
     Args:
         backbone: the Qwen3-VL, for its rule of 3-D positions (time, height, width) only.
         prefixes: from data.encode_prompt, one per row.
-        cots: cots[s] = the CoTs of row s as token ids, [] for "no CoT" (masked). EOS included if it was sampled; the
+        cots: cots[s] = the CoTs of prefix s as token ids, [] for "no CoT" (masked). EOS included if it was sampled; the
             query follows the last token whatever it is, so a CoT cut off at the limit needs no special case.
     Returns:
         input_ids (S, L); query_mask (S, L) bool; position_ids (3, S, L); pixel_values_videos, video_grid_thw;
-        spans: per row (P, [(start, length), ...]), Python integers: where each CoT with its query begins, and how many
-        positions it has. What no span covers is padding;
+        spans: per prefix (P, [(start, length), ...]), Python integers: where each CoT with its query begins in its row,
+        and how many positions it has. What no span covers is padding;
         query_index (N,): where the queries are in the flattened S x L; cot_index (N, T): where the position that
-        PREDICTS each CoT token is (one before it); cot_ids, cot_mask (N, T).
+        PREDICTS each CoT token is (one before it); cot_ids, cot_mask (N, T). With `behind` S is 1, and both indices
+        count from the prefixes' last states, which `DeScore.forward` puts before the row.
     """
     filler = backbone.config.text_config.pad_token_id or 0  # never read: padding, or replaced by the query vector
-    rows, spans = [], []
-    for prefix, row in zip(prefixes, cots, strict=True):
+    rows, spans, places = [([], [])] if behind else [], [], []
+    for s, (prefix, row) in enumerate(zip(prefixes, cots, strict=True)):
         positions, _ = backbone.model.get_rope_index(
             input_ids=prefix["input_ids"][None],
             mm_token_type_ids=prefix["mm_token_type_ids"][None],
             video_grid_thw=prefix["video_grid_thw"],
         )
-        ids, positions, end, own = [prefix["input_ids"]], [positions[:, 0]], len(prefix["input_ids"]), []
+        own, prompt = [], len(prefix["input_ids"])
+        if not behind:
+            rows.append(([prefix["input_ids"]], [positions[:, 0]]))
+        ids, places_of_row = rows[-1]
         for cot in row:
+            start, n = sum(map(len, ids)), len(cot)
             ids.append(torch.tensor([*cot, filler]))  # the filler stands for the query
-            after_prefix = torch.arange(len(cot) + 1) + positions[0].max() + 1
-            positions.append(after_prefix.expand(3, -1))  # text: the same number for time, height and width
-            own.append((end, len(cot) + 1))
-            end += len(cot) + 1
-        rows.append((torch.cat(ids), torch.cat(positions, dim=1)))
-        spans.append((len(prefix["input_ids"]), own))
+            after_prefix = torch.arange(n + 1) + positions[0].max() + 1
+            places_of_row.append(after_prefix.expand(3, -1))  # text: the same number for time, height and width
+            own.append((start, n + 1))
+            places.append((s, prompt, start, cot))
+        spans.append((prompt, own))
 
-    length = max(len(ids) for ids, _ in rows)
+    length = max(sum(map(len, ids)) for ids, _ in rows)
     input_ids = torch.full((len(rows), length), filler)  # (S, L)
     position_ids = torch.zeros(3, len(rows), length, dtype=torch.long)
     for s, (ids, positions) in enumerate(rows):
+        ids, positions = torch.cat(ids), torch.cat(positions, dim=1)
         input_ids[s, : len(ids)], position_ids[:, s, : len(ids)] = ids, positions
 
-    places = [(s, prompt, start, n - 1) for s, (prompt, own) in enumerate(spans) for start, n in own]  # n - 1: the CoT
-    longest = max([1, *(n for *_, n in places)])
+    longest = max([1, *(len(cot) for *_, cot in places)])
     cot_ids, cot_index = (torch.zeros(len(places), longest, dtype=torch.long) for _ in range(2))
-    cot_mask, query_mask = torch.zeros(len(places), longest), torch.zeros(len(rows), length, dtype=torch.bool)
-    for i, (s, prompt, start, n) in enumerate(places):
-        cot_ids[i, :n] = input_ids[s, start : start + n]
-        # Token t is predicted from the position before it. Before a CoT's FIRST token stands the prefix's last one.
-        cot_index[i, :n] = s * length + torch.tensor([prompt - 1, *range(start, start + n - 1)])[:n]
-        cot_mask[i, :n] = 1
-        query_mask[s, start + n] = True
-    return {
-        "input_ids": input_ids, "query_mask": query_mask, "position_ids": position_ids, "spans": spans,
-        "pixel_values_videos": torch.cat([prefix["pixel_values_videos"] for prefix in prefixes]),
-        "video_grid_thw": torch.cat([prefix["video_grid_thw"] for prefix in prefixes]),
-        "query_index": torch.tensor([s * length + start + n for s, _, start, n in places]),
-        "cot_index": cot_index, "cot_ids": cot_ids, "cot_mask": cot_mask,
+    cot_mask, query_index = torch.zeros(len(places), longest), torch.zeros(len(places), dtype=torch.long)
+    for i, (s, prompt, start, cot) in enumerate(places):
+        n, zero = len(cot), len(prefixes) if behind else s * length  # where the CoT's row begins among the states
+        before = s if behind else zero + prompt - 1  # the prefix's last position, before a CoT's FIRST token
+        # Token t is predicted from the position before it.
+        cot_index[i, :n] = torch.tensor([before, *range(zero + start, zero + start + n - 1)])[:n]
+        cot_ids[i, :n], cot_mask[i, :n], query_index[i] = torch.tensor(cot), 1, zero + start + n
+    query_mask = torch.zeros(len(rows) * length, dtype=torch.bool)
+    query_mask[query_index - (len(prefixes) if behind else 0)] = True
+    batch = {
+        "input_ids": input_ids, "query_mask": query_mask.view(len(rows), length), "position_ids": position_ids,
+        "spans": spans, "query_index": query_index, "cot_index": cot_index, "cot_ids": cot_ids, "cot_mask": cot_mask,
     }
+    videos = () if behind else ("pixel_values_videos", "video_grid_thw")
+    return batch | {name: torch.cat([prefix[name] for prefix in prefixes]) for name in videos}
 
 
-def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, spans=None, **more):
+def shared_prefix_attention(
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, spans=None, keep=None, past=None, **more
+):
     """Who sees whom (the drawing above), by ordinary causal attention over parts of a row.
 
         prefix and first CoT    one causal sequence: nothing stands between them
@@ -106,6 +150,7 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling=N
     Without spans (sampling with a cache, calls from elsewhere) it is transformers' own SDPA attention.
 
     query (S, H, L, d), key and value (S, H_kv, L, d), spans from `lay_out` -> (S, L, H, d), None. Padding gives 0.
+    keep: `Past.keep`, which takes this layer's keys and values. past: a Past that has them; the row holds CoTs alone.
     """
     if spans is None:
         kwargs = {"scaling": scaling, "dropout": dropout, **more}
@@ -113,26 +158,37 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling=N
     # Under autocast the norms before leave queries and keys in fp32; lower-right kernels need one type.
     query, key = query.to(value.dtype), key.to(value.dtype)
     options = {"scale": scaling, "dropout_p": dropout, "enable_gqa": True}  # H_kv < H: heads in groups share keys
+    if keep is not None:
+        keep(module.layer_idx, key, value)
     rows = []
     for s, (prompt, cots) in enumerate(spans):
-        q, k, v = query[s : s + 1], key[s : s + 1], value[s : s + 1]
-        end = prompt + sum(n for _, n in cots[:1])
-        first = scaled_dot_product_attention(q[:, :, :end], k[:, :, :end], v[:, :, :end], is_causal=True, **options)
-        outputs = {0: first}  # where a piece begins -> its output
-        for n in sorted({n for _, n in cots[1:]}):  # CoTs of the same length go in one call
-            starts = [start for start, length in cots[1:] if length == n]
-            outputs |= zip(starts, attend_behind(prompt, starts, n, q, k, v, options).split(1), strict=True)
-        whole = torch.cat([outputs[start] for start in sorted(outputs)], dim=2)  # (1, H, tokens of this row, d)
-        rows.append(pad(whole, (0, 0, 0, query.shape[2] - whole.shape[2])))
-    return torch.cat(rows).transpose(1, 2).contiguous(), None
+        q, k, v = (x if past else x[s : s + 1] for x in (query, key, value))
+        seen, outputs = past.layers[module.layer_idx] if past else (k, v), {}  # outputs: where a part begins -> its own
+        if not past:
+            end = prompt + sum(n for _, n in cots[:1])
+            outputs[0] = scaled_dot_product_attention(
+                q[:, :, :end], k[:, :, :end], v[:, :, :end], is_causal=True, **options)
+            cots = cots[1:]
+        seen = [x[s if past else 0, :, :prompt] for x in seen]  # (H_kv, P, d)
+        for n in sorted({n for _, n in cots}):  # CoTs of the same length go in one call
+            starts = [start for start, length in cots if length == n]
+            outputs |= zip(starts, attend_behind(seen, starts, n, q, k, v, options).split(1), strict=True)
+        rows.append(torch.cat([outputs[start] for start in sorted(outputs)], dim=2))  # (1, H, tokens, d)
+    if past:
+        return torch.cat(rows, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat([pad(x, (0, 0, 0, query.shape[2] - x.shape[2])) for x in rows]).transpose(1, 2).contiguous(), None
 
 
-def attend_behind(prompt: int, starts: list[int], n: int, query, key, value, options: dict) -> torch.Tensor:
-    """One row (1, H, L, d): its c CoTs of n positions from `starts` on see prefix and themselves: (c, H, n, d)."""
+def attend_behind(prefix, starts: list[int], n: int, query, key, value, options: dict) -> torch.Tensor:
+    """One row (1, H, L, d): its c CoTs of n positions from `starts` on see prefix and themselves: (c, H, n, d).
+
+    prefix: its keys and values, each (H_kv, P, d).
+    """
     query, own_keys, own_values = (torch.cat([x[:, :, s : s + n] for s in starts]) for x in (query, key, value))
-    shared = (x[:, :, :prompt].expand(len(starts), -1, -1, -1) for x in (key, value))  # (c, H_kv, P, d)
+    shared = (x.expand(len(starts), -1, -1, -1) for x in prefix)  # (c, H_kv, P, d)
     keys, values = (torch.cat(parts, dim=2) for parts in zip(shared, (own_keys, own_values)))  # (c, H_kv, P + n, d)
-    return scaled_dot_product_attention(query, keys, values, attn_mask=causal_lower_right(n, prompt + n), **options)
+    mask = causal_lower_right(n, keys.shape[2])
+    return scaled_dot_product_attention(query, keys, values, attn_mask=mask, **options)
 
 
 SHARED_PREFIX = "shared_prefix"  # the name under which transformers finds it; see DeScore.__init__

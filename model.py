@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3VLForConditionalGeneration
 
 import data
-from layout import SHARED_PREFIX, lay_out
+from layout import SHARED_PREFIX, Past, lay_out
 from losses import token_log_probs
 from plumbing.adapters import inject_lora
 from plumbing.checkpoint import QUERY_AND_HEAD, open_model, write_model
@@ -37,13 +37,11 @@ LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|u
 class Output:
     """What one forward gives.
 
-    rewards (N,) fp32; log_probs (N, T) fp32, 0 at padding, or None if not asked for; video_features: what the vision
-    tower saw, for a next forward over the same videos.
+    rewards (N,) fp32; log_probs (N, T) fp32, 0 at padding, or None if not asked for.
     """
 
     rewards: torch.Tensor
     log_probs: torch.Tensor | None
-    video_features: object = None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -73,36 +71,55 @@ class DeScore(nn.Module):
         nn.init.normal_(self.head.weight, std=hidden**-1)
         self.logit_chunk = 1024  # positions whose (chunk, V) logits exist at a time: 0.6 GB in fp32 at V = 151,936
 
-    def forward(self, batch: dict, want_log_probs=True, video_features=None, temperature: float = 1.0) -> Output:
+    def forward(self, batch: dict, want_log_probs=True, temperature: float = 1.0, past: Past | None = None) -> Output:
         """One pass: rewards at the queries, and log-probs of the CoT tokens. `batch` comes from `lay_out`.
 
         temperature: that of sampling; log-probs are those of the policy that samples, softmax(logits / temperature).
-        video_features: those of an earlier Output for the same videos, so that the tower need not look again. Only
-        while the tower is frozen: a trained one must look in every forward. They go in and out openly, because FSDP
-        hands the forward a copy of the batch: what is written there is lost.
+        past: the batch was laid out `behind` prefixes which `read` has read.
         """
         embeds = self.backbone.get_input_embeddings()(batch["input_ids"])  # (S, L, D)
         embeds = torch.where(batch["query_mask"][..., None], self.query.to(embeds.dtype), embeds)
+        if past is None:
+            hidden, _ = self._hidden(embeds, batch)
+        else:  # CoTs are text: no tower, no video among them
+            hidden = self.backbone.model.language_model(
+                inputs_embeds=embeds, attention_mask=None, spans=batch["spans"], past=past,
+                position_ids=batch["position_ids"], use_cache=False,
+            ).last_hidden_state
+            hidden = torch.cat([past.last, hidden[0]])
+        # fp32 for the head whatever the backbone computes in: a bf16 reward near 5 has steps of 0.03.
+        with torch.autocast(hidden.device.type, enabled=False):
+            rewards = self.head(hidden[batch["query_index"]].float()).squeeze(-1)  # (N,)
+        return Output(rewards, self._cot_log_probs(hidden, batch, temperature) if want_log_probs else None)
+
+    def read(self, batch: dict, video_features=None) -> Past:
+        """The prefixes alone, each ONCE, for all CoTs that `forward` then lays behind them. `batch`: `lay_out` of [].
+
+        video_features: those of another Past for the same videos, so that the tower need not look again; only while it
+        is frozen. A forward method like `forward` (parallel.shard tells FSDP so): with gradients, if they are on.
+        """
+        past = Past()
+        hidden, past.video_features = self._hidden(
+            self.backbone.get_input_embeddings()(batch["input_ids"]), batch, video_features, past.keep)
+        length = batch["input_ids"].shape[1]
+        past.last = hidden[[s * length + prompt - 1 for s, (prompt, _) in enumerate(batch["spans"])]]
+        return past
+
+    def _hidden(self, embeds, batch, video_features=None, keep=None):
+        """Rows with their videos -> last hidden states (S * L, D), and what the tower saw."""
         if video_features is None:
             video_features = self.backbone.model.get_video_features(
                 batch["pixel_values_videos"], batch["video_grid_thw"], return_dict=True
             )
-        # `spans` is no argument of transformers: its models hand keywords they do not know down to each layer's
-        # attention function, here layout.shared_prefix_attention, which reads who sees whom from it. No mask then: with
-        # None (and spans), that function runs each part causally, and padding is in no part.
+        # `spans` and `keep` are no arguments of transformers: its models hand keywords they do not know down to each
+        # layer's attention function, here layout.shared_prefix_attention, which reads who sees whom from them. No mask
+        # then: with None (and spans), that function runs each part causally, and padding is in no part. keep is a
+        # function, since FSDP would hand each layer a copy of an object with tensors.
         hidden = self.backbone.model(
-            inputs_embeds=embeds,
-            attention_mask=None,
-            spans=batch["spans"],
-            position_ids=batch["position_ids"],
-            mm_encoder_outputs={"video": video_features},
-            use_cache=False,
-        ).last_hidden_state.flatten(0, 1)  # (S * L, D)
-        # fp32 for the head whatever the backbone computes in: a bf16 reward near 5 has steps of 0.03.
-        with torch.autocast(hidden.device.type, enabled=False):
-            rewards = self.head(hidden[batch["query_index"]].float()).squeeze(-1)  # (N,)
-        log_probs = self._cot_log_probs(hidden, batch, temperature) if want_log_probs else None
-        return Output(rewards, log_probs, video_features)
+            inputs_embeds=embeds, attention_mask=None, spans=batch["spans"], keep=keep,
+            position_ids=batch["position_ids"], mm_encoder_outputs={"video": video_features}, use_cache=False,
+        ).last_hidden_state.flatten(0, 1)
+        return hidden, video_features
 
     def _cot_log_probs(self, hidden, batch, temperature):
         """log π of each CoT token: `lm_head` on CoT positions only, in chunks whose logits are recomputed in backward.

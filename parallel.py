@@ -143,7 +143,13 @@ def shard(model, ranks: Ranks, shard_ranks: int = 0, cpu_offload: bool = False, 
         load_empty(model, model, ranks.device)
         return model.to(ranks.device)
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     on_gpu, shard_ranks = ranks.device.type == "cuda", shard_ranks or ranks.world
     if ranks.world % shard_ranks:
@@ -171,6 +177,7 @@ def shard(model, ranks: Ranks, shard_ranks: int = 0, cpu_offload: bool = False, 
     options["mp_policy"] = MixedPrecisionPolicy(compute_dtype, reduce_dtype)
     options["reshard_after_forward"] = True if frozen else None  # None: FSDP's own choice, the root stays whole
     fully_shard(model, ignored_params={model.query, model.head.weight}, **options)
+    register_fsdp_forward_method(model, "read")
     return model
 
 

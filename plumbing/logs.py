@@ -178,9 +178,9 @@ def engine_gap(old, rollouts) -> torch.Tensor | None:
 @torch.no_grad()
 def log_update(sums: Sums, output, mask, old, rollouts, settings, counts) -> None:
     """What a forward adds to the update's log: each entry's sum over pairs and ranks is the mean."""
-    log_probs, gap = output.log_probs, engine_gap(old, rollouts)  # (2G, T), like old and mask
-    reward_a, reward_b = output.rewards.view(2, -1)  # (G,) each
-    margins = (reward_a - reward_b) * rollouts.pair.label  # (G,): r_w - r_l, and 0 for a human tie
+    log_probs, gap = output.log_probs, engine_gap(old, rollouts)  # (N, T), like old and mask
+    reward_a, reward_b = output.rewards.view(2, -1)  # (N/2,) each
+    margins = (reward_a - reward_b) * rollouts.pair.label  # (N/2,): r_w - r_l, and 0 for a human tie
     sums.add(pair_accuracy=(margins > 0).sum() / counts["bt"], margin=margins.sum() / counts["bt"])
     sums.add(reward=output.rewards.sum(), square=(output.rewards**2).sum())
     sums.add(mean_log_prob=(log_probs * mask).sum() / counts["tokens"])

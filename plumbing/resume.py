@@ -33,7 +33,8 @@ MAY_CHANGE = {
     "max_length", "skip_bad_videos",  # limits that an error in mid-training asks to change
     "data", "val", "video_root", "frame_cache",  # where files lie; that --data holds the same pairs is checked below
     "out", "val_every", "save_every", "keep", "resume", "overwrite",  # what is written, and how often
-    "workers", "micro_pairs", "packing", "gradient_checkpointing", "rows_per_batch",  # speed and memory: the same sums
+    # speed and memory: the same sums
+    "workers", "micro_pairs", "micro_rollouts", "gradient_checkpointing", "rows_per_batch",
     "engine", "engine_memory", "engine_tp", "engine_max_len", "shard_ranks", "cpu_offload",  # who computes, and where
 }
 

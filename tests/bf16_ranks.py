@@ -69,14 +69,12 @@ def both_stages(path: str, csv: str, train: str, ranks) -> dict:
     reference = load(path, train, ranks, frozen=True).eval().requires_grad_(False)
     pair, prefixes = data.EncodedPairs(data.read_pairs(csv), model.processor)[ranks.rank]
     rollouts = grpo.PairRollouts(pair, prefixes, [[[70, 71], [80]], [[90, 91, 92], [75]]], advantages=torch.ones(2, 2))
-    settings = grpo.Settings(rollouts=2, kl_coef=1e-2, out=".")
-    rollouts.old = grpo.log_probs_now(model, rollouts, settings, ranks)
-    rollouts.reference = grpo.log_probs_now(reference, rollouts, settings, ranks)
+    settings = grpo.Settings(rollouts=2, kl_coef=1e-2, micro_rollouts=1, out=".")
+    rollouts.old, _ = grpo.log_probs_now(model, rollouts, settings, ranks)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
-    done = grpo.update(model, optimizer, [rollouts], settings, ranks)
+    done = grpo.update(model, reference, optimizer, [rollouts], settings, ranks)
     return {"train": train, "looks": len(looks), "kl": done["kl"], "ratio": done["ratio_max"],
-            "norm": done["grad_norm_total"], "kept": rollouts.video_features is not None, "types": sorted(types),
-            "stage 1": step}
+            "norm": done["grad_norm_total"], "types": sorted(types), "stage 1": step}
 
 
 path, csv, *ways = sys.argv[1:]

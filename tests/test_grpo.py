@@ -1,8 +1,9 @@
-"""Stage 2: rewards landing on their own rollouts, packed = plain, and the script itself."""
+"""Stage 2: rewards landing on their own rollouts, a few CoTs at a time = a row per CoT, and the script itself."""
 
 import dataclasses
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from tests.test_answers import cot
 # -- the three losses of one pair, without a model ---------------------------------------------------------------------
 def three_losses(label, rewards, log_probs):
     """losses_of for G = 2: rows A_1, A_2, B_1, B_2; one CoT token each; A = (+1, -1) and (-1, +1); on-policy."""
-    advantages, reference = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]), torch.full((4, 1), math.log(0.25))
+    advantages, reference = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]), torch.full((2, 2, 1), math.log(0.25))
     pair = data.PreferencePair("a.mp4", "b.mp4", "a cat", label)
     rollouts = grpo.PairRollouts(pair, [], [], advantages=advantages, reference=reference)
     counts = {"tokens": 4, "bt": 2}
@@ -88,9 +89,8 @@ class Scripted:
 
 @pytest.fixture
 def settings(world, tmp_path):
-    return grpo.Settings(
-        data=world["train_rl"], rollouts=3, batch_pairs=2, mini_pairs=2, out=str(tmp_path), max_new_tokens=12
-    )
+    return grpo.Settings(data=world["train_rl"], rollouts=3, batch_pairs=2, mini_pairs=2, out=str(tmp_path),
+                         max_new_tokens=12, kl_coef=0)
 
 
 @pytest.fixture
@@ -124,19 +124,26 @@ def test_rewards_land_on_their_own_rollouts(batch, items, model):
     assert len({r.quality for rollouts in batch for row in rollouts.rule_rewards for r in row}) > 1
 
 
-def test_advantages_meet_their_own_log_probs(batch, model, settings):
-    """The order A_1..A_G, B_1..B_G is the same in the batch, the advantages and the head's rewards."""
-    for packing in (True, False):
-        one = dataclasses.replace(settings, packing=packing)
-        tensors = grpo.lay_out_pair(model, batch[0], one)
-        flat = [cot for row in batch[0].cots for cot in row]
-        for n, ids in enumerate(flat):
-            assert tensors["cot_ids"][n][: len(ids)].tolist() == ids
-            assert tensors["cot_mask"][n].sum() == len(ids)
-        assert batch[0].advantages.shape == (2, 3)
+def test_a_part_has_what_belongs_to_its_rollouts(batch, model):
+    """A_1 A_2 B_1 B_2, then A_3 B_3: tokens, advantages, old and reference log-probs of the same CoTs."""
+    whole = batch[0]
+    longest = max(len(cot) for row in whole.cots for cot in row)
+    whole.old = torch.arange(6.0).view(2, 3, 1).expand(-1, -1, longest)
+    whole.reference = whole.old + 10
+    whole.engine_log_probs = [[[float(v)] * len(cot) for cot in row] for v, row in enumerate(whole.cots)]
+    for part, chosen in zip(whole.parts(2), ([0, 1], [2]), strict=True):
+        assert part.cots == [[row[i] for i in chosen] for row in whole.cots]
+        assert torch.equal(part.advantages, whole.advantages[:, chosen])
+        assert part.old[..., 0].tolist() == [[float(i) for i in chosen], [3.0 + i for i in chosen]]
+        assert torch.equal(part.reference, part.old + 10)
+        assert part.engine_log_probs == [[row[i] for i in chosen] for row in whole.engine_log_probs]
+        tensors = grpo.lay_out(model.backbone, part.prefixes, part.cots, behind=True)
+        for n, ids in enumerate([*part.cots[0], *part.cots[1]]):
+            assert tensors["cot_ids"][n][: len(ids)].tolist() == ids and tensors["cot_mask"][n].sum() == len(ids)
+        assert tensors["cot_ids"].shape[1] == part.old.shape[2]  # as long as the part's longest, not the pair's
 
 
-def update_gradients(model, batch, settings):
+def update_gradients(model, batch, settings, reference=None):
     """The gradient that `update` hands to the optimizer, and the step's sums."""
     model.make_trainable("full", vision=False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
@@ -145,29 +152,83 @@ def update_gradients(model, batch, settings):
         taken.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}),
         zero(),
     )
-    sums = grpo.update(model, optimizer, batch, settings, parallel.Ranks())
+    sums = grpo.update(model, reference, optimizer, batch, settings, parallel.Ranks())
     return taken, sums
 
 
-def test_packed_and_plain_forwards_make_the_same_update(batch, model, settings):
-    settings = dataclasses.replace(settings, max_grad_norm=1e9, bt_coef=0.5)
-    reference, expected = update_gradients(model, batch, settings)
-    grads, sums = update_gradients(model, batch, dataclasses.replace(settings, packing=False))
-    for name, grad in reference.items():
-        assert (grads[name] - grad).norm() <= 2e-5 * grad.norm() + 1e-8, name
-    assert sums["bt_loss"] == pytest.approx(expected["bt_loss"], rel=1e-5)
-    assert sums["margin"] == pytest.approx(expected["margin"], rel=1e-4, abs=1e-5)
-
-
-def test_what_the_tower_saw_lives_for_one_step(batch, model, settings):
-    """One look per pair for the old, the reference's and the update's pass; nothing is kept while sampling."""
-    looks = []
-    model.backbone.model.visual.register_forward_hook(lambda *_: looks.append(1))
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_prefixes_once_and_a_few_cots_at_a_time_make_the_update_of_a_row_per_cot(
+    batch, model, tiny_model_dir, settings, size, checkpointing
+):
+    """Losses and gradients, KL included, against whole sequences: a forward for each of the 2 x 3 CoTs by itself."""
+    settings = dataclasses.replace(settings, max_grad_norm=1e9, bt_coef=0.5, kl_coef=0.3, micro_rollouts=size)
+    reference = DeScore.from_pretrained(tiny_model_dir).requires_grad_(False)
+    with torch.no_grad():
+        for parameter in reference.backbone.model.language_model.parameters():
+            parameter.mul_(1.1)
+    batch[1].cots = [[cot[: 5 + 9 * i] for i, cot in enumerate(row)] for row in batch[1].cots]  # of unlike lengths
+    if checkpointing:
+        model.train().backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    found, sums = update_gradients(model, batch, settings, reference)
+    model.zero_grad()
+    counts, total = grpo.denominators(batch, settings, parallel.Ranks()), 0.0
     for r in batch:
-        r.old, r.reference = (grpo.log_probs_now(model, r, settings, parallel.Ranks()) for _ in range(2))
-        assert r.video_features is not None
-    update_gradients(model, batch, settings)
-    assert len(looks) == len(batch) and all(r.video_features is None for r in batch)
+        rows = [model_of(prefix, cot, model, reference) for prefix, row in zip(r.prefixes, r.cots) for cot in row]
+        rewards, log_probs, reference_log_probs = (torch.cat([row[k] for row in rows]) for k in range(3))
+        lengths = [len(cot) for row in r.cots for cot in row]
+        advantages = r.advantages.flatten().repeat_interleave(torch.tensor(lengths))
+        policy = -(advantages * (log_probs - log_probs.detach()).exp()).sum() / counts["tokens"]
+        kl = losses.kl_to_reference(log_probs, reference_log_probs).sum() / counts["tokens"]
+        a, b = rewards.view(2, 3)
+        bt = losses.bt_loss(*((a, b) if r.pair.label > 0 else (b, a)), denominator=counts["bt"])
+        loss = policy + settings.kl_coef * kl + settings.bt_coef * bt * (r.pair.label != 0)
+        loss.backward()
+        total += loss.item()
+    assert sums["grpo_loss"] + 0.3 * sums["kl"] + 0.5 * sums["bt_loss"] == pytest.approx(total, rel=1e-5)
+    assert sums["kl"] > 1e-3
+    for name, grad in found.items():
+        expected = dict(model.named_parameters())[name].grad
+        assert (grad - expected).norm() <= 2e-5 * expected.norm() + 1e-8, name
+
+
+def model_of(prefix, cot, model, reference):
+    """One CoT behind its prefix, the plain way: rewards (1,), log-probs (T,) of model and of reference."""
+    batch = grpo.lay_out(model.backbone, [prefix], [[cot]])
+    output = model(batch)
+    return output.rewards, output.log_probs[0], reference(batch).log_probs[0]
+
+
+def test_memory_of_an_update_does_not_grow_with_the_rollouts(batch, model, settings):
+    """What is kept for the backward at a time: of the prefixes and of ONE CoT of each video, with 2 or with 8."""
+    most = []
+    for count in (2, 8):
+        r, sizes = dataclasses.replace(batch[0], cots=[[[70] * 40] * count] * 2, advantages=torch.ones(2, count)), {}
+        most.append(0)
+
+        def keep(tensor, sizes=sizes):
+            saved = Saved(tensor)  # lives as long as the graph that it belongs to
+            sizes[id(saved)] = tensor.numel()
+            weakref.finalize(saved, sizes.pop, id(saved))
+            most[-1] = max(most[-1], sum(sizes.values()))
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
+            update_gradients(model, [r], dataclasses.replace(settings, rollouts=count, micro_rollouts=1))
+    assert most[1] <= 1.1 * most[0] and len(sizes) == 0, most
+
+
+class Saved:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+def test_the_tower_looks_once_for_reference_and_policy(batch, model, settings):
+    """And what it saw is kept for one pair's update, not for the whole batch of rollouts."""
+    looks, settings = [], dataclasses.replace(settings, kl_coef=1e-2)
+    model.backbone.model.visual.register_forward_hook(lambda *_: looks.append(1))
+    update_gradients(model, batch, settings, model)
+    assert len(looks) == len(batch)
 
 
 def test_update_direction(batch, model, settings):
@@ -181,7 +242,7 @@ def test_update_direction(batch, model, settings):
         with torch.no_grad():
             gain, right = 0.0, []
             for r in batch:
-                out = model(grpo.lay_out_pair(model, r, settings))
+                out = model(grpo.lay_out(model.backbone, r.prefixes, r.cots))
                 gain += (out.log_probs.sum(1) * r.advantages.flatten()).sum().item()
                 a, b = out.rewards.view(2, 3)
                 right.append(((a - b) * r.pair.label).mean().item())
@@ -189,7 +250,7 @@ def test_update_direction(batch, model, settings):
 
     before = state()
     for _ in range(3):
-        grpo.update(model, optimizer, batch, settings, ranks)
+        grpo.update(model, model, optimizer, batch, settings, ranks)
     after = state()
     assert after[0] > before[0] + 0.1 and after[1] > before[1]
 
@@ -204,7 +265,7 @@ def test_a_human_tie_has_no_bt_term_but_trains_the_thinking(batch, model, settin
 def test_old_log_probs_make_the_ratio(batch, model, settings):
     ranks = parallel.Ranks()
     for r in batch:
-        r.old = grpo.log_probs_now(model, r, settings, ranks) - 0.1  # the policy has moved up by .1
+        r.old = grpo.log_probs_now(model, r, settings, ranks)[0] - 0.1  # the policy has moved up by .1
     _, sums = update_gradients(model, batch, dataclasses.replace(settings, mini_pairs=1))
     assert sums["ratio_max"] == pytest.approx(1.10517, abs=1e-3)  # e^.1
 
@@ -214,9 +275,9 @@ def test_engine_gap_is_measured(batch, model, settings):
     ranks = parallel.Ranks()
     model.make_trainable("full", vision=False)
     for r in batch:
-        now = grpo.log_probs_now(model, r, settings, ranks)
-        off = 0.2 * (-1.0) ** torch.arange(now.shape[1])  # of both signs: a gap that cancels is one, too
-        r.engine_log_probs = [[(now[v * 3 + i] + off)[: len(r.cots[v][i])].tolist() for i in range(3)] for v in (0, 1)]
+        now, _ = grpo.log_probs_now(model, r, settings, ranks)
+        off = 0.2 * (-1.0) ** torch.arange(now.shape[2])  # of both signs: a gap that cancels is one, too
+        r.engine_log_probs = [[(now[v, i] + off)[: len(r.cots[v][i])].tolist() for i in range(3)] for v in (0, 1)]
     _, sums = update_gradients(model, batch, settings)
     assert sums["engine_gap"] == pytest.approx(0.2, abs=1e-4)
 
@@ -225,12 +286,13 @@ def test_log_probs_are_those_of_the_policy_that_samples(batch, model, settings):
     """At temperature .5 policy and reference have softmax(logits / .5), which the sampler draws from."""
     settings, seen = dataclasses.replace(settings, temperature=0.5), []
     model.backbone.lm_head.register_forward_hook(lambda _, args, logits: seen.append(logits.detach()))
-    output, mask = grpo.forward_pair(model, batch[0], settings, parallel.Ranks())
+    past = grpo.read(model, batch[0], settings, parallel.Ranks())
+    output, mask = grpo.forward_behind(model, past, batch[0], settings, parallel.Ranks())
     ids = torch.tensor([i for row in batch[0].cots for cot in row for i in cot])
     expected = torch.log_softmax(seen[0] / 0.5, dim=1)[torch.arange(len(ids)), ids]
     assert torch.allclose(output.log_probs[mask.bool()], expected, atol=1e-5)
-    reference = grpo.log_probs_now(model, batch[0], settings, parallel.Ranks())
-    assert torch.allclose(reference, output.log_probs, atol=1e-5)
+    again, _ = grpo.log_probs_now(model, batch[0], settings, parallel.Ranks())
+    assert torch.allclose(again.flatten(0, 1), output.log_probs, atol=1e-5)
     logits = torch.tensor([[0.0, 0.3, 0.9, -1.0, 2.0]]).expand(20_000, -1)
     drawn = rollout.SeededSampling(list(range(20_000)), 0.5)(None, logits).argmax(1)
     for token in range(5):
@@ -256,7 +318,7 @@ def test_the_largest_ratio_is_that_of_all_ranks(batch, model, settings):
     model.make_trainable("full", vision=False)
     optimizer, ranks = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0), parallel.Ranks()
     ranks.gather_objects = lambda items: [*items, 7.5]
-    assert grpo.update(model, optimizer, batch, settings, ranks)["ratio_max"] == 7.5
+    assert grpo.update(model, model, optimizer, batch, settings, ranks)["ratio_max"] == 7.5
 
 
 def test_seeds_differ_between_rollouts_videos_steps(items, model, settings):
@@ -285,7 +347,7 @@ def test_the_loop_hands_each_pair_with_its_advantages_to_one_update(world, tiny_
 
     updates, update = [], grpo.update
     monkeypatch.setattr(grpo, "make_engine", scripted)
-    monkeypatch.setattr(grpo, "update", lambda m, o, mini, *more: updates.append(mini) or update(m, o, mini, *more))
+    monkeypatch.setattr(grpo, "update", lambda *first, **_: updates.append(first[3]) or update(*first))
     grpo.main(["--model", tiny_model_dir, "--data", world["train_rl"], "--out", str(tmp_path), "--rollouts", "2",
                "--workers", "0", "--batch-pairs", "4", "--mini-pairs", "2", "--max-steps", "1", "--kl-coef", "0"])
     assert [len(mini) for mini in updates] == [2, 2]

@@ -26,13 +26,14 @@ def lines(world, base_dir, tmp_path_factory):
 
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_both_stages_under_mixed_precision(lines, train):
-    """FSDP hands the forward a cast copy of its arguments: features travel through Output, not through the batch.
+    """FSDP hands a forward a cast copy of its arguments: what `read` finds travels in what it returns.
 
-    Three passes over a pair, one look. Policy and reference have the same weights: KL 0 and ratio 1, in bf16 too."""
+    Three passes over a pair, two looks: one for the old log-probs, one for reference and policy.
+    Policy and reference have the same weights: KL 0 and ratio 1, in bf16 too."""
     ranks = lines[train]
     assert len(ranks) == 2
     for rank in ranks:
-        assert rank["looks"] == 1 and not rank["kept"]
+        assert rank["looks"] == 2
         assert rank["kl"] == pytest.approx(0.0, abs=1e-6) and rank["ratio"] == pytest.approx(1.0, abs=1e-3)
         assert 0 < rank["norm"] < 1e3
         # Hidden states are bf16; the vision tower's rotary tables are not cast with them.

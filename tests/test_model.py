@@ -35,8 +35,12 @@ def texts_to_ids(model, texts):
 def loss_of(model, batch):
     """Something that depends on every reward and every log-prob, asymmetrically."""
     output = model(batch)
+    return output, weighed(output)
+
+
+def weighed(output):
     weights = torch.linspace(-1, 1.5, len(output.rewards))
-    return output, (output.rewards * weights).sum() + (output.log_probs * weights[:, None]).sum() / 10
+    return (output.rewards * weights).sum() + (output.log_probs * weights[:, None]).sum() / 10
 
 
 def gradients(model, batch):
@@ -105,17 +109,45 @@ def test_the_query_changes_nothing_before_it(model, prefixes):
     assert torch.equal(before.log_probs, after.log_probs) and not torch.equal(before.rewards, after.rewards)
 
 
-def test_the_frozen_tower_looks_once_at_a_batch(model, prefixes):
-    """What it saw comes back in the Output; handed to a next pass, the result is the same without another look."""
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_prefixes_read_first_and_cots_laid_behind_equal_one_row(model, prefixes, lora, checkpointing):
+    """Rewards, log-probs and gradients, with the graph whole and cut; the prefixes are of unlike lengths."""
+    model.make_trainable("lora" if lora else "full", vision=True, lora_r=4, lora_alpha=8, lora_dropout=0.0)
+    for layer in model.lora_layers().values():
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.05)
+    model.train()
+    if checkpointing:
+        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    longer = {**prefixes[1], **{name: torch.cat([prefixes[1][name], prefixes[1][name][-3:]]) for name in
+                                ("input_ids", "mm_token_type_ids")}}
+    both = [prefixes[0], longer]
+    one, expected = gradients(model, lay_out(model.backbone, both, COTS))
+    for cutting in (False, True):
+        model.zero_grad()
+        past = model.read(lay_out(model.backbone, both, [[], []]))
+        used = past.cut() if cutting else past
+        output = model(lay_out(model.backbone, both, COTS, behind=True), past=used)
+        assert torch.allclose(output.rewards, one.rewards, atol=1e-5)
+        assert torch.allclose(output.log_probs, one.log_probs, atol=1e-4)
+        weighed(output).backward()
+        if cutting:
+            past.backward(used)
+        for name, grad in expected.items():
+            found = dict(model.named_parameters())[name].grad
+            assert (found - grad).norm() <= 2e-5 * grad.norm() + 1e-7, name
+
+
+def test_what_the_tower_saw_serves_a_next_reading(model, prefixes):
     looks = []
     model.backbone.model.visual.register_forward_hook(lambda *_: looks.append(1))
-    batch = lay_out(model.backbone, prefixes[:2], [[[5, 6], [7]], [[8], [9, 10]]])
+    batch = lay_out(model.backbone, prefixes[:2], [[], []])
     with torch.no_grad():
-        first, second = model(batch), model(batch)
+        first, second = model.read(batch), model.read(batch)
         assert len(looks) == 2
-        shared = model(batch, video_features=first.video_features)
+        shared = model.read(batch, first.video_features)
     assert len(looks) == 2
-    assert torch.equal(first.log_probs, second.log_probs) and torch.equal(first.log_probs, shared.log_probs)
+    assert torch.equal(first.last, second.last) and torch.equal(first.last, shared.last)
 
 
 def test_lm_head_in_chunks(model, prefixes):

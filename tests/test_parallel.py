@@ -69,7 +69,7 @@ def kill_after_step(step, out, *flags):
 
 
 def test_two_ranks_equal_one_in_stage_2(world, tiny_model_dir, tmp_path):
-    """Packed groups on two ranks, a row per CoT on one: the same.
+    """One CoT of each video at a time on two ranks, all together on one: the same.
 
     Unequal token counts per rank, an unsharded rollout engine beside the shards, several updates per rollout batch; two
     copies of the model in one shard each, offloaded.
@@ -77,8 +77,9 @@ def test_two_ranks_equal_one_in_stage_2(world, tiny_model_dir, tmp_path):
     flags = ["--model", tiny_model_dir, "--data", world["train_rl"], "--batch-pairs", "4", "--mini-pairs", "2",
              "--rollouts", "2", "--max-new-tokens", "10", "--lr", "1e-3", "--workers", "0", "--length-low", "1",
              "--length-high", "9", "--kl-coef", "0.01", "--epochs", "9", "--max-steps", "2"]
-    grpo.main([*flags, "--out", str(tmp_path / "one"), "--no-packing"])
-    two_ranks = [*flags, "--out", tmp_path / "two", "--shard-ranks", "1", "--cpu-offload", "--save-every", "1"]
+    grpo.main([*flags, "--out", str(tmp_path / "one"), "--micro-rollouts", "2"])
+    two_ranks = [*flags, "--micro-rollouts", "1", "--out", tmp_path / "two", "--shard-ranks", "1", "--cpu-offload",
+                 "--save-every", "1"]
     run("grpo.py", *two_ranks, ranks=2)
     one, two = (logs.read_metrics(str(tmp_path / name)) for name in ("one", "two"))
     names = ["rollout_reward", "quality", "cot_tokens", "grpo_loss", "bt_loss", "kl", "grad_norm_llm", "grad_norm_head",

@@ -66,6 +66,7 @@ class Settings:
     layers: int = arg(0, "layers of the model; 0: 4 on a CPU, 12 on a GPU", at_least=0)
     released_micro: int = arg(
         2, "CoTs of each video in one forward of the released layout (EasyR1's default: 4 rows)", at_least=1)
+    micro_rollouts: int = arg(2, "CoTs of each video at a time in our update (grpo.py's default: 2)", at_least=1)
     old_pass: bool = arg(False, "add the pass for old log-probs, which ours needs when --mini-pairs < --batch-pairs")
     gradient_checkpointing: bool = arg(False, "recompute activations in backward, in all layouts")
     seed: int = arg(0, "decides weights, clips and CoTs", at_least=0)
@@ -78,7 +79,7 @@ def run_cell(world, p: int, group: int, c: int, layouts) -> list[dict]:
     cases, rows, right = {}, {}, None
     for layout in sorted(layouts, key="plain".__ne__):  # plain first: the others are compared to it
         work, passes = case_of(world, layout, rollouts), 8 if layout == "released" else 4 + s.old_pass
-        units = passes * (p + group * (c + 1) if layout == "packed" else group * (p + c + 1))
+        units = passes * (p + group * (c + 1) if layout in ("once", "packed") else group * (p + c + 1))
         rows[layout] = {"P": p, "G": group, "C": c, "layout": layout, "seconds": "out of memory", "units": units}
         world.seen.clear()
         try:
@@ -98,7 +99,7 @@ def run_cell(world, p: int, group: int, c: int, layouts) -> list[dict]:
         row, middle = rows[layout], statistics.median(seconds)
         row |= {"seconds": seconds, "ideal GFLOP": ideal / 1e9, "forward GFLOP/s": rate / 1e9,
                 "times the limit": middle / (ideal / rate)}
-        for rival in [name for name in ("plain", "released") if name in times]:
+        for rival in [name for name in ("packed", "plain", "released") if name in times]:
             row[f"x {rival}"] = speed_up(seconds, times[rival])
             row[f"x {rival} by tokens"] = rows[rival]["units"] / row["units"]
             row[f"x {rival}, share of tokens"] = row[f"x {rival}"] / row[f"x {rival} by tokens"]
@@ -123,8 +124,8 @@ def scaling(world) -> list[dict]:
     axes = {"G": [(4 * c, k, c) for k in steps], "P": [(k * c, 8, c) for k in steps],
             "C": [(4 * c, 8, k * c // 4) for k in steps]}
     for axis, cells in axes.items():
-        points = [row for cell in cells for row in run_cell(world, *cell, ("packed", "plain"))]
-        for layout in ("packed", "plain"):
+        points = [row for cell in cells for row in run_cell(world, *cell, ("once", "plain"))]
+        for layout in ("once", "plain"):
             mine = [row for row in points if row["layout"] == layout and isinstance(row["seconds"], list)]
             x, y = np.array([[row[axis], statistics.median(row["seconds"])] for row in mine]).reshape(-1, 2).T
             b, a = np.polyfit(x, y, 1) if len(x) > 1 else (0.0, 0.0)
@@ -297,15 +298,15 @@ def draw(results: dict, path: str) -> None:
         mine = [(names.index(f"{row['P : C']}\nG {row['G']}"), row) for row in timed if row["layout"] == layout]
         height = [row["peak MB"] for _, row in mine]
         axes["memory"].bar([x + 0.2 * k - 0.3 for x, _ in mine], height, 0.18, label=layout)
-        for j, rival in enumerate(("plain", "released") if layout == "packed" else ()):
-            x = [x + 0.4 * j - 0.2 for x, _ in mine]
-            axes["speed"].bar(x, [row.get(f"x {rival}", np.nan) for _, row in mine], 0.36, label=f"over {rival}")
+        for j, rival in enumerate(("packed", "plain", "released") if layout == "once" else ()):
+            x = [x + 0.3 * j - 0.3 for x, _ in mine]
+            axes["speed"].bar(x, [row.get(f"x {rival}", np.nan) for _, row in mine], 0.26, label=f"over {rival}")
             axes["speed"].plot(x, [row.get(f"x {rival} by tokens", np.nan) for _, row in mine], "k_", ms=16)
-    axes["speed"].set_title("stage 2: packed is x times faster (-: by tokens)")
+    axes["speed"].set_title("stage 2: prefixes once is x times faster (-: by tokens)")
     axes["memory"].set_title("stage 2: peak memory above the weights, MB")
     for axis in (axes["speed"], axes["memory"]):
         axis.set_xticks(range(len(names)), names)
-    for name, layout, colour in [(name, *style) for name in "GPC" for style in (("packed", "C0"), ("plain", "C1"))]:
+    for name, layout, colour in [(name, *style) for name in "GPC" for style in (("once", "C0"), ("plain", "C1"))]:
         axes[name].set_title(f"seconds per update of a pair against {name}")
         mine = [row for row in results.get("scaling", []) if row["axis"] == name and row["layout"] == layout]
         x = np.array([row[name] for row in mine])
@@ -314,7 +315,7 @@ def draw(results: dict, path: str) -> None:
         if mine:
             a, b, good = (mine[0][part] for part in ("a", "b", "R²"))
             axes[name].plot(x, a + b * x, color=colour, label=f"{layout}: {a:.2g} + {b:.2g} {name}, R² {good:.3f}")
-        if mine and layout == "packed":
+        if mine and layout == "once":
             limit = [row["ideal GFLOP"] / row["forward GFLOP/s"] for row in mine]
             axes[name].plot(x, limit, "k:", label="limit: ideal FLOPs at the plain forward's rate")
         if layout == "plain":

@@ -1,4 +1,4 @@
-"""What lab/bench measures: the clock, the memory, a model and a pair, and a stage-2 update in three layouts.
+"""What lab/bench measures: the clock, the memory, a model and a pair, and a stage-2 update in four layouts.
 
 All rivals of a cell run in this process on the same weights and data. One untimed run of each warms up, counts tokens
 and memory, and gives the losses and gradients that are compared. Then come `--repeats` rounds; each runs every rival
@@ -28,11 +28,13 @@ import grpo
 import parallel
 import toy.base_model
 import toy.world
+from layout import lay_out
 from losses import bt_loss, group_advantages, token_log_probs
-from model import DeScore, Output
+from model import DeScore, Output, to_device
+from plumbing.logs import Sums
 from plumbing.settings import InputError
 
-LAYOUTS = ("packed", "plain", "released")
+LAYOUTS = ("once", "packed", "plain", "released")
 
 
 # ---- 1. Measuring --------------------------------------------------------------------------------------------
@@ -130,33 +132,60 @@ def make_rollouts(processor, prefix_tokens: int, group: int, cot_tokens: int, se
     return grpo.PairRollouts(pair, prefixes, words.tolist(), advantages=advantages)
 
 
-# ---- 3. Stage 2: one update of one pair, forward and backward, in three layouts ------------------------------
+# ---- 3. Stage 2: one update of one pair, forward and backward, in four layouts -------------------------------
 def case_of(world, layout: str, rollouts: grpo.PairRollouts):
     """A function without arguments: one update in a layout, returns the loss. KL weighs 1e-2 (released config): with
     the launch script's 1e-5 the comparison would not see it."""
-    settings = grpo.Settings(rollouts=len(rollouts.cots[0]), packing=layout == "packed", kl_coef=1e-2)
-    rollouts = dataclasses.replace(rollouts)
+    settings = grpo.Settings(rollouts=len(rollouts.cots[0]), kl_coef=1e-2, micro_rollouts=world.settings.micro_rollouts)
+    if not world.settings.old_pass:
+        settings.mini_pairs = settings.batch_pairs
     if layout == "plain forward":  # a row per CoT, no gradient: the FLOP/s that this model reaches here
 
+        @torch.no_grad()
         def forward():
-            rollouts.video_features = None  # not what the round before saw
-            grpo.log_probs_now(world.model, rollouts, settings, world.ranks)
+            with world.ranks.autocast():
+                world.model(rows_of(world.model, rollouts, packed=False))
 
         return forward
-    return functools.partial(update_released if layout == "released" else update_ours, world, rollouts, settings)
+    if layout in ("packed", "plain"):
+        return functools.partial(update_rows, world, rollouts, settings, layout == "packed")
+    update = {"once": update_once, "released": update_released}[layout]
+    return functools.partial(update, world, dataclasses.replace(rollouts), settings)
 
 
-def update_ours(world, rollouts: grpo.PairRollouts, settings: grpo.Settings) -> float:
-    """grpo.py's own update without the optimizer: reference pass, ONE forward, one backward. Returns the loss."""
+def rows_of(model, rollouts: grpo.PairRollouts, packed: bool) -> dict:
+    """The tensors of a forward over whole rows: a row per video, its prefix and G CoTs; or a row per CoT."""
+    prefixes, cots = rollouts.prefixes, rollouts.cots
+    if not packed:
+        prefixes = [prefix for prefix, row in zip(prefixes, cots) for _ in row]
+        cots = [[cot] for row in cots for cot in row]
+    return to_device(lay_out(model.backbone, prefixes, cots), model.query.device)
+
+
+def update_once(world, rollouts: grpo.PairRollouts, settings: grpo.Settings) -> float:
+    """grpo.py's own: the prefixes once, --micro-rollouts CoTs of each video at a time. Returns the loss."""
+    world.model.zero_grad()
+    if world.settings.old_pass:
+        rollouts.old, _ = grpo.log_probs_now(world.model, rollouts, settings, world.ranks)
+    counts, sums = {"tokens": rollouts.num_tokens, "bt": settings.rollouts}, Sums()
+    grpo.backward_pair(world.model, world.reference, rollouts, settings, world.ranks, counts, sums)
+    return sums["grpo_loss"] + settings.kl_coef * sums["kl"] + settings.bt_coef * sums["bt_loss"]
+
+
+def update_rows(world, rollouts: grpo.PairRollouts, settings: grpo.Settings, packed: bool) -> float:
+    """All CoTs of the pair in one forward and one backward, over whole rows. Returns the loss."""
     model, ranks = world.model, world.ranks
     model.zero_grad()
-    rollouts.video_features = None  # not what the round before saw
-    rollouts.old = grpo.log_probs_now(model, rollouts, settings, ranks) if world.settings.old_pass else None
-    rollouts.reference = grpo.log_probs_now(world.reference, rollouts, settings, ranks)
+    batch = rows_of(model, rollouts, packed)
+    with torch.no_grad(), ranks.autocast():
+        old = model(batch).log_probs if world.settings.old_pass else None
+        reference = world.reference(batch).log_probs
+    rollouts = dataclasses.replace(rollouts, reference=reference.unflatten(0, (2, -1)))
+    with ranks.autocast():
+        output = model(batch)
+    old = output.log_probs.detach() if old is None else old
     counts = {"tokens": rollouts.num_tokens, "bt": settings.rollouts}
-    output, mask = grpo.forward_pair(model, rollouts, settings, ranks)
-    old = output.log_probs.detach() if rollouts.old is None else rollouts.old
-    policy, kl, bt = grpo.losses_of(output, old, mask, rollouts, settings, counts)
+    policy, kl, bt = grpo.losses_of(output, old, batch["cot_mask"], rollouts, settings, counts)
     loss = policy + settings.kl_coef * kl + settings.bt_coef * bt
     parallel.backward(loss, ranks)
     return loss.item()
@@ -180,16 +209,14 @@ def update_released(world, rollouts: grpo.PairRollouts, settings: grpo.Settings)
 
     model.zero_grad()
     counts, total = {"tokens": rollouts.num_tokens, "bt": settings.rollouts}, 0.0
-    parts = []
-    for i in range(0, settings.rollouts, size):
-        cots, advantages = [row[i : i + size] for row in rollouts.cots], rollouts.advantages[:, i : i + size]
-        parts.append(dataclasses.replace(rollouts, cots=cots, advantages=advantages))
+    parts = list(rollouts.parts(size))
     with torch.no_grad(), ranks.autocast():
         for part in parts:
-            batch = grpo.lay_out_pair(model, part, settings)
-            part.old, part.reference = full_log_probs(model, batch), full_log_probs(world.reference, batch)
+            batch = rows_of(model, part, packed=False)
+            part.old = full_log_probs(model, batch)
+            part.reference = full_log_probs(world.reference, batch).unflatten(0, (2, -1))
     for part in parts:
-        batch = grpo.lay_out_pair(model, part, settings)
+        batch = rows_of(model, part, packed=False)
         with ranks.autocast():
             output = Output(torch.zeros(2 * len(part.cots[0]), device=ranks.device), full_log_probs(model, batch))
         policy, kl, _ = grpo.losses_of(output, part.old, batch["cot_mask"], part, settings, counts)

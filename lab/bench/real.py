@@ -58,7 +58,7 @@ class Settings:
     vision_layers: str = arg("4", "layers of the vision tower: a number, or all")
     rollouts: int = arg(8, "G, CoTs per video in stage 2", at_least=1)
     cot_tokens: int = arg(0, "C, tokens per CoT; 0: as many as the prefix, P : C = 1 : 1", at_least=0)
-    packing: bool = arg(True, "stage 2: a row per video; --no-packing: a row per CoT")
+    micro_rollouts: int = arg(2, "stage 2: CoTs of each video at a time", at_least=1)
     gradient_checkpointing: bool = arg(True, "recompute activations in backward")
     bf16: bool = arg(False, "on a CPU compute in bf16 as GPUs do (autocast), with frozen weights in bf16")
     repeats: int = arg(1, "timed rounds after the first", at_least=1)
@@ -152,8 +152,7 @@ def stage_2(model, reference, rollouts: grpo.PairRollouts, settings: grpo.Settin
     parallel.set_learning_rate(optimizer, 1, 1)
 
     def update():
-        grpo.log_probs_before(model, reference, rollouts, settings, ranks)
-        done = grpo.update(model, optimizer, [rollouts], settings, ranks)
+        done = grpo.update(model, reference, optimizer, [rollouts], settings, ranks)
         return {"BT loss": done["bt_loss"], **in_short(done)}
 
     return update
@@ -202,7 +201,7 @@ def run_case(case: str, folder: str, s: Settings, ranks, rate: float | None) -> 
         pair = data.PreferencePair("a", "b", "a prompt", 1, " red" * (c - 1), " red" * (c - 1))  # and EOS: C tokens
         cots, update = [[c], [c]], stage_1(model, (pair, prefixes), settings, ranks)
     else:
-        settings.rollouts, settings.packing = s.rollouts, s.packing
+        settings.rollouts, settings.micro_rollouts = s.rollouts, s.micro_rollouts
         settings.mini_pairs = settings.batch_pairs  # on-policy: no pass for old log-probs
         words = torch.randint(vocabulary // 2, (2, s.rollouts, c), generator=generator).tolist()
         advantages = group_advantages(torch.rand(2, s.rollouts, generator=generator))

@@ -40,16 +40,16 @@ def test_a_wrong_layout_is_noticed(world):
 
 
 def test_tokens_by_hand(rows):
-    """Each video: prefix 64, 4 CoTs of 5 + 1 tokens. Packed: 64 + 24 = 88, once for the reference, once for the policy,
-    two videos: 352. Plain: 4 * (64 + 6) = 280, times four: 1,120. Released: four passes instead of two: 2,240."""
+    """Each video: prefix 64, 4 CoTs of 5 + 1 tokens. Once, or packed: 64 + 24 = 88, once for the
+    reference, once for the policy, two videos: 352. Plain: 4 * (64 + 6) = 280, times four: 1,120. Released: four passes instead of two: 2,240."""
     counted = {layout: row["tokens"] for layout, row in rows.items()}
-    assert counted == {"packed": 352, "plain": 1120, "released": 2240}
+    assert counted == {"once": 352, "packed": 352, "plain": 1120, "released": 2240}
     assert all(row["ideal tokens"] == 352 for row in rows.values())
-    # A backward counts as two forwards: packed 88 * 4 units, plain 280 * 4, released 280 * (4 forwards + 2 * 2).
-    assert rows["packed"]["x plain by tokens"] == pytest.approx(280 / 88)
-    assert rows["packed"]["x released by tokens"] == pytest.approx(280 * 8 / (88 * 4))
-    packed = rows["packed"]
-    assert packed["x plain, share of tokens"] == pytest.approx(packed["x plain"] * 88 / 280)
+    # A backward counts as two forwards: ours 88 * 4 units, plain 280 * 4, released 280 * (4 forwards + 2 * 2).
+    assert rows["once"]["x plain by tokens"] == pytest.approx(280 / 88)
+    assert rows["once"]["x released by tokens"] == pytest.approx(280 * 8 / (88 * 4))
+    once = rows["once"]
+    assert once["x plain, share of tokens"] == pytest.approx(once["x plain"] * 88 / 280)
 
 
 def test_flops_by_hand(world):
@@ -122,12 +122,12 @@ def test_a_run_writes_its_files(tmp_path, capsys):
     sizes = ["--hidden", "32", "--layers", "2", "--cot-tokens", "13", "--repeats", "1"]
     bench.main(["--quick", "--out", str(tmp_path), "--only", "stage2,stage1", *sizes])
     results = json.loads((tmp_path / "bench.json").read_text())
-    assert [row["layout"] for row in results["stage2"][:3]] == list(cases.LAYOUTS)
-    assert len(results["stage2"][0]["seconds"]) == 1 and "TRL" in results["stage2"][3]["layout"]
+    assert [row["layout"] for row in results["stage2"][:4]] == list(cases.LAYOUTS)
+    assert len(results["stage2"][0]["seconds"]) == 1 and "TRL" in results["stage2"][4]["layout"]
     assert {row["layout"] for row in results["stage1"]} == {"one batch", "two forwards"}
     assert all(row["gradient differs"] < 1e-4 for row in results["stage1"])
     text = (tmp_path / "bench.md").read_text()
-    assert "| packed |" in text and text.split("\n\n")[-1].strip() in capsys.readouterr().out
+    assert "| once |" in text and "| packed |" in text and text.split("\n\n")[-1].strip() in capsys.readouterr().out
     assert (tmp_path / "bench.png").read_bytes()[:4] == b"\x89PNG"
 
 

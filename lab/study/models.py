@@ -164,7 +164,8 @@ def one_draw(model, items, engine, settings, parameters, draw: int) -> dict[str,
     batch = grpo.generate(items, engine, settings, 10_000 + draw)
     counts = grpo.denominators(batch, settings, ranks)
     for rollouts in batch:
-        output, mask = grpo.forward_pair(model, rollouts, settings, ranks)
+        rows = to_device(lay_out(model.backbone, rollouts.prefixes, rollouts.cots), model.query.device)
+        output, mask = model(rows), rows["cot_mask"]
         for objective, rule in OBJECTIVES.items():
             rollouts.rule_rewards = rule(rollouts, model.processor.tokenizer, settings)
             rollouts.advantages = group_advantages(rollouts.totals())
