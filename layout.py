@@ -132,9 +132,26 @@ def lay_out(backbone, prefixes: list[dict], cots: list[list[list[int]]], behind:
     return batch | {name: torch.cat([prefix[name] for prefix in prefixes]) for name in videos}
 
 
-def shared_prefix_attention(
-    module, query, key, value, attention_mask, scaling=None, dropout=0.0, spans=None, keep=None, past=None, **more
-):
+def attention(module, query, key, value, attention_mask, keep=None, past=None, spans=None, **more):
+    """What transformers calls in each layer: whole rows go on to `shared_prefix_attention`.
+
+    keep: `Past.keep`, which takes this layer's keys and values. past: a Past that has them; then the ONE row of query,
+    key, value (1, H, L, d) holds CoTs alone, laid out `behind`, and each sees its prefix in there, and itself.
+    """
+    if keep is not None:
+        keep(module.layer_idx, key.to(value.dtype), value)
+    if past is None:
+        return shared_prefix_attention(module, query, key, value, attention_mask, spans=spans, **more)
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    options = {"scale": more.get("scaling"), "dropout_p": more.get("dropout", 0.0), "enable_gqa": True}
+    outputs = {}
+    for s, (prompt, cots) in enumerate(spans):
+        prefix = [x[s, :, :prompt] for x in past.layers[module.layer_idx]]
+        outputs |= attend_behind(prefix, cots, query, key, value, options)
+    return torch.cat([outputs[start] for start in sorted(outputs)], dim=2).transpose(1, 2).contiguous(), None
+
+
+def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, spans=None, **more):
     """Who sees whom (the drawing above), by ordinary causal attention over parts of a row.
 
         prefix and first CoT    one causal sequence: nothing stands between them
@@ -150,7 +167,6 @@ def shared_prefix_attention(
     Without spans (sampling with a cache, calls from elsewhere) it is transformers' own SDPA attention.
 
     query (S, H, L, d), key and value (S, H_kv, L, d), spans from `lay_out` -> (S, L, H, d), None. Padding gives 0.
-    keep: `Past.keep`, which takes this layer's keys and values. past: a Past that has them; the row holds CoTs alone.
     """
     if spans is None:
         kwargs = {"scaling": scaling, "dropout": dropout, **more}
@@ -158,39 +174,33 @@ def shared_prefix_attention(
     # Under autocast the norms before leave queries and keys in fp32; lower-right kernels need one type.
     query, key = query.to(value.dtype), key.to(value.dtype)
     options = {"scale": scaling, "dropout_p": dropout, "enable_gqa": True}  # H_kv < H: heads in groups share keys
-    if keep is not None:
-        keep(module.layer_idx, key, value)
     rows = []
     for s, (prompt, cots) in enumerate(spans):
-        q, k, v = (x if past else x[s : s + 1] for x in (query, key, value))
-        seen, outputs = past.layers[module.layer_idx] if past else (k, v), {}  # outputs: where a part begins -> its own
-        if not past:
-            end = prompt + sum(n for _, n in cots[:1])
-            outputs[0] = scaled_dot_product_attention(
-                q[:, :, :end], k[:, :, :end], v[:, :, :end], is_causal=True, **options)
-            cots = cots[1:]
-        seen = [x[s if past else 0, :, :prompt] for x in seen]  # (H_kv, P, d)
-        for n in sorted({n for _, n in cots}):  # CoTs of the same length go in one call
-            starts = [start for start, length in cots if length == n]
-            outputs |= zip(starts, attend_behind(seen, starts, n, q, k, v, options).split(1), strict=True)
-        rows.append(torch.cat([outputs[start] for start in sorted(outputs)], dim=2))  # (1, H, tokens, d)
-    if past:
-        return torch.cat(rows, dim=2).transpose(1, 2).contiguous(), None
-    return torch.cat([pad(x, (0, 0, 0, query.shape[2] - x.shape[2])) for x in rows]).transpose(1, 2).contiguous(), None
+        q, k, v = query[s : s + 1], key[s : s + 1], value[s : s + 1]
+        end = prompt + sum(n for _, n in cots[:1])
+        first = scaled_dot_product_attention(q[:, :, :end], k[:, :, :end], v[:, :, :end], is_causal=True, **options)
+        outputs = {0: first} | attend_behind((k[0, :, :prompt], v[0, :, :prompt]), cots[1:], q, k, v, options)
+        whole = torch.cat([outputs[start] for start in sorted(outputs)], dim=2)  # (1, H, tokens of this row, d)
+        rows.append(pad(whole, (0, 0, 0, query.shape[2] - whole.shape[2])))
+    return torch.cat(rows).transpose(1, 2).contiguous(), None
 
 
-def attend_behind(prefix, starts: list[int], n: int, query, key, value, options: dict) -> torch.Tensor:
-    """One row (1, H, L, d): its c CoTs of n positions from `starts` on see prefix and themselves: (c, H, n, d).
+def attend_behind(prefix, cots: list[tuple[int, int]], query, key, value, options: dict) -> dict[int, torch.Tensor]:
+    """Each CoT of one row (1, H, L, d) sees a prefix and itself: {start: (1, H, n, d)} for its (start, n).
 
-    prefix: its keys and values, each (H_kv, P, d).
+    prefix: keys and values, each (H_kv, P, d). CoTs of the same length go in one call.
     """
-    query, own_keys, own_values = (torch.cat([x[:, :, s : s + n] for s in starts]) for x in (query, key, value))
-    shared = (x.expand(len(starts), -1, -1, -1) for x in prefix)  # (c, H_kv, P, d)
-    keys, values = (torch.cat(parts, dim=2) for parts in zip(shared, (own_keys, own_values)))  # (c, H_kv, P + n, d)
-    mask = causal_lower_right(n, keys.shape[2])
-    return scaled_dot_product_attention(query, keys, values, attn_mask=mask, **options)
+    outputs = {}
+    for n in sorted({n for _, n in cots}):
+        starts = [start for start, length in cots if length == n]
+        q, own_keys, own_values = (torch.cat([x[:, :, s : s + n] for s in starts]) for x in (query, key, value))
+        shared = (x.expand(len(starts), -1, -1, -1) for x in prefix)  # (c, H_kv, P, d)
+        keys, values = (torch.cat(parts, dim=2) for parts in zip(shared, (own_keys, own_values)))  # (c, H_kv, P + n, d)
+        found = scaled_dot_product_attention(q, keys, values, attn_mask=causal_lower_right(n, keys.shape[2]), **options)
+        outputs |= zip(starts, found.split(1), strict=True)
+    return outputs
 
 
 SHARED_PREFIX = "shared_prefix"  # the name under which transformers finds it; see DeScore.__init__
-AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
+AttentionInterface.register(SHARED_PREFIX, attention)
 AttentionMaskInterface.register(SHARED_PREFIX, sdpa_mask)  # for calls without spans

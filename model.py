@@ -112,9 +112,9 @@ class DeScore(nn.Module):
                 batch["pixel_values_videos"], batch["video_grid_thw"], return_dict=True
             )
         # `spans` and `keep` are no arguments of transformers: its models hand keywords they do not know down to each
-        # layer's attention function, here layout.shared_prefix_attention, which reads who sees whom from them. No mask
-        # then: with None (and spans), that function runs each part causally, and padding is in no part. keep is a
-        # function, since FSDP would hand each layer a copy of an object with tensors.
+        # layer's attention function, here layout.attention, which reads who sees whom from them. No mask then: with
+        # None (and spans), that function runs each part causally, and padding is in no part. keep is a function, since
+        # FSDP would hand each layer a copy of an object with tensors.
         hidden = self.backbone.model(
             inputs_embeds=embeds, attention_mask=None, spans=batch["spans"], keep=keep,
             position_ids=batch["position_ids"], mm_encoder_outputs={"video": video_features}, use_cache=False,

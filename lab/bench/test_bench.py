@@ -41,7 +41,8 @@ def test_a_wrong_layout_is_noticed(world):
 
 def test_tokens_by_hand(rows):
     """Each video: prefix 64, 4 CoTs of 5 + 1 tokens. Once, or packed: 64 + 24 = 88, once for the
-    reference, once for the policy, two videos: 352. Plain: 4 * (64 + 6) = 280, times four: 1,120. Released: four passes instead of two: 2,240."""
+    reference, once for the policy, two videos: 352.
+    Plain: 4 * (64 + 6) = 280, times four: 1,120. Released: four passes instead of two: 2,240."""
     counted = {layout: row["tokens"] for layout, row in rows.items()}
     assert counted == {"once": 352, "packed": 352, "plain": 1120, "released": 2240}
     assert all(row["ideal tokens"] == 352 for row in rows.values())

@@ -101,7 +101,7 @@ MISTAKES = (
        ("    for s, (prompt, cots) in enumerate(spans):", "    for s, (prompt, cots) in enumerate(spans):\n"
         "        cots = [(prompt, sum(n for _, n in cots))] if cots else []")),
     _m(BEHIND, "upper left corner", "lower_right_corner",
-       ("attn_mask=causal_lower_right(n, prompt + n)", "is_causal=True")),
+       ("attn_mask=causal_lower_right(n, keys.shape[2])", "is_causal=True")),
     _m(ATTENTION, "in order of length", "in_the_order_of_positions",
        ("for start in sorted(outputs)", "for start in outputs")),
     _m(ATTENTION, "heads in turn", "heads_in_groups",
@@ -110,7 +110,7 @@ MISTAKES = (
         "    rows = []\n    for s, (prompt, cots)")),
     _m(ATTENTION, "no scaling", "scaling_is_used", ('{"scale": scaling, ', "{")),
     _m(BEHIND, "prefix detached", "gradient_reaches_the_prefix",
-       ("x[:, :, :prompt].expand", "x[:, :, :prompt].detach().expand")),
+       ("x.expand(len(starts)", "x.detach().expand(len(starts)")),
     *mistakes.MISTAKES,
 )
 
