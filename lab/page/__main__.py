@@ -146,6 +146,8 @@ def page(title: str, body: str, files: dict[str, Source], style: str) -> str:
 
 def build(root: pathlib.Path) -> dict[str, str]:
     """{file name: HTML} of the site of a tree. InputError where README, paper.md and the sources do not fit."""
+    if source.MarkdownIt is None:
+        raise InputError("lab.page needs latex2mathml, markdown-it-py, Pygments: pip install -r requirements-page.txt.")
     readme = (root / "README.md").read_text(encoding="utf-8")
     style = (root / HERE / "style.css").read_text(encoding="utf-8")
     files = sources(root, readme)

@@ -5,20 +5,21 @@ import functools
 import html
 import re
 
-from latex2mathml.converter import convert
-from markdown_it import MarkdownIt
-from pygments.lexers import PythonLexer
-from pygments.token import Token
+try:
+    from latex2mathml.converter import convert
+    from markdown_it import MarkdownIt
+    from pygments.lexers import PythonLexer
+except ImportError:  # optional requirements; `build` says so
+    MarkdownIt = None
 
 DEFINES = ast.FunctionDef | ast.ClassDef
-# Of all kinds of tokens four colours are enough; the most special comes first.
-COLOURS = ((Token.Keyword, "k"), (Token.Operator.Word, "k"), (Token.Literal.String, "s"), (Token.Comment, "c"),
-           (Token.Literal.Number, "m"), (Token.Name.Decorator, "d"))
-LEXER = PythonLexer(stripnl=False, ensurenl=False)
+# Of all kinds of tokens five colours are enough.
+COLOURS = {"Token.Keyword": "k", "Token.Operator.Word": "k", "Token.Literal.String": "s", "Token.Comment": "c",
+           "Token.Literal.Number": "m", "Token.Name.Decorator": "d"}
 
 
 @functools.cache
-def markdown() -> MarkdownIt:
+def markdown() -> "MarkdownIt":
     return MarkdownIt("commonmark", {"html": False}).enable("table")
 
 
@@ -117,8 +118,8 @@ class Source:
     def coloured(self) -> list[str]:
         """Each line as HTML: four colours, and names linked."""
         lines, column = [""], 0
-        for kind, value in LEXER.get_tokens(self.text):
-            colour = next((name for of, name in COLOURS if kind in of), None)
+        for kind, value in PythonLexer(stripnl=False, ensurenl=False).get_tokens(self.text):
+            colour = next((name for of, name in COLOURS.items() if str(kind).startswith(of)), None)
             for k, piece in enumerate(value.split("\n")):
                 if k:
                     lines.append("")

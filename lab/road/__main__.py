@@ -12,6 +12,7 @@ import base64
 import contextlib
 import hashlib
 import http.server
+import importlib.util
 import json
 import os
 import pathlib
@@ -277,6 +278,8 @@ def main(argv=None) -> None:
     out = pathlib.Path(parser.parse_args(argv).out)
     if out.exists() and not (out / "tiny").exists():
         raise InputError(f"--out {out}: exists, and is not from an earlier run of this; name another folder.")
+    if missing := [name for name in ("pyarrow", "openai") if importlib.util.find_spec(name) is None]:
+        raise InputError(f"lab.road needs {' and '.join(missing)}: pip install -r requirements-road.txt.")
     shutil.rmtree(out, ignore_errors=True)
     import toy.base_model  # here: tests that need no model import this file
 
