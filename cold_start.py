@@ -13,7 +13,6 @@ One step:  1 draw pairs   2 mask CoTs   3 forward both videos   4 BT loss (Eq. 3
 
 import dataclasses
 import itertools
-from typing import NamedTuple
 
 import torch
 
@@ -23,7 +22,6 @@ from layout import lay_out
 from losses import bt_loss, btt_loss, draw_cot_mask
 from metrics import accuracy_without_ties
 from model import DeScore, to_device
-from phases import sequence_lengths
 from plumbing import checkpoint, logs
 from plumbing.jobs import fitting_pairs, readable_pairs
 from plumbing.resume import claim_run, require_finite
@@ -63,23 +61,27 @@ class Settings(CommonSettings):
     save_every: int = arg(100, "steps between checkpoints; 0: only at the end", at_least=0)
 
 
-def score_pairs(model, items, settings, masks=None):
+def draw(pairs: list[data.PreferencePair], run: Run, settings) -> list[data.PreferencePair]:
+    """1 and 2: this rank's pairs for all steps that are left, in order; those whose coin says so without their CoTs.
+
+    A masked CoT is an EMPTY one: the query stands right behind the prompt. losses.draw_cot_mask says why. The coins
+    come from (seed, epoch) alone, so that every rank and a resumed run toss the same.
+    """
+    drawn, hidden = [], dict.fromkeys(("cot_a", "cot_b", "cot_a_tokens", "cot_b_tokens"))
+    for epoch, indices in run.draws():
+        coins = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch + 500_009)
+        masked = draw_cot_mask(len(pairs), settings.mask_probability, coins)  # one draw for both videos of a pair
+        drawn += [dataclasses.replace(pairs[i], **hidden) if masked[i] else pairs[i] for i in indices]
+    return drawn
+
+
+def score_pairs(model, items):
     """Rewards of both videos of each pair: (B,), (B,), with gradient if enabled.
 
-    items: B times (pair, [prefix of A, prefix of B]). masks: B booleans, True hides the pair's CoTs; None hides none.
+    items: B times (pair, [prefix of A, prefix of B]).
     """
-    prefixes, cots = [], []
-    for n, (pair, both) in enumerate(items):
-        # Random CoT masking: an EMPTY CoT, so the query stands right behind the prompt. One draw per pair.
-        masked = masks is not None and masks[n]
-        shown = ([], []) if masked else pair.cot_ids(model.processor.tokenizer)
-        for prefix, ids in zip(both, shown):
-            length = len(prefix["input_ids"]) + len(ids) + 1
-            if length > settings.max_length:
-                raise InputError(f"line {pair.line}: {length} tokens (CoT {len(ids)}); raise --max-length or shorten "
-                                 "the CoT.")
-            prefixes.append(prefix)
-            cots.append([ids])
+    prefixes = [prefix for _, both in items for prefix in both]  # A_1, B_1, A_2, ...
+    cots = [[ids] for pair, _ in items for ids in pair.cot_ids(model.processor.tokenizer)]
     # One row per video, [video and prompt | CoT | query]; r = head(hidden state of the query).
     batch = to_device(lay_out(model.backbone, prefixes, cots), model.query.device)
     rewards = model(batch, want_log_probs=False).rewards.view(-1, 2)  # (B, 2): videos A and B of each pair
@@ -90,45 +92,19 @@ def score_pairs(model, items, settings, masks=None):
 def validate(model, dataset, settings, ranks) -> float:
     """COLLECTIVE: accuracy without ties over all pairs. Never masked: masking is for training."""
     model.eval()  # no dropout
-    size, mine = len(dataset), []
-    rounds = -(-size // ranks.world)  # the same number of forwards on every rank, or FSDP deadlocks
-    order = [min(i * ranks.world + ranks.rank, size - 1) for i in range(rounds)]
+    numbers, mine = list(range(len(dataset))), []
+    # The same number of forwards on every rank, or FSDP deadlocks: the last round may repeat the last pair.
+    order = ranks.share(numbers + numbers[-1:] * (-len(numbers) % ranks.world))
     stream = data.take(dataset, order, settings.workers)
-    for _ in range(0, rounds, settings.micro_pairs):
+    for _ in range(0, len(order), settings.micro_pairs):
         items = list(itertools.islice(stream, settings.micro_pairs))
         with ranks.autocast():
-            reward_a, reward_b = score_pairs(model, items, settings)
+            reward_a, reward_b = score_pairs(model, items)
         margins = (reward_a - reward_b).tolist()
         mine += [(pair.label, margin) for (pair, _), margin in zip(items, margins)]
     model.train()
-    mine = mine[: len(range(ranks.rank, size, ranks.world))]  # a last round that repeats a pair is not counted
-    labels, margins = zip(*ranks.gather_objects(mine))
+    labels, margins = zip(*ranks.gather_objects(mine[: len(ranks.share(numbers))]))  # what is repeated does not count
     return accuracy_without_ties(labels, margins)
-
-
-class Drawn(NamedTuple):
-    """A drawn pair."""
-
-    pair: data.PreferencePair
-    prefixes: list[dict]  # [2]
-    masked: bool  # its CoTs are hidden in this step
-
-    def longest(self) -> int:
-        """Prompt tokens of the longer video: like lengths together means less padding."""
-        return max(len(prefix["input_ids"]) for prefix in self.prefixes)
-
-
-def draw(run: Run, settings) -> list[tuple[int, bool]]:
-    """1 and 2: this rank's pairs for all steps that are left, each with the coin that decides on its CoT.
-
-    losses.draw_cot_mask says why. From (seed, epoch) alone, so that every rank and a resumed run toss the same.
-    """
-    drawn = []
-    for epoch, indices in run.draws():
-        coins = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch + 500_009)
-        masked = draw_cot_mask(run.num_pairs, settings.mask_probability, coins)
-        drawn += [(index, bool(masked[index])) for index in indices]
-    return drawn
 
 
 def rows_of(items) -> list[dict]:
@@ -141,25 +117,23 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
     optimizer = parallel.make_optimizer(model, settings)
     run = Run("stage 1", model, optimizer, len(pairs), settings, ranks)
     how = (model.processor, settings.fps, settings.max_pixels, settings.frame_cache)
-    train_set, val_set = data.EncodedPairs(pairs, *how), data.EncodedPairs(val_pairs, *how)
     # The whole schedule is known now, so loader workers can decode ahead; a resumed run starts it at its own step.
-    drawn = draw(run, settings)
-    encoded = data.take(train_set, [index for index, _ in drawn], settings.workers)
-    coins = (masked for _, masked in drawn)
-    stream = (Drawn(pair, both, coin or not all(pair.cots)) for (pair, both), coin in zip(encoded, coins))
+    drawn = data.EncodedPairs(draw(pairs, run, settings), *how)
+    val_set = data.EncodedPairs(val_pairs, *how)
+    stream = data.take(drawn, range(len(drawn)), settings.workers)
 
     model.train()
     for step in run.steps():
-        batch = [next(stream) for _ in range(run.local_pairs)]  # 1 draw pairs
+        batch = [next(stream) for _ in range(run.local_pairs)]  # 1 draw pairs, 2 mask CoTs
         waited = run.seconds()  # a large share of the step means: more --workers, or --frame-cache
-        batch.sort(key=Drawn.longest)  # only within the batch: the sum of its gradients does not depend on the order
+        # Like lengths together: less padding. Only within the batch: the sum of its gradients does not depend on it.
+        batch.sort(key=lambda item: max(len(prefix["input_ids"]) for prefix in item[1]))
         sums = logs.Sums()
         # Micro-batches: as many pairs as memory holds. Gradients add up, so their number changes nothing.
         for i in range(0, run.local_pairs, settings.micro_pairs):
-            part = batch[i : i + settings.micro_pairs]
-            items, masks = [(one.pair, one.prefixes) for one in part], [one.masked for one in part]  # 2 mask CoTs
+            items = batch[i : i + settings.micro_pairs]
             with ranks.autocast():
-                reward_a, reward_b = score_pairs(model, items, settings, masks)  # 3 forward both videos: (B,), (B,)
+                reward_a, reward_b = score_pairs(model, items)  # 3 forward both videos: (B,), (B,)
             label = torch.tensor([pair.label for pair, _ in items], device=reward_a.device)  # (B,) +1, -1 or 0
             # 4 The denominator is the whole batch's, over all micro-batches and ranks.
             if settings.loss == "btt":
@@ -171,10 +145,9 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
                 loss = bt_loss(chosen, rejected, denominator=settings.batch_pairs)
             require_finite(loss.item(), "loss", rows_of(items), settings, ranks)
             parallel.backward(loss, ranks)  # 5 backward
-            logs.log_scores(sums, loss, reward_a, reward_b, label, masks)
+            logs.log_scores(sums, loss, reward_a, reward_b, label, [not all(pair.cots) for pair, _ in items])
         parallel.set_learning_rate(optimizer, step, run.warmup_steps)
-        rows = rows_of((one.pair, one.prefixes) for one in batch)
-        norms = parallel.take_step(model, optimizer, rows, settings, ranks)  # clip and update, once per batch
+        norms = parallel.take_step(model, optimizer, rows_of(batch), settings, ranks)  # clip and update, once per batch
         metrics = logs.cold_start_metrics(ranks.sum(sums), settings) | norms  # 6 log
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "epoch": step / run.steps_per_epoch}
         metrics |= {"wait_share": waited / run.seconds(), "step_seconds": run.seconds()}
@@ -218,7 +191,7 @@ def main(argv=None) -> None:
     dtype = parallel.load_dtype(settings.train, ranks)
     # new_head: the base model has none, so query and head start from scratch; stage 2 will insist on them.
     model = checkpoint.open_on_rank(DeScore, settings.model, dtype, ranks, new_head=True)
-    fit = model.processor, settings, ranks, sequence_lengths
+    fit = model.processor, settings, ranks, data.sequence_lengths
     pairs = fitting_pairs(pairs, *fit)  # before hours of training
     val_pairs = fitting_pairs(val_pairs, *fit) if val_pairs else []
     model.settings.update(base_model=settings.model, fps=settings.fps, max_pixels=settings.max_pixels)

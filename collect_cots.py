@@ -12,14 +12,13 @@ says how often. Malformed CoTs stay: the head must score what the model really t
 """
 
 import dataclasses
-import os
 
 import data
 import parallel
-from phases import WORDING, ThinkingSettings, Workers, think_phase
+from phases import MADE_WITH, WORDING, ThinkingSettings, Workers
 from plumbing.formats import write_cots
 from plumbing.jobs import items_of, readable_pairs, require_same_settings, write_skipped
-from plumbing.settings import InputError, arg, cli, collecting_flags, parse
+from plumbing.settings import InputError, arg, cli, collecting_flags, parse, writable
 from rules import extract_answer
 
 
@@ -37,20 +36,15 @@ class Settings(ThinkingSettings):
     batch_size: int = arg(64, "CoTs that transformers samples at a time on one rank", at_least=1)
 
 
-# What decides on a CoT: with another value it must not stand beside the old ones.
-MADE_WITH = ("max_new_tokens", "temperature", "engine", "fps", "reader", "max_pixels", "seed")
-
-
-def collect(path: str, out: str, s: Settings, ranks, workers: Workers) -> None:
+def collect(path: str, pairs: list[data.PreferencePair], out: str, s: Settings, ranks, workers: Workers) -> None:
     """COLLECTIVE: the pairs of `path` -> `out`, with a CoT per video. OUT.thoughts/ keeps each CoT as it comes."""
     folder = out + ".thoughts"
-    pairs = data.read_pairs(path, s.dimension, s.video_root)
-    os.makedirs(folder, exist_ok=True)
+    writable([folder])
     if not s.skip_bad_videos:  # with it, thinking meets each bad video, and leaves it out
         pairs = readable_pairs(pairs, s, ranks, data.sample_frames)
     items = items_of(pairs)
     require_same_settings(folder, s, MADE_WITH, WORDING, ranks)
-    thoughts, skipped = think_phase(items, folder, s, ranks, workers)  # one CoT for each
+    thoughts, skipped = workers.think(items, folder)  # one CoT for each
     write_skipped(folder, skipped, ranks)
     kept = [pair for pair in pairs if all((video, pair.prompt) in thoughts for video in pair.videos)]
     if not kept:
@@ -69,12 +63,12 @@ def main(argv=None) -> None:
     """One CoT per video of each CSV; the engine is opened once for all of them."""
     s = parse(Settings, __doc__, argv)
     collecting_flags(s)
-    for path in s.data:  # a wrong second file should not cost the thinking over the first
-        data.read_pairs(path, s.dimension, s.video_root)
+    # All at once: a wrong second file should not cost the thinking over the first.
+    sets = [(path, data.read_pairs(path, s.dimension, s.video_root), out) for path, out in zip(s.data, s.out)]
     ranks = parallel.start(s.seed)
     workers = Workers(s, ranks, scores=False)
-    for path, out in zip(s.data, s.out):
-        collect(path, out, s, ranks, workers)
+    for path, pairs, out in sets:
+        collect(path, pairs, out, s, ranks, workers)
     ranks.finish(workers.engine)
 
 

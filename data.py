@@ -22,7 +22,7 @@ from plumbing.video import FrameCache, from_memory, open_clip, resize
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 1. Preference pairs: five CSV formats, recognised by their columns
+# 1. Preference pairs
 # ---------------------------------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class PreferencePair:
@@ -70,16 +70,7 @@ class PreferencePair:
 
 
 def read_pairs(csv_path: str, dimension: str = "TA", video_root: str | None = None) -> list[PreferencePair]:
-    """The pairs of a CSV in file order; its format is recognised by the columns. UTF-8, with or without a BOM.
-
-    | format                          | columns                                                          |
-    |---------------------------------|------------------------------------------------------------------|
-    | DeScore cold start              | videos, prompt, GSB [, CoT_A, CoT_B, CoT_A_tokens, CoT_B_tokens, |
-    |                                 | problem, durations]; _tokens: a JSON list of ids, as sampled     |
-    | DeScore RL                      | videos, problem [or prompt], answer                              |
-    | DeScore in-domain               | video_A, video_B, prompt, answer                                 |
-    | VideoAlign, VideoGen-RewardBench| path_A, path_B, prompt and the label column named by `dimension` |
-    | GenAI-Bench                     | left_video(_path), right_video(_path), prompt, vote_type         |
+    """The pairs of a CSV in file order; its format is recognised by the columns (docs/data.md). UTF-8.
 
     dimension: the label column where there are several: TA (text alignment), VQ, MQ or Overall. video_root: where
     relative video paths start; default: the CSV's folder. Rows labelled `invalid` are left out and counted on stderr.
@@ -323,6 +314,21 @@ def encode_cot(tokenizer, cot: str | None, tokens: list[int] | None = None) -> l
         return []
     cot = cot.removesuffix(tokenizer.eos_token)
     return encode_text(tokenizer, cot, keep=THINK) + [tokenizer.eos_token_id]
+
+
+def sequence_lengths(processor, pair: PreferencePair, fps: float, max_pixels: int) -> list[int]:
+    """Tokens of the pair's two sequences, prefix + CoT + query, without decoding the videos.
+
+    A patch of 32 x 32 stands for each frame; each two frames of H x W then have H W / 1024 - 1 video tokens more.
+    """
+    lengths = []
+    for path, cot in zip(pair.videos, pair.cot_ids(processor.tokenizer)):
+        video = sample_frames(path, fps, max_pixels, decode=False)
+        count, height, width, _ = video.frames.shape
+        small = dataclasses.replace(video, frames=video.frames[:, :SIDE, :SIDE].copy())
+        prefix = len(encode_prompt(processor, small, pair.prompt)["input_ids"])
+        lengths.append(prefix + count // 2 * (height * width // SIDE**2 - 1) + len(cot) + 1)
+    return lengths
 
 
 # ---------------------------------------------------------------------------------------------------------------

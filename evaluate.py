@@ -22,7 +22,7 @@ import data
 import metrics
 import parallel
 from data import PreferencePair
-from phases import WORDING, ThinkingSettings, Workers, require_short, score_phase, text_rewards, think_phase
+from phases import MADE_WITH, WORDING, ThinkingSettings, Workers, require_short, text_rewards
 from plumbing import report
 from plumbing.checkpoint import trained_settings
 from plumbing.formats import open_table, refuse_outside
@@ -66,19 +66,14 @@ class Settings(ThinkingSettings):
     out: str = arg("evaluation", "folder for everything that is written")
 
 
-# What decides on a result: with another value it must not stand beside the old ones.
-MADE_WITH = ("think", "thoughts", "max_new_tokens", "temperature", "engine", "fps", "reader", "max_pixels", "dtype",
-             "seed")
+MADE_WITH = (*MADE_WITH, "think", "thoughts", "dtype")
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # 1. All numbers of one reward model on one set of pairs
 # ---------------------------------------------------------------------------------------------------------------
 def measure(name: str, pairs: list[PreferencePair], rewards: np.ndarray) -> report.Agreement:
-    """rewards (n, 2) of A and B -> every number of the report. InputError names the row of a non-finite reward."""
-    for pair, row in zip(pairs, rewards):
-        if not np.isfinite(row).all():
-            raise InputError(f"{name}, line {pair.line}: the rewards {row[0]} and {row[1]} must be finite numbers.")
+    """rewards (n, 2) of A and B, finite -> every number of the report."""
     # BT's loss (Eq. 3) is blind to a constant added to both rewards: only the difference of a pair has a meaning.
     labels, margins = metrics.checked([p.label for p in pairs], rewards[:, 0] - rewards[:, 1])
     prompts = {}  # prompt -> group; not np.unique, which would pad every prompt to the longest
@@ -122,8 +117,8 @@ class TestSet:
     out: str
     root: str  # relative video paths start here
     benchmark: str | None = None
-    thoughts: dict | None = None  # {item.key: record of think_phase}; None: no thinking
-    rewards: dict = dataclasses.field(default_factory=dict)  # {item.key: record of score_phase}
+    thoughts: dict | None = None  # {item.key: record of Workers.think}; None: no thinking
+    rewards: dict = dataclasses.field(default_factory=dict)  # {item.key: record of Workers.score}
     skipped: list[dict] = dataclasses.field(default_factory=list)
 
     @property
@@ -171,7 +166,7 @@ def complete_pairs(test: TestSet, rewards: list[np.ndarray], skip: bool) -> np.n
 
 
 def measure_set(test: TestSet, name: str, rewards: np.ndarray, complete: np.ndarray) -> report.Agreement:
-    """Everything about the rewards (n, 2) of one model on the complete pairs, as report.write takes it."""
+    """The rewards (n, 2) of one model on the complete pairs, as report.write takes them."""
     kept = [pair for pair, keep in zip(test.pairs, complete) if keep]
     found = measure(name, kept, rewards[complete])
     found.numbers.update(data=test.path, benchmark=test.benchmark, difference_to_first=None)
@@ -243,11 +238,10 @@ def main(argv=None) -> None:
         own = dataclasses.replace(s, benchmark=test.benchmark and [test.benchmark], out=test.out)
         require_same_settings(test.out, own, MADE_WITH, WORDING, ranks)
         if s.think:
-            test.thoughts, test.skipped = think_phase(test.items, test.out, s, ranks, workers, s.thoughts)
-    workers.stop_thinking()
+            test.thoughts, test.skipped = workers.think(test.items, test.out, s.thoughts)
     for test in tests:  # 2 score
         if "head" in s.score_from:
-            test.rewards, unscored = score_phase(test.items, test.thoughts, test.out, s, ranks, workers)
+            test.rewards, unscored = workers.score(test.items, test.thoughts, test.out)
             test.skipped += unscored
         write_skipped(test.out, test.skipped, ranks)
     for test in tests if ranks.is_main else []:  # 3 compare with people

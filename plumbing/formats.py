@@ -253,7 +253,7 @@ def read_scores(path: str, data_path: str, pairs: list, root: str) -> np.ndarray
 def write_cots(path: str, pairs: list, thoughts: dict) -> None:
     """Pairs and their CoTs in DeScore's cold-start columns: what collect_cots.py collected, as stage 1 reads it.
 
-    thoughts: {(video, prompt): record of phases.think_phase}. The tokens go along: stage 1 then trains on what was
+    thoughts: {(video, prompt): record of phases.Workers.think}. The tokens go along: stage 1 then trains on what was
     sampled.
     """
     label, rows = {1: "A", -1: "B", 0: "same"}, []

@@ -47,7 +47,7 @@ def stage_1_step(model, items, ranks) -> dict:
     """One update of stage 1, with the tower and LoRA's dropout: loss and norms, all finite."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     settings = cold_start.Settings(out=".")
-    reward_a, reward_b = cold_start.score_pairs(model, items, settings)
+    reward_a, reward_b = cold_start.score_pairs(model, items)
     loss = bt_loss(reward_a, reward_b, denominator=ranks.world)
     parallel.backward(loss, ranks)
     return {"loss": loss.item(), **parallel.take_step(model, optimizer, [], settings, ranks)}

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import shutil
 
 import pytest
@@ -40,17 +41,24 @@ def items(pairs, processor, count=2):
     return list(data.take(data.EncodedPairs(pairs[:count], processor), list(range(count))))
 
 
+def text_of(processor, token):
+    return processor.tokenizer.decode([token])
+
+
 def test_one_mask_draw_per_pair_and_a_masked_cot_is_absent(pairs, model, processor, settings, monkeypatch):
     seen = []
     real = cold_start.lay_out
     monkeypatch.setattr(cold_start, "lay_out", lambda b, p, cots: seen.append(cots) or real(b, p, cots))
-    batch = items(pairs, processor)
-    masked = cold_start.score_pairs(model, batch, settings, masks=[True, False])
+    monkeypatch.setattr(cold_start, "draw_cot_mask", lambda *_: torch.tensor([True, False]))
+    sampled = [dataclasses.replace(pair, cot_a_tokens=[70], cot_b_tokens=[71], cot_a=text_of(processor, 70),
+                                   cot_b=text_of(processor, 71)) for pair in pairs[:2]]  # the ids go, too
+    drawn = cold_start.draw(sampled, Epochs(1, 2), settings)
+    masked = cold_start.score_pairs(model, items(drawn, processor))
     assert [[bool(ids) for ids in row] for row in seen[0]] == [[False], [False], [True], [True]]  # A and B alike
-    without = [dataclasses.replace(pairs[0], cot_a=None, cot_b=None), pairs[1]]
-    reference = cold_start.score_pairs(model, items(without, processor), settings)
-    assert torch.allclose(torch.stack(masked), torch.stack(reference), atol=1e-6)
-    unmasked = cold_start.score_pairs(model, batch, settings)
+    prefixes = [prefix for _, both in items(drawn, processor) for prefix in both]
+    reference = model.score(prefixes, [None, None, [70], [71]]).view(2, 2).T
+    assert torch.allclose(torch.stack(masked), reference, atol=1e-6)
+    unmasked = cold_start.score_pairs(model, items(sampled, processor))
     assert not torch.allclose(unmasked[0][0], masked[0][0], atol=1e-4) and torch.allclose(
         unmasked[0][1], masked[0][1], atol=1e-5
     )
@@ -58,7 +66,7 @@ def test_one_mask_draw_per_pair_and_a_masked_cot_is_absent(pairs, model, process
 
 def test_each_video_is_scored_with_its_own_cot(pairs, model, processor, settings):
     """A's CoT stands behind A's video: stage 1 scores as `DeScore.score` does when the model is used."""
-    (r_a,), (r_b,) = cold_start.score_pairs(model, items(pairs, processor, 1), settings)
+    (r_a,), (r_b,) = cold_start.score_pairs(model, items(pairs, processor, 1))
     pair = pairs[0]
     prefixes, cots = model.encode(pair.videos, [pair.prompt] * 2), pair.cot_ids(processor.tokenizer)
     expected, crossed = model.score(prefixes, cots), model.score(prefixes, cots[::-1])
@@ -67,20 +75,18 @@ def test_each_video_is_scored_with_its_own_cot(pairs, model, processor, settings
 
 
 def test_validation_never_masks(pairs, model, processor, settings, monkeypatch):
-    calls = []
+    shown = []
     real = cold_start.score_pairs
-    monkeypatch.setattr(
-        cold_start, "score_pairs", lambda m, i, s, masks=None: calls.append(masks) or real(m, i, s, masks)
-    )
+    monkeypatch.setattr(cold_start, "score_pairs", lambda m, items: shown.extend(items) or real(m, items))
     settings = dataclasses.replace(settings, mask_probability=1.0, micro_pairs=2)
     accuracy = cold_start.validate(model, data.EncodedPairs(pairs, processor), settings, parallel.Ranks())
     assert model.training  # it goes on training afterwards, with dropout
-    assert calls == [None] * -(-len(pairs) // 2)
+    assert [pair for pair, _ in shown] == pairs and all(all(pair.cots) for pair in pairs)
     right = sum(
         ((a - b) * p.label > 0).item()
         for p in pairs
         if p.label
-        for a, b in [real(model, items([p], processor, 1), settings)]
+        for a, b in [real(model, items([p], processor, 1))]
     )
     assert accuracy == pytest.approx(right / sum(p.label != 0 for p in pairs))
 
@@ -98,7 +104,7 @@ def test_a_round_that_repeats_a_pair_counts_it_once(pairs, processor, settings, 
     ranks = Two()
     ranks.world, ranks.rank = 2, rank
 
-    def score(model, items, settings, masks=None):
+    def score(model, items):
         numbers = [pairs.index(pair) for pair, _ in items]
         scored.extend(numbers)
         return torch.tensor([float(n) for n in numbers]), torch.zeros(len(numbers))
@@ -109,17 +115,26 @@ def test_a_round_that_repeats_a_pair_counts_it_once(pairs, processor, settings, 
     assert len(scored) == 2 and [int(margin) for _, margin in told] == counted and model.training
 
 
+class Epochs:
+    """A run of `count` epochs, each of all pairs in file order."""
+
+    def __init__(self, count, size):
+        self.count, self.size = count, size
+
+    def draws(self):
+        return [(epoch, list(range(self.size))) for epoch in range(self.count)]
+
+
 def test_coins_differ_from_epoch_to_epoch_and_not_from_run_to_run(settings):
-    class Epochs:
-        num_pairs = 64
+    pairs = [data.PreferencePair("a", "b", "p", 1, "one", "two")] * 64
 
-        def draws(self):
-            return [(epoch, list(range(64))) for epoch in range(3)]
+    def toss(settings):
+        drawn = cold_start.draw(pairs, Epochs(3, 64), settings)
+        assert all(pair.cots in (("one", "two"), (None, None)) for pair in drawn)
+        return torch.tensor([pair.cots == (None, None) for pair in drawn]).view(3, 64)
 
-    coins = torch.tensor([masked for _, masked in cold_start.draw(Epochs(), settings)]).view(3, 64)
-    again = torch.tensor([masked for _, masked in cold_start.draw(Epochs(), settings)]).view(3, 64)
-    other = [masked for _, masked in cold_start.draw(Epochs(), dataclasses.replace(settings, seed=1))]
-    assert torch.equal(coins, again) and coins.flatten().tolist() != other
+    coins, again, other = toss(settings), toss(settings), toss(dataclasses.replace(settings, seed=1))
+    assert torch.equal(coins, again) and not torch.equal(coins, other)
     assert not torch.equal(coins[0], coins[1]) and not torch.equal(coins[1], coins[2])
     assert 60 < coins.sum() < 132  # 192 tosses at .5
 
@@ -133,13 +148,6 @@ def test_micro_batches_of_btt_are_the_batch(with_cots, base_dir, tmp_path):
         logs_of.append(logs.read_metrics(str(out))[0])
     for name in ("loss", "grad_norm_llm", "grad_norm_head"):
         assert logs_of[0][name] == pytest.approx(logs_of[1][name], rel=1e-3), name
-
-
-def test_too_long_a_cot_names_its_row(pairs, model, processor, settings):
-    settings = dataclasses.replace(settings, max_length=100)
-    long = [dataclasses.replace(pairs[0], cot_a="very long " * 200)]
-    with pytest.raises(InputError, match=rf"line {pairs[0].line}: .* --max-length"):
-        cold_start.score_pairs(model, items(long, processor, 1), settings)
 
 
 def arguments(world, base_dir, out, **more):
@@ -229,6 +237,13 @@ def test_learning_and_btt(with_cots, base_dir, tmp_path):
     )
     steps = logs.read_metrics(str(tmp_path))
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.1 and steps[-1]["masked_share"] == 0
+
+
+def test_too_long_a_cot_names_its_row(with_cots, base_dir, tmp_path, capsys):
+    """Before the first step, not when its turn comes."""
+    flags = arguments(with_cots, base_dir, tmp_path, max_length=9)
+    assert re.search(r"line \d+: \d+ tokens", refuses(capsys, cold_start.main, *flags, says="exceed --max-length 9"))
+    assert not logs.read_metrics(str(tmp_path))
 
 
 def test_bad_input(world, with_cots, base_dir, tmp_path, capsys):

@@ -88,7 +88,7 @@ def test_stage_1_trains_on_what_was_sampled(val_csv, base_dir, model, tmp_path, 
             dataclasses.replace(pairs[0], line=7, cot_a="circle", cot_a_tokens=wrong).cot_ids(tokenizer)
     items = [(dataclasses.replace(pairs[0], cot_a="circle", cot_b="circle", cot_a_tokens=letters, cot_b_tokens=None),
               model.encode(pairs[0].videos, [pairs[0].prompt] * 2))]
-    rewards = torch.cat(cold_start.score_pairs(model, items, cold_start.Settings()))
+    rewards = torch.cat(cold_start.score_pairs(model, items))
     ids = [letters, [*word, tokenizer.eos_token_id]]
     assert torch.allclose(rewards, model.score(items[0][1], ids), atol=1e-5)
 
@@ -103,6 +103,8 @@ def test_two_ranks_collect_the_same(world, base_dir, tmp_path, capsys):
     run("collect_cots.py", *flags, "--data", *(world[name] for name in names), "--out", *two, ranks=2)
     assert [path.read_text() for path in one] == [path.read_text() for path in two]
     refuses(capsys, collect_cots.main, *flags, "--data", *(world[name] for name in names), says="as many --out")
+    flags = [*flags, "--data", world[names[0]], "--out", one[0] / "inside_a_file.csv"]
+    refuses(capsys, collect_cots.main, *flags, says="cannot be written")
 
 
 def test_a_clip_replaced_under_its_name_is_thought_about_anew(tmp_path, base_dir, tiny_clips):

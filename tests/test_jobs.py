@@ -16,7 +16,6 @@ import collect_cots
 import data
 import evaluate
 import parallel
-import phases
 from plumbing import jobs
 from plumbing.settings import InputError
 
@@ -113,13 +112,13 @@ def test_lengths_are_known_before_training(world, processor, tmp_path):
         cots = pair.cot_ids(processor.tokenizer)
         prefixes = [data.encode_prompt(processor, data.sample_frames(v, 2.0, 4096), pair.prompt) for v in pair.videos]
         exact = [len(prefix["input_ids"]) + len(cot) + 1 for prefix, cot in zip(prefixes, cots)]
-        assert phases.sequence_lengths(processor, pair, 2.0, 4096) == exact
+        assert data.sequence_lengths(processor, pair, 2.0, 4096) == exact
         lengths[pair.line] = max(exact)
     middle = sorted(lengths.values())[len(lengths) // 2]
     long = [line for line, length in lengths.items() if length > middle]
     settings = cold_start.Settings(out=str(tmp_path), max_length=middle, max_pixels=4096)
     ranks = parallel.Ranks()
-    check = lambda s: jobs.fitting_pairs(pairs, processor, s, ranks, phases.sequence_lengths)  # noqa: E731
+    check = lambda s: jobs.fitting_pairs(pairs, processor, s, ranks, data.sequence_lengths)  # noqa: E731
     with pytest.raises(InputError, match=f"line {long[0]}: {lengths[long[0]]} tokens .* --max-length {middle} "):
         check(settings)
     assert [pair.line for pair in check(dataclasses.replace(settings, skip_bad_videos=True))] == [

@@ -145,14 +145,13 @@ def stage1(world) -> list[dict]:
     cots = [" red" * n for n in (s.cot_tokens, s.cot_tokens // 2)]
     prefixes = [make_prefix(world.processor, 4 * s.cot_tokens, s.seed + video) for video in (0, 1)]
     item = data.PreferencePair("a", "b", "a prompt", 1, *cots), prefixes
-    no_limit = cold_start.Settings(max_length=10**9)
 
     def step(together: bool) -> float:
         """One forward and backward of a pair: both videos in a batch, or one after the other."""
         model.zero_grad()
         with world.ranks.autocast():
             if together:
-                rewards = cold_start.score_pairs(model, [item], no_limit)
+                rewards = cold_start.score_pairs(model, [item])
             else:
                 ids = [[[data.encode_cot(tokenizer, cot)]] for cot in cots]
                 batches = [lay_out(model.backbone, [prefix], cot) for prefix, cot in zip(prefixes, ids)]

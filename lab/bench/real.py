@@ -137,7 +137,7 @@ def stage_1(model, item, settings: cold_start.Settings, ranks):
     def update():
         """One step of stage 1, as cold_start.train makes it."""
         with ranks.autocast():
-            chosen, rejected = cold_start.score_pairs(model, [item], settings)
+            chosen, rejected = cold_start.score_pairs(model, [item])
         loss = bt_loss(chosen, rejected)
         parallel.backward(loss, ranks)
         norms = parallel.take_step(model, optimizer, cold_start.rows_of([item]), settings, ranks)

@@ -11,7 +11,7 @@ import os
 
 import evaluate
 import parallel
-from phases import WORDING, Workers, score_phase, text_rewards, think_phase
+from phases import WORDING, Workers, text_rewards
 from plumbing.formats import open_table, refuse_outside
 from plumbing.jobs import Item, require_same_settings, write_skipped
 from plumbing.settings import InputError, arg, cli, evaluation_flags, parse, require, writable, write_csv
@@ -83,12 +83,11 @@ def main(argv=None) -> None:
     items, workers, thoughts, skipped = read_videos(s), Workers(s, ranks), None, []
     require_same_settings(s.out, s, evaluate.MADE_WITH, WORDING, ranks)
     if s.think:
-        thoughts, skipped = think_phase(items, s.out, s, ranks, workers, s.thoughts)
-    workers.stop_thinking()
+        thoughts, skipped = workers.think(items, s.out, s.thoughts)
     if s.score_from[0] == "text":
         rewards = text_rewards(thoughts)
     else:
-        rewards, unscored = score_phase(items, thoughts, s.out, s, ranks, workers)
+        rewards, unscored = workers.score(items, thoughts, s.out)
         skipped += unscored
     write_skipped(s.out, skipped, ranks)
     if ranks.is_main:

@@ -28,7 +28,7 @@ import data
 import evaluate
 import parallel
 from metrics import bootstrap_interval
-from phases import WORDING, Workers, score_phase, text_rewards, think_phase
+from phases import WORDING, Workers, text_rewards
 from plumbing.jobs import Item, require_same_settings, task_seed
 from plumbing.report import finite, table
 from plumbing.settings import InputError, cli, evaluation_flags, parse, writable, write_json, atomic_write
@@ -172,16 +172,14 @@ def run(test: evaluate.TestSet, s: Settings, ranks, workers: ChangedWorkers) -> 
             require_same_settings(path, s, evaluate.MADE_WITH, WORDING, ranks)
         if s.think and change != SWAPPED:
             workers.change = change
-            thoughts[change], _ = think_phase(items[change], folder[change], s, ranks, workers, s.thoughts)
-    workers.stop_thinking()
+            thoughts[change], _ = workers.think(items[change], folder[change], s.thoughts)
     anew = "anew" if s.think else "none"
     for change in CHANGES[:-1]:
         workers.change = change
         if from_text:
             rewards[change, anew] = text_rewards(thoughts[change])
         else:
-            found, _ = score_phase(items[change], thoughts[change], folder[change], s, ranks, workers)
-            rewards[change, anew] = found
+            rewards[change, anew], _ = workers.score(items[change], thoughts[change], folder[change])
     rewards[SWAPPED, anew] = rewards[AS_IT_IS, anew]  # each clip was thought about under this prompt already
     if s.think and not from_text:
         for change in CHANGES[1:]:
@@ -189,7 +187,7 @@ def run(test: evaluate.TestSet, s: Settings, ranks, workers: ChangedWorkers) -> 
             both = zip(items[change], items[AS_IT_IS], strict=True)
             own = {new.key: thoughts[AS_IT_IS][old.key] for new, old in both if old.key in thoughts[AS_IT_IS]}
             path = os.path.join(folder[change], "kept")
-            rewards[change, "kept"], _ = score_phase(items[change], own, path, s, ranks, workers)
+            rewards[change, "kept"], _ = workers.score(items[change], own, path)
     rows = rows_of(pairs, items, rewards)
     if ranks.is_main:
         write(test.out, rows, s.model, test.path)
