@@ -61,7 +61,7 @@ class PreferencePair:
         return self.cot_a, self.cot_b
 
     def cot_ids(self, tokenizer) -> tuple[list[int], list[int]]:
-        """Both CoTs as token ids: those that were sampled where the CSV has them, else the text's. [] without a CoT."""
+        """Both CoTs as token ids, by `encode_cot`. InputError names the line."""
         try:
             ids_a = encode_cot(tokenizer, self.cot_a, self.cot_a_tokens)
             return ids_a, encode_cot(tokenizer, self.cot_b, self.cot_b_tokens)
@@ -100,9 +100,8 @@ class Video:
 
     Attributes:
         frames: (F, H, W, 3) uint8, RGB; F is even and >= 2; H and W are multiples of 32.
-        source_fps: the rate that frame_indices count at. The processor tells the model frame_indices / source_fps as
-            times, for a constant rate. So sample_frames counts in steps of 1/fps, whatever the file's own rate: frame
-            k was on screen at k / fps. A wrong value here silently shifts all times.
+        source_fps: the rate that frame_indices count at: the model is told the times frame_indices / source_fps. Not
+            the file's own: sample_frames counts in steps of 1/fps. A wrong value here silently shifts all times.
         total_num_frames, frame_indices: such steps in the clip; the step of each of the F frames.
     """
 
@@ -227,12 +226,10 @@ def encode_text(tokenizer, text: str, keep: tuple[str, ...] = (), before: str = 
 
     A user may type `<|im_end|>` or `<|video_pad|>`; as control tokens they would end the turn or pretend to be video.
     We cut inside each spelling that touches `text` ('<' | '|im_end|>'), encode the pieces, and join the ids: none is a
-    control token, and they decode to the same text, up to Unicode normalisation (Qwen's tokenizer writes "e" + accent
-    as one letter, NFC). `keep` names added tokens that may stay (`<think>` in a CoT).
-
-    Why not encode the three texts apart: a token may reach over a seam. In Qwen's vocabulary "." + newline is one
-    token (624), and the model has read it so after almost every sentence.
-    InputError: half a character (a lone surrogate), which no tokenizer can encode.
+    control token, and they decode to the same text (Qwen's tokenizer writes "e" + accent as one letter, NFC). `keep`
+    names added tokens that may stay (`<think>` in a CoT). Why not encode the three texts apart: a token may reach over
+    a seam; Qwen's "." + newline is one token (624), and the model has read it so after almost every sentence.
+    InputError: half a character (a lone surrogate), which no tokenizer can encode; a token that no cut keeps apart.
     """
     try:
         text.encode()
@@ -258,10 +255,9 @@ def encode_prompt(processor, video: Video, prompt: str) -> dict[str, torch.Tenso
 
     The video stands in the text as Qwen3-VL was published with (transformers 4.57): for each two frames
         <0.3 seconds><|vision_start|><|video_pad|> ... <|video_pad|><|vision_end|>
-    and nothing around them. The chat template writes <|vision_start|><|video_pad|><|vision_end|>. 4.57 replaced all
-    three by the blocks; newer releases, and vLLM, replace the pad alone and so leave an extra start and end around all
-    blocks, which the model has never seen. With a bare pad in the text both write what 4.57 wrote, id for id; and the
-    positions (get_rope_index), which follow from the ids, are 4.57's too.
+    and nothing around them. Newer releases, and vLLM, replace the pad alone of what the chat template writes,
+    <|vision_start|><|video_pad|><|vision_end|>, so an extra start and end stay around all blocks, which the model has
+    never seen (difference 24). With a bare pad in the text both write what 4.57 wrote, id for id.
 
     Returns:
         input_ids (P,) int64; mm_token_type_ids (P,), 2 at video positions, else 0;
@@ -278,7 +274,7 @@ def encode_prompt(processor, video: Video, prompt: str) -> dict[str, torch.Tenso
     head, between = head.split(pad)
     # The processor replaces the pad by "<0.3 seconds>" and a block of pads per two frames. We sampled and resized
     # already, so it must do neither: with its own defaults it assumes 24 fps and upsizes small clips. Its cap of pixels
-    # belongs to its resizing; unless told so, transformers 5.19 warns that this default will change.
+    # belongs to its resizing.
     inputs = processor(
         text=[head + pad], videos=[torch.from_numpy(video.frames).permute(0, 3, 1, 2)],
         video_metadata=[video.metadata()], do_sample_frames=False, do_resize=False, cap_pixels_per_frame=False,
@@ -300,9 +296,8 @@ def encode_cot(tokenizer, cot: str | None, tokens: list[int] | None = None) -> l
     """A CoT's ids, ended by EOS as a sampled one is. None or "" (masked, or no thinking): no ids at all, no EOS.
 
     tokens: the ids it was sampled as, taken as they are: encoding the text may give others, and would put an EOS behind
-    a CoT that was cut off. They must spell the text.
-    Encoded apart from the prompt: a sampled CoT too begins with a token of its own. Nothing merges with EOS, an added
-    token, so there is no seam at the end either.
+    a CoT that was cut off. InputError unless they spell the text.
+    Encoded apart from the prompt: a sampled CoT too begins with a token of its own.
     """
     if tokens:
         spelled = tokens[:-1] if tokens[-1] == tokenizer.eos_token_id else tokens

@@ -134,13 +134,3 @@ def bootstrap_interval(values, groups=None, draws: int = 1000, seed: int = 0) ->
         means[k] = sums[drawn].sum() / sizes[drawn].sum()
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
-
-
-def paired_difference(hits, first, groups) -> tuple[float | None, tuple | None]:
-    """Accuracy of one model minus that of the first, ON THE SAME PAIRS, with its interval; (None, None) without pairs.
-
-    hits, first (n,) bool: was the pair right. Both models meet the same hard pairs, so their difference is known much
-    better than either accuracy: subtract pair by pair first, and resample the differences.
-    """
-    gap = np.asarray(hits, dtype=float) - first
-    return (float(gap.mean()), bootstrap_interval(gap, groups)) if len(gap) else (None, None)

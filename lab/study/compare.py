@@ -16,7 +16,7 @@ import os
 import numpy as np
 
 import evaluate
-from metrics import paired_difference
+from metrics import bootstrap_interval
 from plumbing import report
 from plumbing.formats import read_scores
 from plumbing.report import table
@@ -62,12 +62,17 @@ def compare_scores(s: Settings) -> None:
 
 
 def difference(one: report.Agreement, first: report.Agreement) -> dict:
-    """Both accuracies minus the first model's on the same pairs, with paired-bootstrap intervals."""
+    """Both accuracies minus the first model's ON THE SAME PAIRS, with paired-bootstrap intervals; None without pairs.
+
+    Both models meet the same hard pairs, so their difference is known much better than either accuracy: subtract pair
+    by pair first, and resample the differences.
+    """
     out = {}
     # Without ties only decided pairs count; with ties every pair does, human ties included.
     for kind, keep in (("without_ties", one.labels != 0), ("with_ties", np.full(len(one.labels), True))):
-        gap = paired_difference(one.hits[kind][keep], first.hits[kind][keep], one.groups[keep])
-        out[kind], out[f"{kind}_interval"] = gap
+        gap = one.hits[kind][keep].astype(float) - first.hits[kind][keep]
+        out[kind] = float(gap.mean()) if len(gap) else None
+        out[f"{kind}_interval"] = bootstrap_interval(gap, one.groups[keep]) if len(gap) else None
     return out
 
 
