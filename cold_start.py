@@ -145,7 +145,7 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
                 loss = bt_loss(chosen, rejected, denominator=settings.batch_pairs)
             require_finite(loss.item(), "loss", rows_of(items), settings, ranks)
             parallel.backward(loss, ranks)  # 5 backward
-            logs.log_scores(sums, loss, reward_a, reward_b, label, [not all(pair.cots) for pair, _ in items])
+            logs.log_scores(sums, loss, reward_a, reward_b, label, [not pair.cot_a for pair, _ in items])
         parallel.set_learning_rate(optimizer, step, run.warmup_steps)
         norms = parallel.take_step(model, optimizer, rows_of(batch), settings, ranks)  # clip and update, once per batch
         metrics = logs.cold_start_metrics(ranks.sum(sums), settings) | norms  # 6 log
