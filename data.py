@@ -15,7 +15,7 @@ import sys
 import numpy as np
 import torch
 
-from plumbing.decoder import LIMIT
+from plumbing.decoder import LIMIT, detach
 from plumbing.formats import read_records
 from plumbing.settings import InputError
 from plumbing.video import FrameCache, from_memory, open_clip, resize
@@ -361,7 +361,8 @@ def take(dataset: torch.utils.data.Dataset, order: list[int], workers: int = 0):
     """Yields dataset[i] for i in `order`, read ahead by `workers` processes (0: in this one). Raises InputError."""
     # A loader draws a seed when it starts: from a generator of its own, or a resumed run has other dropout masks.
     own = torch.Generator()
-    loader = torch.utils.data.DataLoader(dataset, sampler=order, batch_size=None, num_workers=workers, generator=own)
+    loader = torch.utils.data.DataLoader(
+        dataset, sampler=order, batch_size=None, num_workers=workers, generator=own, worker_init_fn=detach)
     for item in loader:
         if isinstance(item, InputError):
             raise item

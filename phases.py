@@ -9,7 +9,6 @@ video file held and to the words around the prompt: if either changes, the item 
 collect_cots.py needs the first phase, evaluate.py both. k: CoTs per video.
 """
 
-import concurrent.futures
 import dataclasses
 import hashlib
 import os
@@ -20,6 +19,7 @@ from transformers import AutoProcessor
 
 import data
 from model import DeScore
+from plumbing import decoder
 from plumbing.jobs import Item, Phase, task_seed
 from plumbing.settings import InputError, arg
 from plumbing.video import READERS
@@ -101,7 +101,7 @@ class Workers:
         (None: all); limit: tokens that prompt and CoT may have together (None: as many as they are).
         """
         prefixes = {}
-        with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        with decoder.threads(THREADS) as pool:
             for item, video in [(item, pool.submit(self.frames, item)) for item in batch]:
                 try:
                     require_short(item.prompt, processor.tokenizer)

@@ -264,7 +264,7 @@ class StopSignal:
     """Ctrl-C (or SIGTERM) asks for a stop at the end of the step, with a checkpoint; twice stops at once."""
 
     def __init__(self):
-        self.requested, self.process = False, os.getpid()
+        self.requested = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask)
 
@@ -272,8 +272,8 @@ class StopSignal:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        if os.getpid() != self.process or os.environ.get("RANK", "0") != "0":
-            return  # the other ranks, and decoders forked from this process, get the signal too: one message is enough
+        if os.environ.get("RANK", "0") != "0":
+            return  # all ranks get the signal: one message is enough
         text = "stopping after this step; again to stop at once"
         if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, not this process, decides how long a step may still take
             text += " (torchrun kills after 30 s by default; longer steps need torchrun --shutdown-timeout SECONDS)"

@@ -1,6 +1,7 @@
 """Small valid clips that readers get wrong, written with PyAV. Each frame carries its own number, so that whoever
 decodes it can tell which one it is; what is on screen when follows from how the clip was made, not from a decoder."""
 
+import os
 import struct
 import time
 from fractions import Fraction
@@ -75,3 +76,11 @@ def sleeps(path: str):
     if "sleeps" in path or open(path, "rb").read().endswith(b"sleeps"):
         time.sleep(60)
     return video.read_header(path)
+
+
+def crashes_once(mark: str) -> str:
+    """Ends its process, but not if the file `mark` is there, which it leaves behind."""
+    if not os.path.exists(mark):
+        open(mark, "w").close()
+        os._exit(3)
+    return mark

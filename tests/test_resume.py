@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -11,7 +14,9 @@ import cold_start
 import data
 import parallel
 from plumbing import resume
+from plumbing.logs import read_metrics
 from plumbing.resume import StopSignal
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -42,6 +47,23 @@ def test_other_ranks_stop_silently(stop, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     signal.raise_signal(signal.SIGINT)
     assert stop.requested and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_sigterm_to_the_whole_group_ends_the_run_after_its_step(workers, world, base_dir, tmp_path):
+    """As torchrun, slurm and Ctrl-C send it: to the decoders and loader workers, too, which the step still needs."""
+    command = [sys.executable, "cold_start.py", "--model", base_dir, "--data", world["train_cold_start"], "--workers",
+               workers, "--batch-pairs", "4", "--epochs", "999", "--mask-probability", "1", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 120
+    while len(read_metrics(str(tmp_path))) < 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    text, _ = process.communicate(timeout=100)
+    assert process.returncode == 130 and "the same command with --resume goes on" in text, text
+    last = read_metrics(str(tmp_path))[-1]["step"]
+    assert os.listdir(tmp_path / "checkpoints") == [f"step-{last:06d}"] and last < 20
 
 
 def test_what_is_not_finite_is_kept_with_its_rows(tmp_path):

@@ -1,7 +1,11 @@
 """What a player shows at 0, 1/fps, 2/fps, ... s is what the model gets; a clip that cannot be read is one sentence."""
 
+import os
 import pathlib
 import pickle
+import signal
+import subprocess
+import sys
 import time
 
 import av
@@ -12,6 +16,8 @@ import data
 from plumbing import decoder, video
 from plumbing.settings import InputError
 from tests import clips
+from tests.conftest import ROOT
+from tests.kills import alive, family
 
 X265 = {"x265-params": "log-level=none:keyint=48"}
 EVERY_12 = list(range(0, 240, 12))  # 24 frames a second, seen at 2
@@ -187,11 +193,66 @@ def test_a_reader_that_does_not_come_back_is_ended_and_the_next_file_is_read(tmp
 
 
 def test_a_decoder_that_crashes_is_an_error_of_its_file(tiny_clips):
-    import os
-
     with pytest.raises(InputError, match="x.mp4: the decoder ended with code 3"):
         decoder.bounded(9.0, "x.mp4", os._exit, 3)
     with pytest.raises(ZeroDivisionError):  # a bug stays one
         decoder.bounded(9.0, "x.mp4", divmod, 1, 0)
     assert len(data.sample_frames(tiny_clips[0]).frames) == 8
     assert isinstance(pickle.loads(pickle.dumps(video.Unsupported("AV1"))), video.Unsupported)
+
+
+def test_a_decoder_that_somebody_ended_is_no_fault_of_its_file(tmp_path, tiny_clips):
+    """Idle or at work: the file is given to a new one. Several idle ones are gone, as after a group's signal."""
+    data.sample_frames(tiny_clips[0])
+    mine = decoder._idle[os.getpid()]
+    mine += [decoder._start() for _ in range(2)]
+    for worker in mine:
+        worker.send_signal(signal.SIGTERM)
+        worker.wait()
+    assert len(data.sample_frames(tiny_clips[0]).frames) == 8
+    mark = str(tmp_path / "mark")
+    assert decoder.bounded(9.0, "good.mp4", clips.crashes_once, mark) == mark
+
+
+def test_ctrl_c_does_not_wait_for_a_decoder(tmp_path):
+    (tmp_path / "sleeps.mp4").write_bytes(b"x")
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), decoder.threads(2) as pool:
+        for _ in range(6):
+            pool.submit(decoder.bounded, 90.0, "sleeps.mp4", clips.sleeps, str(tmp_path / "sleeps.mp4"))
+        while len(decoder._busy) < 2:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        raise KeyboardInterrupt
+    assert time.monotonic() - began < 20 and not decoder._busy
+
+
+def test_no_decoder_and_no_loader_worker_outlives_a_killed_parent(tmp_path, tiny_clips):
+    """SIGKILL, while one decoder waits and those of two loader workers are at files that do not come back."""
+    script = """
+import sys, data
+from plumbing import video
+from tests import clips
+data.sample_frames(sys.argv[1])
+video.read_header = clips.sleeps
+class Files(list):
+    def __getitem__(self, index):
+        return data.sample_frames(sys.argv[2])
+next(data.take(Files([0] * 4), [0] * 4, workers=2))
+"""
+    bad = tmp_path / "sleeps.mp4"
+    bad.write_bytes(b"x")
+    with subprocess.Popen([sys.executable, "-c", script, tiny_clips[0], str(bad)], cwd=ROOT) as parent:
+        members, deadline = [], time.monotonic() + 100
+        while len(members) < 6 and time.monotonic() < deadline:  # itself, its decoder, two workers, and theirs
+            time.sleep(0.1)
+            members = family(parent.pid)
+        time.sleep(1.0)  # the last decoder begins
+        parent.kill()
+    assert len(members) == 6
+    deadline = time.monotonic() + 20
+    while (left := [pid for pid in members if alive(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
