@@ -78,7 +78,7 @@ def threads(count: int):
 def detach(_worker: int = 0) -> None:
     """For a loader worker, as its first act: stops that are sent to the group do not reach it; it ends with its parent.
 
-    A worker that waits for a decoder asks for its parent no more often than that decoder's limit.
+    (torch's own check of that comes only when the item that it is at is done.)
     """
     os.setsid()
     _end_with_parent()
