@@ -142,12 +142,11 @@ def attention(module, query, key, value, attention_mask, keep=None, past=None, s
         keep(module.layer_idx, key.to(value.dtype), value)
     if past is None:
         return shared_prefix_attention(module, query, key, value, attention_mask, spans=spans, **more)
-    query, key = query.to(value.dtype), key.to(value.dtype)
     options = {"scale": more.get("scaling"), "dropout_p": more.get("dropout", 0.0), "enable_gqa": True}
-    outputs = {}
-    for s, (prompt, cots) in enumerate(spans):
-        prefix = [x[s, :, :prompt] for x in past.layers[module.layer_idx]]
-        outputs |= attend_behind(prefix, cots, query, key, value, options)
+    states, outputs = [x.to(value.dtype) for x in (query, key, value)], {}
+    for row, (length, cots) in enumerate(spans):
+        prefix = [x[row, :, :length] for x in past.layers[module.layer_idx]]
+        outputs |= attend_behind(prefix, cots, *states, options)
     return torch.cat([outputs[start] for start in sorted(outputs)], dim=2).transpose(1, 2).contiguous(), None
 
 

@@ -31,6 +31,7 @@ from rollout import TransformersEngine, decode_cot
 
 # LoRA on the LLM's linear layers; not on lm_head, the embeddings or the vision tower (whose layers have other names).
 LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
+LOGIT_CHUNK = 256  # positions whose (chunk, V) logits exist at a time: 0.16 GB in fp32 at V = 151,936
 
 
 @dataclasses.dataclass
@@ -69,7 +70,7 @@ class DeScore(nn.Module):
         self.query = nn.Parameter(backbone.get_input_embeddings().weight.detach().float().mean(dim=0).clone())  # (D,)
         self.head = nn.Linear(hidden, 1, bias=False, dtype=torch.float32)
         nn.init.normal_(self.head.weight, std=hidden**-1)
-        self.logit_chunk = 1024  # positions whose (chunk, V) logits exist at a time: 0.6 GB in fp32 at V = 151,936
+        self.logit_chunk = LOGIT_CHUNK
 
     def forward(self, batch: dict, want_log_probs=True, temperature: float = 1.0, past: Past | None = None) -> Output:
         """One pass: rewards at the queries, and log-probs of the CoT tokens. `batch` comes from `lay_out`.

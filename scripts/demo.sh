@@ -38,7 +38,8 @@ python cold_start.py --model "$RUNS/base" --data "$RUNS/data/train_cots.csv" --v
 # moves away under the head faster: BT has 10 times the weight. CoTs here have about 55 tokens: the length reward's range.
 python grpo.py --model "$RUNS/stage1/model" --data "$RUNS/data/train_rl.csv" --out "$RUNS/stage2" --overwrite \
   --seed "$SEED" --batch-pairs 6 --mini-pairs 6 --epochs 9 --max-steps 40 --lr 2e-4 --bt-coef 0.05 \
-  --length-low 10 --length-high 40 --no-gradient-checkpointing --rows-per-batch 96 --save-every 0 --max-new-tokens 72
+  --length-low 10 --length-high 40 --no-gradient-checkpointing --rows-per-batch 96 --save-every 0 --max-new-tokens 72 \
+  --micro-rollouts 8
 
 # Evaluation on three test sets: without thinking, after stage 1, after stage 2; of stage 2 also the score in its text.
 python evaluate.py --model "$RUNS/discriminative/model" --out "$RUNS/eval/discriminative" --no-think \

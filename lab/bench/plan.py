@@ -8,6 +8,7 @@ import dataclasses
 
 import torch
 
+from model import LOGIT_CHUNK
 from plumbing.settings import InputError, arg, cli, parse
 
 
@@ -32,11 +33,14 @@ class Plan:
         2048, "prompt and video tokens (5 s at 2 fps and 448 x 448: 5 x 196, plus the text)", at_least=1)
     cot_tokens: int = arg(1024, "tokens of a CoT (at most 4,096)", at_least=1)
     rollouts: int = arg(8, "G, CoTs per video in stage 2", at_least=1)
+    micro_rollouts: int = arg(2, "stage 2: CoTs of each video in one forward and backward", at_least=1)
     batch_pairs: int | None = arg(
         None, "pairs per step over all GPUs; default the paper's: 32 in stage 1, 128 in 2", at_least=1)
     gradient_checkpointing: bool = arg(True, "recompute activations in backward")
     kl: bool = arg(True, "stage 2 holds a reference for the KL term")
+    engine: str = arg("vllm", "who samples; transformers: by the weights trained", choices=["transformers", "vllm"])
     engine_memory: float = arg(0.4, "share of the GPU that vLLM may use while it samples", above=0, at_most=1)
+    rows_per_batch: int = arg(64, "CoTs the transformers engine samples at a time", at_least=1)
     engine_tp: int = arg(1, "tensor parallel vLLM: GPUs that hold one engine together", at_least=1)
 
 
@@ -91,17 +95,15 @@ def count_parameters(config, lora_r: int) -> dict[str, int]:
     return counts | {"lora": sum(lora_r * (m.in_features + m.out_features) for m in linear)}
 
 
-def block_bytes(text, prefix: int, cot: int, group: int) -> float:
+def block_bytes(text, prefix: int = 0, cot: int = 0) -> float:
     """Bytes that backward keeps per token inside ONE text block, in bf16 compute: counted tensor by tensor.
 
-    Measured for an 8B block by torch's saved_tensors_hooks: 224,040 plain, 236,840 packed at P = C + 1 = 128 and G = 8;
-    this gives 223,232 and 237,796. Packing adds the copies of the prefix's keys and values in front of each CoT.
+    Of a whole row, or with `cot` of CoTs of so many tokens behind prefixes that were read before: each has a copy of
+    the prefix's keys and values in front of its own.
     """
     wide, narrow = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
     plain = 16 * text.hidden_size + 12 * wide + 10 * narrow + 8 * text.intermediate_size
-    if group == 1:
-        return plain
-    return plain + 2 * wide + 4 * narrow * (group - 1) * (prefix + cot + 1) / (prefix + group * (cot + 1))
+    return plain + (4 * narrow * (prefix + cot) / cot if cot else 0)
 
 
 def plan_memory(config, s: Plan, n: dict[str, int] | None = None) -> dict[str, float]:
@@ -126,20 +128,33 @@ def plan_memory(config, s: Plan, n: dict[str, int] | None = None) -> dict[str, f
     else:  # a block, the next one on its way, and what lies outside the blocks; the gradients of a block and of those
         memory["gathered weights, bf16"] = 2 * (2 * n["block"] + n["root"])
         memory["gathered gradients, bf16 and fp32"] = 6 * (n["block"] + n["root"]) if full else 0
-    group = s.rollouts if s.stage == 2 else 1
-    row = s.video_tokens + (s.cot_tokens + 1) * group
-    tokens, layers, width = 2 * row, text.num_hidden_layers, 2 * text.hidden_size  # width: bytes of a bf16 state
-    inside = block_bytes(text, s.video_tokens, s.cot_tokens, group)
+    layers, width = text.num_hidden_layers, 2 * text.hidden_size  # width: bytes of a bf16 hidden state
+    stream = 0
     if gpus == 1 and full:  # autocast over fp32 weights keeps the residual stream in fp32
-        inside, width = inside + 10 * text.hidden_size, 2 * width
-    patches = 2 * s.video_tokens * vision.spatial_merge_size**2
-    kept = tokens * (layers * width + inside if s.gradient_checkpointing else layers * inside)
+        stream, width = 10 * text.hidden_size, 2 * width
+
+    def kept(*parts):  # by forwards of (tokens, bytes inside a block); recomputing, inside one block at a time
+        between = sum(tokens * layers * width for tokens, _ in parts)
+        inside = [tokens * (inside + stream) for tokens, inside in parts]
+        return between + max(inside) if s.gradient_checkpointing else layers * sum(inside)
+
+    if s.stage == 1:
+        memory["activations of one pair"] = kept((2 * (s.video_tokens + s.cot_tokens + 1), block_bytes(text)))
+    else:
+        cots, cot = 2 * min(s.micro_rollouts, s.rollouts), s.cot_tokens + 1
+        behind = cots * cot, block_bytes(text, s.video_tokens, cot)
+        memory["activations of a pair's prefixes and a part of its CoTs"] = kept(
+            (2 * s.video_tokens, block_bytes(text)), behind)
+        states = 2 * text.num_key_value_heads * text.head_dim * layers * 2 * s.video_tokens  # keys and values
+        memory["the prefixes' keys and values and their gradients, bf16"] = 2 * 2 * states
+        memory["what the tower saw of the pair, bf16"] = 2 * 2 * s.video_tokens * text.hidden_size * (
+            1 + len(vision.deepstack_visual_indexes))
+        memory["logits of one chunk, fp32, with gradient"] = 3 * 4 * LOGIT_CHUNK * text.vocab_size
     if train_vision:
+        patches = 2 * s.video_tokens * vision.spatial_merge_size**2
         within = 2 * (8 * vision.hidden_size + 2 * vision.intermediate_size)
         in_tower = 2 * vision.depth * vision.hidden_size + within if s.gradient_checkpointing else vision.depth * within
-        kept += patches * in_tower
-    memory["activations of one pair"] = kept
-    memory["logits of one chunk, fp32, with gradient"] = 3 * 4 * 1024 * text.vocab_size if s.stage == 2 else 0
+        memory["activations of the vision tower"] = patches * in_tower
     return memory
 
 
@@ -151,7 +166,7 @@ def plan_time(config, s: Plan) -> dict[str, float]:
     row = s.video_tokens + (s.cot_tokens + 1) * group
     patches = s.video_tokens * config.vision_config.spatial_merge_size**2
     in_layers = n["block"] * text.num_hidden_layers
-    # Q K' and P V, causal: the prefix sees itself, each CoT the prefix and itself (layout.shared_prefix_attention).
+    # Q K' and P V, causal: the prefix sees itself, each CoT the prefix and itself (the drawing in layout.py).
     seen = s.video_tokens**2 / 2 + group * s.cot_tokens * (s.video_tokens + s.cot_tokens / 2)  # (query, key) pairs
     attention = 4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * seen
     lm_head = text.hidden_size * text.vocab_size * s.cot_tokens * group if s.stage == 2 else 0
@@ -188,19 +203,28 @@ class Verdict:
         return self.fits_updating and self.fits_sampling
 
 
-def judge(memory: dict[str, float], s: Plan, parameters: int) -> Verdict:
+def judge(memory: dict[str, float], s: Plan, parameters: int, text) -> Verdict:
     """plan_memory -> does it fit? 5 % of the GPU is left to CUDA and to fragments, 3 % while sampling.
 
     vLLM holds memory only while it samples. Its share must have room for its own weights, in bf16, and 1 GB of cache.
+    transformers samples by the trainer's weights and needs a cache only.
     """
     room, total = s.gpu_gb * 1e9, sum(memory.values())
     verdict = Verdict(total, total < 0.95 * room, None, True)
     if s.stage == 2:
-        states = total - sum(size for use, size in memory.items() if "gathered" in use or "of one" in use)
-        engine = s.engine_memory * room
+        gone = ("gathered", "activations", "logits", "prefixes", "tower saw")
+        states = total - sum(size for use, size in memory.items() if any(word in use for word in gone))
+        own = s.engine == "transformers"
+        engine = s.rows_per_batch * cache_bytes(text, s) if own else s.engine_memory * room
         verdict.sampling = states + engine
-        verdict.fits_sampling = verdict.sampling < 0.97 * room and 2 * parameters / s.engine_tp + 1e9 < engine
+        holds = own or 2 * parameters / s.engine_tp + 1e9 < engine
+        verdict.fits_sampling = verdict.sampling < 0.97 * room and holds
     return verdict
+
+
+def cache_bytes(text, s: Plan) -> float:
+    """Keys and values, bf16, of one row of a prompt and its CoT."""
+    return 4 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * (s.video_tokens + s.cot_tokens)
 
 
 MACHINES = {  # name -> GPUs, memory of one
@@ -219,7 +243,7 @@ def cell(config, s: Plan, n: dict[str, int]) -> str:
     """
     memory, tried = plan_memory(config, s, n), [(tp, share) for tp in (1, 2, 4, 8) for share in (0.4, 0.5, 0.3)]
     plans = [dataclasses.replace(s, engine_tp=tp, engine_memory=share) for tp, share in tried if tp <= s.gpus]
-    verdicts = [(plan, judge(memory, plan, n["llm"] + n["vision"])) for plan in plans]
+    verdicts = [(plan, judge(memory, plan, n["llm"] + n["vision"], config.text_config)) for plan in plans]
     plan, verdict = next((found for found in verdicts if found[1].fits), verdicts[0])
     peak = f"{max(verdict.updating, verdict.sampling or 0) / 2**30:.1f}"
     if not verdict.fits:
@@ -264,7 +288,7 @@ def main(argv=None) -> None:
         ) from error
     n = count_parameters(config, s.lora_r)
     memory, times = plan_memory(config, s, n), plan_time(config, s)
-    verdict, parameters = judge(memory, s, n["llm"] + n["vision"]), (n["llm"] + n["vision"]) / 1e9
+    verdict, parameters = judge(memory, s, n["llm"] + n["vision"], config.text_config), (n["llm"] + n["vision"]) / 1e9
     print(f"{s.plan}, {parameters:.2f} billion parameters, stage {s.stage}, {s.train}, {s.gpus} GPUs; "
           f"{s.video_tokens} + {s.cot_tokens} tokens")
     for use, size in memory.items():
@@ -273,8 +297,8 @@ def main(argv=None) -> None:
     room = s.gpu_gb * 1e9
     print(f"  {verdict.updating / 2**30:8.1f} GiB  in all, of {room / 2**30:.1f}: {words[verdict.fits_updating]}")
     if s.stage == 2:
-        print(f"  {verdict.sampling / 2**30:8.1f} GiB  while sampling: states and "
-              f"{s.engine_memory * room / 2**30:.1f} of vLLM: {words[verdict.fits_sampling]}")
+        print(f"  {verdict.sampling / 2**30:8.1f} GiB  while sampling, {s.engine}'s share included: "
+              f"{words[verdict.fits_sampling]}")
     for name, seconds in times.items():
         print(f"  {seconds:8.1f} s    {name} of one step, at {s.utilisation:.0%} of the peak rates")
 

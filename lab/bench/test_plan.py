@@ -16,6 +16,7 @@ import evaluate
 import grpo
 import parallel
 from lab.bench import plan, real
+from layout import Past
 from model import DeScore
 from plumbing import settings, training
 from plumbing.settings import evaluation_flags, grpo_flags, collecting_flags
@@ -75,9 +76,9 @@ def test_a_gpu_too_small_for_vllm_is_told():
     n = plan.count_parameters(config, 64)
     small = plan.Plan(train="lora", gpus=8, gpu_gb=24.0)
     memory = plan.plan_memory(config, small, n)
-    assert not plan.judge(memory, small, 8.77e9).fits_sampling
+    assert not plan.judge(memory, small, 8.77e9, config.text_config).fits_sampling
     small.engine_tp = 4
-    assert plan.judge(memory, small, 8.77e9).fits_sampling
+    assert plan.judge(memory, small, 8.77e9, config.text_config).fits_sampling
     one = plan.plan_time(config, plan.Plan())["rollouts"]
     assert plan.plan_time(config, plan.Plan(engine_tp=8))["rollouts"] < one  # a GPU reads an eighth of the weights
 
@@ -171,13 +172,16 @@ def test_plan_counts_what_training_holds(base_dir):
     assert round((sizes["llm"] + sizes["vision"]) / 1e9, 2) == 8.77
 
 
-def test_plan_counts_what_a_block_keeps_for_backward():
-    """The bytes that one real text block saves per token, as autograd's own hooks see them: within 5 %."""
+@pytest.mark.parametrize("behind", [False, True])
+def test_plan_counts_what_a_block_keeps_for_backward(behind):
+    """The bytes that one real text block saves per token, as autograd's own hooks see them: within 5 %.
+
+    Of a prefix of 256 tokens, which is kept, and of 4 CoTs of 64 behind it."""
     text = plan.model_config("8B").text_config
     sizes = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64,
              "intermediate_size": 1536}
-    text.update({**sizes, "_attn_implementation": "sdpa"})
-    block = Qwen3VLTextDecoderLayer(text, 0).bfloat16()
+    text.update({**sizes, "_attn_implementation": "shared_prefix"})
+    block, past = Qwen3VLTextDecoderLayer(text, 0).bfloat16(), Past()
     weights, saved = {parameter.data_ptr() for parameter in block.parameters()}, {}
 
     def note(tensor):
@@ -187,10 +191,16 @@ def test_plan_counts_what_a_block_keeps_for_backward():
 
     states = torch.randn(1, 256, 512, dtype=torch.bfloat16, requires_grad=True)
     rotary = torch.randn(1, 256, 64).bfloat16()
+    whole = {"spans": [(256, [])], "keep": past.keep}
+    cots = {"spans": [(256, [(64 * i, 64) for i in range(4)])], "past": past}
+    if behind:
+        with torch.no_grad():
+            block(states, position_embeddings=(rotary, rotary), attention_mask=None, position_ids=None, **whole)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        block(states, position_embeddings=(rotary, rotary), attention_mask=None, position_ids=None)
+        more = cots if behind else whole
+        block(states, position_embeddings=(rotary, rotary), attention_mask=None, position_ids=None, **more)
     measured = sum(size for _, size in saved.values()) / 256
-    assert plan.block_bytes(text, 256, 0, 1) == pytest.approx(measured, rel=0.05)
+    assert plan.block_bytes(text, 256, 64 if behind else 0) == pytest.approx(measured, rel=0.05)
 
 
 def test_plan_moves_the_right_way(capsys):
