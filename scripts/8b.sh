@@ -21,7 +21,7 @@ torchrun --nproc_per_node 8 collect_cots.py --engine vllm \
 torchrun --nproc_per_node 8 cold_start.py --data "$DATA/train_cots.csv" --val "$DATA/val_cots.csv" --out "$RUNS/stage1"
 
 # Stage 2: all of the LLM. Ctrl-C lets the running step end and saves; torchrun kills after 30 seconds unless told otherwise.
-torchrun --shutdown_timeout 900 --nproc_per_node 8 grpo.py --engine vllm \
+torchrun --shutdown_timeout 900 --nproc_per_node 8 grpo.py --engine vllm --micro-rollouts 4 \
   --model "$RUNS/stage1/model" --data "$DATA/train_rl.csv" --out "$RUNS/stage2"
 
 # Evaluation: think, score, count, with ties and without.
