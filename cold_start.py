@@ -157,9 +157,7 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
         run.finish_step(step, metrics, logs.cold_start_line(metrics))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The script
-# ---------------------------------------------------------------------------------------------------------------
+# ---- The script ----------------------------------------------------------------------------------------------
 def prepare_pairs(path: str, settings: Settings, ranks, need_cots: bool) -> list[data.PreferencePair]:
     """COLLECTIVE: reads a CSV, drops ties for plain BT, drops bad videos if asked, and says how many."""
     pairs = data.read_pairs(path, settings.dimension, settings.video_root)

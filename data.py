@@ -21,36 +21,23 @@ from plumbing.settings import InputError
 from plumbing.video import FrameCache, from_memory, open_clip, resize
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 1. Preference pairs
-# ---------------------------------------------------------------------------------------------------------------
+# ---- 1. Preference pairs -------------------------------------------------------------------------------------
 @dataclasses.dataclass(frozen=True)
 class PreferencePair:
-    """One human comparison: two videos made from the same prompt.
+    """One human comparison: two videos made from the same prompt."""
 
-    Attributes:
-        video_a, video_b: paths, absolute or relative to the working directory.
-        prompt: the text both videos were generated from. Untrusted: it is always tokenised as plain text.
-        label: +1 A is better, -1 B is better, 0 the same.
-        cot_a, cot_b: a chain of thought collected beforehand (stage 1), or None.
-        cot_a_tokens, cot_b_tokens: the same CoTs as the ids that were sampled, or None: then the text is encoded.
-        annotation_a, annotation_b: {dimension: "0" | "1" | "2" | "N/A"}, the truth for R_qual (stage 2), or None.
-        line: where it stands in the CSV, for messages: the header is line 1, a cell of many lines counts once.
-        extra: the other columns of the row, e.g. the names of the models that made the videos.
-    """
-
-    video_a: str
+    video_a: str  # path, absolute or relative to the working directory
     video_b: str
-    prompt: str
-    label: int
-    cot_a: str | None = None
+    prompt: str  # the text both videos were generated from. Untrusted: it is always tokenised as plain text
+    label: int  # +1 A is better, -1 B is better, 0 the same
+    cot_a: str | None = None  # a chain of thought collected beforehand (stage 1)
     cot_b: str | None = None
-    cot_a_tokens: list[int] | None = None
+    cot_a_tokens: list[int] | None = None  # the same CoT as the ids that were sampled; None: the text is encoded
     cot_b_tokens: list[int] | None = None
-    annotation_a: dict | None = None
+    annotation_a: dict | None = None  # {dimension: "0" | "1" | "2" | "N/A"}, the truth for R_qual (stage 2)
     annotation_b: dict | None = None
-    line: int = 0
-    extra: dict = dataclasses.field(default_factory=dict)
+    line: int = 0  # where it stands in the CSV, for messages: the header is line 1, a cell of many lines counts once
+    extra: dict = dataclasses.field(default_factory=dict)  # other columns: names of the models that made the videos
 
     @property
     def videos(self) -> tuple[str, str]:
@@ -86,9 +73,7 @@ def read_pairs(csv_path: str, dimension: str = "TA", video_root: str | None = No
     return pairs
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 2. Frames: those on screen at 0, 1/fps, 2/fps, ... seconds, at the target size, and the times that the model is told
-# ---------------------------------------------------------------------------------------------------------------
+# ---- 2. Frames: those on screen at 0, 1/fps, 2/fps, ... seconds, and the times that the model is told --------
 SIDE = 32  # frame sides are multiples of patch (16) x merge (2): one video token covers 32 x 32 pixels x 2 frames
 MIN_PIXELS = 3136  # 56 x 56 a frame at least (paper, stage 2; here in both stages): smaller clips are enlarged
 MAX_FRAMES = 512  # 4 minutes at 2 fps; a longer clip is refused, not silently cut
@@ -96,19 +81,12 @@ MAX_FRAMES = 512  # 4 minutes at 2 fps; a longer clip is refused, not silently c
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """Sampled frames and their times.
+    """Sampled frames and their times. source_fps is not the file's own rate: sample_frames counts in steps of 1/fps."""
 
-    Attributes:
-        frames: (F, H, W, 3) uint8, RGB; F is even and >= 2; H and W are multiples of 32.
-        source_fps: the rate that frame_indices count at: the model is told the times frame_indices / source_fps. Not
-            the file's own: sample_frames counts in steps of 1/fps. A wrong value here silently shifts all times.
-        total_num_frames, frame_indices: such steps in the clip; the step of each of the F frames.
-    """
-
-    frames: np.ndarray
-    source_fps: float
-    total_num_frames: int
-    frame_indices: tuple[int, ...]
+    frames: np.ndarray  # (F, H, W, 3) uint8, RGB; F is even and >= 2; H and W are multiples of 32
+    source_fps: float  # the model is told the times frame_indices / source_fps: a wrong value silently shifts them all
+    total_num_frames: int  # steps of 1 / source_fps in the clip
+    frame_indices: tuple[int, ...]  # the step of each of the F frames
 
     def metadata(self) -> dict:
         """What the Hugging Face processor and vLLM need to know, as a fresh dict (they edit the list in place)."""
@@ -186,9 +164,7 @@ def to_video(video, fps: float, max_pixels: int, source_fps: float | None = None
     return Video(resize(sampled, target_size(*frames.shape[1:3], max_pixels)), fps, steps[-1] + 1, tuple(steps))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 3. The conversation, the same for both stages and inference: [user: video, prompt, instruction][assistant: CoT][query]
-# ---------------------------------------------------------------------------------------------------------------
+# ---- 3. The conversation, everywhere the same: [user: video, prompt, instruction][assistant: CoT][query] ------
 INSTRUCTION_BEFORE = "The video above was generated from this text prompt:\n"
 CRITERIA = """
 Judge how well the video follows the prompt, in five dimensions:
@@ -326,9 +302,7 @@ def sequence_lengths(processor, pair: PreferencePair, fps: float, max_pixels: in
     return lengths
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 4. A stream of encoded pairs
-# ---------------------------------------------------------------------------------------------------------------
+# ---- 4. A stream of encoded pairs ----------------------------------------------------------------------------
 class EncodedPairs(torch.utils.data.Dataset):
     """Index -> (pair, [prompt inputs of video A, of video B]); decoded and encoded on demand, in loader workers.
 

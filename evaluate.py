@@ -21,7 +21,6 @@ import numpy as np
 import data
 import metrics
 import parallel
-from data import PreferencePair
 from phases import MADE_WITH, WORDING, ThinkingSettings, Workers, require_short, text_rewards
 from plumbing import report
 from plumbing.checkpoint import trained_settings
@@ -69,10 +68,8 @@ class Settings(ThinkingSettings):
 MADE_WITH = (*MADE_WITH, "think", "thoughts", "dtype")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 1. All numbers of one reward model on one set of pairs
-# ---------------------------------------------------------------------------------------------------------------
-def measure(name: str, pairs: list[PreferencePair], rewards: np.ndarray) -> report.Agreement:
+# ---- 1. All numbers of one reward model on one set of pairs --------------------------------------------------
+def measure(name: str, pairs: list[data.PreferencePair], rewards: np.ndarray) -> report.Agreement:
     """rewards (n, 2) of A and B, finite -> every number of the report."""
     # BT's loss (Eq. 3) is blind to a constant added to both rewards: only the difference of a pair has a meaning.
     labels, margins = metrics.checked([p.label for p in pairs], rewards[:, 0] - rewards[:, 1])
@@ -105,15 +102,13 @@ def measure(name: str, pairs: list[PreferencePair], rewards: np.ndarray) -> repo
     return report.Agreement(numbers, labels, margins, metrics.accuracy_curve(labels, margins), hits, groups)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 2. A test set: what is to be judged
-# ---------------------------------------------------------------------------------------------------------------
+# ---- 2. A test set: what is to be judged ---------------------------------------------------------------------
 @dataclasses.dataclass
 class TestSet:
     """Pairs, what is found out about them, and the folder where that is kept."""
 
     path: str  # the CSV
-    pairs: list[PreferencePair]
+    pairs: list[data.PreferencePair]
     out: str
     root: str  # relative video paths start here
     benchmark: str | None = None
@@ -145,10 +140,8 @@ def read_test_set(s: Settings, benchmark: str | None = None) -> TestSet:
     return TestSet(path, pairs, out, s.root or os.path.dirname(path), benchmark)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 3. The report
-# ---------------------------------------------------------------------------------------------------------------
-def pair_rewards(pairs: list[PreferencePair], rewards: dict) -> np.ndarray:
+# ---- 3. The report -------------------------------------------------------------------------------------------
+def pair_rewards(pairs: list[data.PreferencePair], rewards: dict) -> np.ndarray:
     """{(video, prompt): record} -> (n, 2) rewards of A and B; nan where a video has none."""
     none = {"reward": float("nan")}  # not 0: a missing reward must never look like one
     return np.array([[rewards.get((video, p.prompt), none)["reward"] for video in p.videos] for p in pairs])
@@ -190,9 +183,7 @@ def write_report(test: TestSet, s: Settings) -> None:
         report.write_scores(os.path.join(out, "scores.csv"), rows, test.root)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 4. The script
-# ---------------------------------------------------------------------------------------------------------------
+# ---- 4. The script -------------------------------------------------------------------------------------------
 def resolve(s: Settings, ranks) -> Settings:
     """Settings with what was left to the checkpoint (it knows how its training sampled frames) and to the device."""
     trained = trained_settings(s.model)

@@ -3,8 +3,8 @@
     python x.py                          one process, CPU or one GPU, no process group
     torchrun --nproc_per_node 8 x.py     one process per GPU (NCCL), or per CPU share (gloo); weights sharded with FSDP2
 
-Rule for all scripts: a function marked COLLECTIVE must be called by every rank, in the same order, or the others wait
-for ever. So never under `if rank == 0`, and never behind a condition that can differ between ranks.
+Rule for all scripts: a function marked COLLECTIVE must be called by every rank, in the same order, or the run
+deadlocks. So never under `if rank == 0`, and never behind a condition that can differ between ranks.
 """
 
 import contextlib
@@ -17,28 +17,25 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from plumbing.adapters import merge_lora
+from plumbing.adapters import gather_full, merge_lora
 from plumbing.checkpoint import load_empty
 from plumbing.resume import require_finite
 from plumbing.settings import InputError
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 1. Ranks
-# ---------------------------------------------------------------------------------------------------------------
+# ---- 1. Ranks ------------------------------------------------------------------------------------------------
 class Ranks:
     """Who this process is. With one process every method works and costs nothing."""
 
     def __init__(self, cpu_offload: bool = False):
         from accelerate import Accelerator, InitProcessGroupKwargs
 
-        # Accelerate finds the device and starts the process group (NCCL or gloo). FSDP2 is called
-        # directly, below: accelerate's own FSDP plugin turns into DDP on CPU without a word, so it could not be tested.
+        # It finds the device and starts the process group (NCCL or gloo). FSDP2 is called directly, below: accelerate's
+        # own FSDP plugin turns into DDP on CPU without a word, so it could not be tested.
         on_cpu = not torch.cuda.is_available()
         # Gradients that live in the host's memory are summed by gloo, all else by NCCL.
         backend = "cuda:nccl,cpu:gloo" if cpu_offload and not on_cpu else None
-        # At the end of a phase of hours a rank may wait long for the slowest. NCCL's own limit of 10 minutes would end
-        # the run there.
+        # A rank may wait long for the slowest at the end of a phase: NCCL's own 10 minutes would end the run there.
         group = InitProcessGroupKwargs(backend=backend, timeout=datetime.timedelta(hours=24))
         self.accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[group])
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
@@ -59,14 +56,9 @@ class Ranks:
         if self.world == 1:
             return dict(values)
         names = sorted(values)
-        total = torch.tensor([float(values[name]) for name in names], dtype=torch.float64)
-        total = total.to(self.device)
+        total = torch.tensor([float(values[name]) for name in names], dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return dict(zip(names, total.tolist()))
-
-    def any(self, flag: bool) -> bool:
-        """COLLECTIVE: true on all ranks if true on one."""
-        return self.sum({"flag": float(flag)})["flag"] > 0
 
     def gather_objects(self, items: list) -> list:
         """COLLECTIVE: all ranks' lists joined, in rank order, on every rank."""
@@ -123,15 +115,13 @@ def seed_dropout(ranks: Ranks) -> None:
     torch.manual_seed(torch.initial_seed() + ranks.rank)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 2. FSDP2: the model cut into shards, one block at a time
-# ---------------------------------------------------------------------------------------------------------------
+# ---- 2. FSDP2: the model cut into shards, one block at a time ------------------------------------------------
 def shard(model, ranks: Ranks, shard_ranks: int = 0, cpu_offload: bool = False, frozen=False, compute_dtype=None):
     """COLLECTIVE: each rank keeps 1/world of all weights, gradients and optimizer states; a block is whole while used.
 
     fp32 master weights, bf16 compute on GPUs, gradients reduced in fp32. The query and the head are left out: a few
-    thousand numbers that stay whole and fp32 on every rank, their gradients summed in `sync_gradients`. An empty model
-    is read here, block by block, so that no rank ever holds more than one block and the embeddings.
+    thousand numbers that stay whole and fp32 on every rank, their gradients averaged in `take_step`. An empty model is
+    read here, block by block, so that no rank ever holds more than one block and the embeddings.
 
     shard_ranks: so many ranks share one copy, 0: all. With 8 on nodes of 8 GPUs, weights are gathered inside a node,
     and only gradients travel between nodes (hybrid sharding). cpu_offload: the shards and the optimizer live in the
@@ -142,14 +132,7 @@ def shard(model, ranks: Ranks, shard_ranks: int = 0, cpu_offload: bool = False, 
     if ranks.world == 1:
         load_empty(model, model, ranks.device)
         return model.to(ranks.device)
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import (
-        CPUOffloadPolicy,
-        MixedPrecisionPolicy,
-        OffloadPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
-    )
+    from torch.distributed import device_mesh, fsdp
 
     on_gpu, shard_ranks = ranks.device.type == "cuda", shard_ranks or ranks.world
     if ranks.world % shard_ranks:
@@ -161,23 +144,23 @@ def shard(model, ranks: Ranks, shard_ranks: int = 0, cpu_offload: bool = False, 
     compute_dtype = compute_dtype or (torch.bfloat16 if on_gpu else None)
     reduce_dtype = torch.float32 if compute_dtype else None
     options = {
-        "mesh": init_device_mesh(ranks.device.type, shape, mesh_dim_names=names),
-        "offload_policy": CPUOffloadPolicy(pin_memory=on_gpu) if cpu_offload else OffloadPolicy(),
+        "mesh": device_mesh.init_device_mesh(ranks.device.type, shape, mesh_dim_names=names),
+        "offload_policy": fsdp.CPUOffloadPolicy(pin_memory=on_gpu) if cpu_offload else fsdp.OffloadPolicy(),
     }
     # A block's inputs are not cast: its hidden states come from a bf16 layer already, and the vision tower's rotary
     # tables, which come along, must stay fp32, or places far from the origin become alike.
-    inside = MixedPrecisionPolicy(compute_dtype, reduce_dtype, cast_forward_inputs=False)
+    inside = fsdp.MixedPrecisionPolicy(compute_dtype, reduce_dtype, cast_forward_inputs=False)
     for own in (model.query, model.head.weight):
         own.data = own.data.to(ranks.device)
     tower = model.backbone.model
     for block in [*tower.language_model.layers, *tower.visual.blocks]:
         load_empty(model, block, ranks.device)
-        fully_shard(block, mp_policy=inside, **options)
+        fsdp.fully_shard(block, mp_policy=inside, **options)
     load_empty(model, model, ranks.device)
-    options["mp_policy"] = MixedPrecisionPolicy(compute_dtype, reduce_dtype)
+    options["mp_policy"] = fsdp.MixedPrecisionPolicy(compute_dtype, reduce_dtype)
     options["reshard_after_forward"] = True if frozen else None  # None: FSDP's own choice, the root stays whole
-    fully_shard(model, ignored_params={model.query, model.head.weight}, **options)
-    register_fsdp_forward_method(model, "read")
+    fsdp.fully_shard(model, ignored_params={model.query, model.head.weight}, **options)
+    fsdp.register_fsdp_forward_method(model, "read")
     return model
 
 
@@ -188,16 +171,6 @@ def backward(loss: torch.Tensor, ranks: Ranks) -> None:
     over ranks; times world makes that a sum.
     """
     (loss * ranks.world).backward()
-
-
-def sync_gradients(model, ranks: Ranks) -> None:
-    """COLLECTIVE, after the last backward: averages the gradients of query and head, as FSDP did all others."""
-    if ranks.world > 1:
-        for parameter in (model.query, model.head.weight):
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= ranks.world
 
 
 def clip_gradients(model, max_norm: float) -> dict[str, float]:
@@ -211,12 +184,9 @@ def clip_gradients(model, max_norm: float) -> dict[str, float]:
     norms = {}
     for part, parameters in model.parameter_groups().items():
         gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
-        norms[part] = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        scale = min(1.0, max_norm / (norms[part] + 1e-6))
-        if scale < 1.0:
-            for gradient in gradients:
-                gradient.mul_(scale)
+        norms[part] = float(gather_full(torch.nn.utils.get_total_norm(gradients))) if gradients else 0.0
+        for gradient in gradients:
+            gradient.mul_(min(1.0, max_norm / (norms[part] + 1e-6)))
     return {**norms, "total": sum(norm**2 for norm in norms.values()) ** 0.5}
 
 
@@ -225,7 +195,12 @@ def take_step(model, optimizer, rows: list[dict], settings, ranks: Ranks) -> dic
 
     rows: what this rank fed to the model; InputError names them if a gradient is not finite, and no weight is touched.
     """
-    sync_gradients(model, ranks)
+    if ranks.world > 1:  # query and head are whole on every rank: averaged, as FSDP did all other gradients
+        for parameter in (model.query, model.head.weight):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= ranks.world
     norms = clip_gradients(model, settings.max_grad_norm)
     require_finite(norms["total"], "gradient norm", rows, settings, ranks)
     optimizer.step()
@@ -246,9 +221,7 @@ def trained_weights(model):
     yield from merge_lora(chosen, model.lora_scaling())
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 3. What both stages need around their loop
-# ---------------------------------------------------------------------------------------------------------------
+# ---- 3. What both stages need around their loop --------------------------------------------------------------
 def load_dtype(train: str, ranks: Ranks) -> torch.dtype:
     """How the backbone is loaded: fp32 masters if it is trained (or on CPU), bf16 on a GPU if only adapters are."""
     return torch.float32 if train == "full" or ranks.device.type == "cpu" else torch.bfloat16
@@ -264,9 +237,7 @@ def make_optimizer(model, settings) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=settings.weight_decay)
 
 
-def set_learning_rate(optimizer, step: int, warmup_steps: int) -> float:
+def set_learning_rate(optimizer, step: int, warmup_steps: int) -> None:
     """Linear warm-up, then constant; `step` counts from 1. Of the step alone, so a resume has nothing to restore."""
-    scale = min(1.0, step / warmup_steps)
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * scale
-    return scale
+        group["lr"] = group["base_lr"] * min(1.0, step / warmup_steps)

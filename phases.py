@@ -161,7 +161,6 @@ class Workers:
 
 
 def text_rewards(thoughts: dict) -> dict:
-    """The rewards that the CoTs state, as `Workers.score` returns the head's. Equal scores are frequent, and wrong
-    wherever people decided, so texts look worse than they are: lab/study counts them half."""
+    """The rewards that the CoTs state, as `Workers.score` returns the head's. lab/study counts equal ones half."""
     return {key: {"reward": float(np.mean([overall_score(text) for text in record["thoughts"]]))}
             for key, record in thoughts.items()}

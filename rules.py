@@ -16,9 +16,7 @@ import json
 import re
 import warnings
 
-# ---------------------------------------------------------------------------------------------------------------
-# 1. What a CoT says: text -> verdicts and stated score. Nothing is ever evaluated.
-# ---------------------------------------------------------------------------------------------------------------
+# ---- 1. What a CoT says: text -> verdicts and stated score. Nothing is ever evaluated. -----------------------
 DIMENSIONS = ("subject", "dynamics", "camera", "environment", "style")  # what a CoT gives a verdict on
 VERDICTS = ("0", "1", "2", "N/A")  # missing or wrong, partly, as asked, not asked for
 
@@ -91,10 +89,9 @@ def stated_score(text: str) -> float | None:
 
 
 def overall_score(text: str) -> float:
-    """The score that a CoT's answer states itself, 1 to 5: what a GENERATIVE reward model would return (Fig. 1a).
+    """`stated_score`, or 3, the middle: what a GENERATIVE reward model would return (Fig. 1a).
 
-    A malformed answer gets 3, the middle. Few different values, hence many exact ties: where the head tells two videos
-    apart by a hair, the text says 3.50 twice, and an equal score is wrong wherever people decided.
+    Few different values, hence many exact ties, and an equal score is wrong wherever people decided.
     """
     score = stated_score(text)
     return 3.0 if score is None else score
@@ -111,7 +108,7 @@ class RolloutReward:
 
 
 def format_reward(text: str) -> float:
-    """R_fmt: 1 if the text is `<think>...</think>`, then an `<answer>` with JSON verdicts on all dimensions; else 0."""
+    """R_fmt: 1 if the text is `well_formed`, else 0."""
     return float(well_formed(text))
 
 

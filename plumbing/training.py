@@ -115,7 +115,7 @@ class Run:
 
         The step's metrics go along: a kill between saving and logging would lose their line.
         """
-        self.stopping = self.ranks.any(self.stop.requested)
+        self.stopping = self.ranks.sum({"stop": self.stop.requested})["stop"] > 0
         if self.stopping or self.is_due(step, self.settings.save_every):
             more = {"metrics": metrics, "warmup_steps": self.warmup_steps}
             save_checkpoint(
