@@ -45,8 +45,8 @@ def accuracy_without_ties(labels, margins) -> float:
 def _hits_by_ties(labels, margins) -> tuple[np.ndarray, np.ndarray]:
     """(sorted |margin| (n,), hits (n + 1,)): hits[k] pairs are right when the k smallest |margin| are called ties."""
     order = np.argsort(np.abs(margins), kind="stable")
-    human_tie, decided = (labels == 0)[order], right(labels, margins)[order]
-    return np.abs(margins)[order], decided.sum() + np.cumsum(np.append(0, human_tie.astype(int) - decided))
+    human_tie, untied = (labels == 0)[order], right(labels, margins)[order]
+    return np.abs(margins)[order], untied.sum() + np.cumsum(np.append(0, human_tie.astype(int) - untied))
 
 
 def accuracy_curve(labels, margins) -> tuple[np.ndarray, np.ndarray]:

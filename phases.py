@@ -140,7 +140,7 @@ class Workers:
 
         thoughts: what `think` returned; None: no thinking. A record: video, prompt, rewards: of the k CoTs, reward:
         their mean. The CoTs go in as the ids that were sampled: decoded and encoded again a text may become other
-        tokens, and the head would score what nobody thought.
+        tokens, and the head would score another CoT.
         """
         s, cots = self.s, {item.key: [None] for item in items}
         if thoughts is not None:

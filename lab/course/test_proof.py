@@ -94,8 +94,8 @@ MISTAKES = (
     _m(TIES, "the largest of equals", "smallest_of_equals",
        ("int(np.argmax(accuracies))", "len(accuracies) - 1 - int(np.argmax(accuracies[::-1]))")),
     _m(HITS, "each threshold on all pairs", "one_sort_one_sum",
-       ("decided.sum() + np.cumsum(np.append(0, human_tie.astype(int) - decided))",
-        "np.array([human_tie[:k].sum() + decided[k:].sum() for k in range(len(decided) + 1)])")),
+       ("untied.sum() + np.cumsum(np.append(0, human_tie.astype(int) - untied))",
+        "np.array([human_tie[:k].sum() + untied[k:].sum() for k in range(len(untied) + 1)])")),
     _m(ATTENTION, "bidirectional prefix", "prefix_is_causal", ("is_causal=True", "is_causal=False")),
     _m(ATTENTION, "a CoT sees the one before it", "cots_do_not_see_each_other",
        ("    for s, (prompt, cots) in enumerate(spans):", "    for s, (prompt, cots) in enumerate(spans):\n"
