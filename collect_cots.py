@@ -36,14 +36,14 @@ class Settings(ThinkingSettings):
     batch_size: int = arg(64, "CoTs that transformers samples at a time on one rank", at_least=1)
 
 
-def collect(path: str, pairs: list[data.PreferencePair], out: str, s: Settings, ranks, workers: Workers) -> None:
+def collect(path: str, pairs: list[data.PreferencePair], out: str, settings: Settings, ranks, workers: Workers) -> None:
     """COLLECTIVE: the pairs of `path` -> `out`, with a CoT per video. OUT.thoughts/ keeps each CoT as it comes."""
     folder = out + ".thoughts"
     writable([folder])
-    if not s.skip_bad_videos:  # with it, thinking meets each bad video, and leaves it out
-        pairs = readable_pairs(pairs, s, ranks, data.sample_frames)
+    if not settings.skip_bad_videos:  # with it, thinking meets each bad video, and leaves it out
+        pairs = readable_pairs(pairs, settings, ranks, data.sample_frames)
     items = items_of(pairs)
-    require_same_settings(folder, s, MADE_WITH, WORDING, ranks)
+    require_same_settings(folder, settings, MADE_WITH, WORDING, ranks)
     thoughts, skipped = workers.think(items, folder)  # one CoT for each
     write_skipped(folder, skipped, ranks)
     kept = [pair for pair in pairs if all((video, pair.prompt) in thoughts for video in pair.videos)]
@@ -61,14 +61,14 @@ def collect(path: str, pairs: list[data.PreferencePair], out: str, s: Settings, 
 
 def main(argv=None) -> None:
     """One CoT per video of each CSV; the engine is opened once for all of them."""
-    s = parse(Settings, __doc__, argv)
-    collecting_flags(s)
-    # All at once: a wrong second file should not cost the thinking over the first.
-    sets = [(path, data.read_pairs(path, s.dimension, s.video_root), out) for path, out in zip(s.data, s.out)]
-    ranks = parallel.start(s.seed)
-    workers = Workers(s, ranks, scores=False)
-    for path, pairs, out in sets:
-        collect(path, pairs, out, s, ranks, workers)
+    settings = parse(Settings, __doc__, argv)
+    collecting_flags(settings)
+    # All first: a wrong second file should not cost the thinking over the first.
+    sets = [data.read_pairs(path, settings.dimension, settings.video_root) for path in settings.data]
+    ranks = parallel.start(settings.seed)
+    workers = Workers(settings, ranks, scores=False)
+    for path, pairs, out in zip(settings.data, sets, settings.out):
+        collect(path, pairs, out, settings, ranks, workers)
     ranks.finish(workers.engine)
 
 

@@ -121,23 +121,23 @@ class TestSet:
         return items_of(self.pairs)
 
 
-def read_test_set(s: Settings, benchmark: str | None = None) -> TestSet:
+def read_test_set(settings: Settings, benchmark: str | None = None) -> TestSet:
     """The pairs of --data, or of one benchmark, after --root and --genai-ties."""
-    path, out = s.data, s.out
+    path, out = settings.data, settings.out
     if benchmark:
-        names = [n for n in BENCHMARKS[benchmark] if os.path.isfile(os.path.join(s.root, n))]
+        names = [n for n in BENCHMARKS[benchmark] if os.path.isfile(os.path.join(settings.root, n))]
         if not names:
-            raise InputError(f"{s.root}: holds none of {', '.join(BENCHMARKS[benchmark])} (docs/benchmarks.md).")
-        path = os.path.join(s.root, names[0])
-        out = os.path.join(s.out, benchmark) if len(s.benchmark) > 1 else s.out
-    pairs = data.read_pairs(path, s.dimension, s.root or None)
-    for item in items_of(pairs) if s.root else []:  # a CSV from the net: "../../secret.mp4" must not be opened
-        refuse_outside(s.root, item.video, item.line)
+            raise InputError(f"{settings.root}: holds none of {', '.join(BENCHMARKS[benchmark])} (docs/benchmarks.md).")
+        path = os.path.join(settings.root, names[0])
+        out = os.path.join(settings.out, benchmark) if len(settings.benchmark) > 1 else settings.out
+    pairs = data.read_pairs(path, settings.dimension, settings.root or None)
+    for item in items_of(pairs) if settings.root else []:  # a CSV from the net: "../../secret.mp4" must not be opened
+        refuse_outside(settings.root, item.video, item.line)
     # GenAI-Bench lets people say "both good" and "both bad". Both are ties to us; published numbers differ in that.
-    if DROPPED_VOTES[s.genai_ties]:
+    if DROPPED_VOTES[settings.genai_ties]:
         votes = {line: row["vote_type"].strip().lower() for line, row in open_table(path, ("vote_type",))[1]}
-        pairs = [pair for pair in pairs if votes[pair.line] not in DROPPED_VOTES[s.genai_ties]]
-    return TestSet(path, pairs, out, s.root or os.path.dirname(path), benchmark)
+        pairs = [pair for pair in pairs if votes[pair.line] not in DROPPED_VOTES[settings.genai_ties]]
+    return TestSet(path, pairs, out, settings.root or os.path.dirname(path), benchmark)
 
 
 # ---- 3. The report -------------------------------------------------------------------------------------------
@@ -170,73 +170,75 @@ def measure_set(test: TestSet, name: str, rewards: np.ndarray, complete: np.ndar
     return found
 
 
-def write_report(test: TestSet, s: Settings) -> None:
+def write_report(test: TestSet, settings: Settings) -> None:
     """The report and the scores of each kind that --score-from asks for: the head's in OUT, the text's in OUT/text."""
-    name = os.path.basename(os.path.normpath(s.model))
-    for kind in s.score_from:
+    name = os.path.basename(os.path.normpath(settings.model))
+    for kind in settings.score_from:
         found = test.rewards if kind == "head" else text_rewards(test.thoughts)
         out = test.out if kind == "head" else os.path.join(test.out, "text")
         rewards = pair_rewards(test.pairs, found)
-        complete = complete_pairs(test, [rewards], s.skip_bad_videos)
-        report.write(out, [measure_set(test, name, rewards, complete)], s.videoalign_compatible)
+        complete = complete_pairs(test, [rewards], settings.skip_bad_videos)
+        report.write(out, [measure_set(test, name, rewards, complete)], settings.videoalign_compatible)
         rows = [(*item.key, found[item.key]["reward"]) for item in test.items if item.key in found]
         report.write_scores(os.path.join(out, "scores.csv"), rows, test.root)
 
 
 # ---- 4. The script -------------------------------------------------------------------------------------------
-def resolve(s: Settings, ranks) -> Settings:
+def resolve(settings: Settings, ranks) -> Settings:
     """Settings with what was left to the checkpoint (it knows how its training sampled frames) and to the device."""
-    trained = trained_settings(s.model)
-    if trained.get("score") == "text" and "head" in s.score_from:
-        raise InputError(f"{s.model}: its head is not trained, its score stands in the text; use --score-from text.")
+    trained = trained_settings(settings.model)
+    if trained.get("score") == "text" and "head" in settings.score_from:
+        raise InputError(f"{settings.model}: its head is not trained, its score is in the text; use --score-from text.")
     # Greedy for one CoT, so that a report can be made again; several greedy ones would all be the same.
-    temperature = float(s.thoughts > 1) if s.temperature is None else s.temperature
-    dtype = s.dtype if s.dtype != "auto" else "bfloat16" if ranks.device.type == "cuda" else "float32"
-    fps, max_pixels = s.fps or trained.get("fps", 2.0), s.max_pixels or trained.get("max_pixels", 448 * 448)
-    return dataclasses.replace(s, fps=fps, max_pixels=max_pixels, dtype=dtype, temperature=temperature)
+    temperature = float(settings.thoughts > 1) if settings.temperature is None else settings.temperature
+    dtype = settings.dtype if settings.dtype != "auto" else "bfloat16" if ranks.device.type == "cuda" else "float32"
+    fps = settings.fps or trained.get("fps", 2.0)
+    max_pixels = settings.max_pixels or trained.get("max_pixels", 448 * 448)
+    return dataclasses.replace(settings, fps=fps, max_pixels=max_pixels, dtype=dtype, temperature=temperature)
 
 
-def one_video(s: Settings, ranks, workers: Workers) -> None:
+def one_video(settings: Settings, ranks, workers: Workers) -> None:
     """Prints CoT and reward of --video."""
     model = workers.open_model()
-    require_short(s.prompt, model.processor.tokenizer)
+    require_short(settings.prompt, model.processor.tokenizer)
     # The same as for many: think, then score. The clip is decoded, and video and prompt are encoded, once.
-    prefixes = model.encode([workers.frames(Item(s.video, s.prompt, 0))], [s.prompt])
-    cots = model.think(prefixes, s.max_new_tokens, s.temperature, s.seed, s.thoughts) if s.think else [[None]]
+    prefixes = model.encode([workers.frames(Item(settings.video, settings.prompt, 0))], [settings.prompt])
+    how = settings.max_new_tokens, settings.temperature, settings.seed, settings.thoughts
+    cots = model.think(prefixes, *how) if settings.think else [[None]]
     rewards = model.score(prefixes, cots)[0].tolist()
     for cot, reward in zip(cots[0], rewards):
         text = decode_cot(model.processor.tokenizer, cot) if cot else "(no CoT)"
         ranks.print(f"{text}\nreward {reward:+.4f}")
-    if s.thoughts > 1:
+    if settings.thoughts > 1:
         ranks.print(f"mean reward {np.mean(rewards):+.4f}")
     ranks.print("(unbounded, no unit: only differences between videos of one prompt mean something)")
 
 
 def main(argv=None) -> None:
     """All sets are thought about first, then scored: the engine's memory is free when scoring starts."""
-    s = parse(Settings, __doc__, argv)
-    evaluation_flags(s)
-    ranks = parallel.start(s.seed)
-    s = resolve(s, ranks)
-    workers = Workers(s, ranks)
-    if s.video:
-        one_video(s, ranks, workers)
+    settings = parse(Settings, __doc__, argv)
+    evaluation_flags(settings)
+    ranks = parallel.start(settings.seed)
+    settings = resolve(settings, ranks)
+    workers = Workers(settings, ranks)
+    if settings.video:
+        one_video(settings, ranks, workers)
         return ranks.finish()
-    tests = [read_test_set(s, name) for name in s.benchmark or [None]]
+    tests = [read_test_set(settings, name) for name in settings.benchmark or [None]]
     for test in tests:  # an unwritable folder stops the run before hours of generation
-        writable([test.out, *([os.path.join(test.out, "text")] if "text" in s.score_from else [])])
+        writable([test.out, *([os.path.join(test.out, "text")] if "text" in settings.score_from else [])])
     for test in tests:  # 1 think: over all sets first, so that the model that scores finds the engine's memory free
-        own = dataclasses.replace(s, benchmark=test.benchmark and [test.benchmark], out=test.out)
+        own = dataclasses.replace(settings, benchmark=test.benchmark and [test.benchmark], out=test.out)
         require_same_settings(test.out, own, MADE_WITH, WORDING, ranks)
-        if s.think:
-            test.thoughts, test.skipped = workers.think(test.items, test.out, s.thoughts)
+        if settings.think:
+            test.thoughts, test.skipped = workers.think(test.items, test.out, settings.thoughts)
     for test in tests:  # 2 score
-        if "head" in s.score_from:
+        if "head" in settings.score_from:
             test.rewards, unscored = workers.score(test.items, test.thoughts, test.out)
             test.skipped += unscored
         write_skipped(test.out, test.skipped, ranks)
     for test in tests if ranks.is_main else []:  # 3 compare with people
-        write_report(test, s)
+        write_report(test, settings)
     ranks.finish(workers.engine)
 
 

@@ -62,36 +62,37 @@ def require_short(prompt: str, tokenizer) -> None:
 class Workers:
     """The engine that thinks and the model that scores, each opened when first needed: a finished run opens neither.
 
-    s: the settings model, fps, max_pixels, seed, batch_size and the engine's; dtype, if anything is scored.
+    settings: model, fps, max_pixels, seed, batch_size and the engine's; dtype, if anything is scored.
     scores: the model that scores will be needed, so the transformers engine thinks with its backbone.
     """
 
-    def __init__(self, s, ranks, scores: bool = True):
-        self.s, self.ranks, self.scores, self.engine, self.model = s, ranks, scores, None, None
+    def __init__(self, settings, ranks, scores: bool = True):
+        self.settings, self.ranks, self.scores, self.engine, self.model = settings, ranks, scores, None, None
 
     def open_model(self) -> DeScore:
         """The DeScore of --model, read once. From here on the engine thinks no more: its memory is for the model."""
         if self.model is None:
             if self.engine is not None:
                 self.engine.sleep(level=2)
-            dtype = getattr(torch, self.s.dtype)
-            self.model = DeScore.from_pretrained(self.s.model, self.ranks.device, dtype).eval()
+            dtype = getattr(torch, self.settings.dtype)
+            self.model = DeScore.from_pretrained(self.settings.model, self.ranks.device, dtype).eval()
         return self.model
 
     def open_engine(self):
         """COLLECTIVE: vLLM starts on all ranks together. The engine's .processor turns videos and prompts into ids."""
         if self.engine is None:
-            s, share = self.s, self.scores and self.s.engine == "transformers"
+            settings, processor = self.settings, AutoProcessor.from_pretrained(self.settings.model)
+            share = self.scores and settings.engine == "transformers"
             self.engine = make_engine(
-                s.engine, s.model, AutoProcessor.from_pretrained(s.model), self.ranks,
-                self.open_model().backbone if share else None, s.seed, s.engine_max_len, s.batch_size,
-                memory=s.engine_memory, tp=s.engine_tp, sleeps=False,
+                settings.engine, settings.model, processor, self.ranks, self.open_model().backbone if share else None,
+                settings.seed, settings.engine_max_len, settings.batch_size, memory=settings.engine_memory,
+                tp=settings.engine_tp, sleeps=False,
             )
         return self.engine
 
     def frames(self, item: Item) -> data.Video:
         """What the model is shown of an item. InputError: what is wrong with its file."""
-        return data.sample_frames(item.video, self.s.fps, self.s.max_pixels)
+        return data.sample_frames(item.video, self.settings.fps, self.settings.max_pixels)
 
     def encode(self, batch: list[Item], phase: Phase, processor, needs=None, limit=None) -> dict[Item, dict]:
         """The batch's items and their prefixes. A broken video or an endless prompt is refused here, before any work is
@@ -107,7 +108,7 @@ class Workers:
                     require_short(item.prompt, processor.tokenizer)
                     prefix = data.encode_prompt(processor, video.result(), item.prompt)
                     if limit:
-                        require_room(len(prefix["input_ids"]), self.s.max_new_tokens, limit)
+                        require_room(len(prefix["input_ids"]), self.settings.max_new_tokens, limit)
                     prefixes[item] = {name: prefix[name] for name in needs or prefix}
                 except InputError as error:
                     phase.refuse(item, error)
@@ -120,16 +121,17 @@ class Workers:
         their k lengths, ended: k of "EOS was reached". Each CoT has a random stream of its own, from (seed, video,
         prompt, k), so it depends neither on the batch nor on the rank.
         """
-        s, made_from = self.s, {item.key: WORDING for item in items}
-        phase = Phase("thoughts", items, out, s.skip_bad_videos, self.ranks, made_from)
+        settings, made_from = self.settings, {item.key: WORDING for item in items}
+        how = settings.max_new_tokens, settings.temperature
+        phase = Phase("thoughts", items, out, settings.skip_bad_videos, self.ranks, made_from)
         if phase.to_do:
             engine = self.open_engine()
             tokenizer = engine.processor.tokenizer
             for batch in phase.batches(max(1, engine.requests // thoughts)):
                 prefixes = self.encode(batch, phase, engine.processor, engine.needs, engine.limit)
                 good = list(prefixes)
-                seeds = [[task_seed(s.seed, *item.key, k) for k in range(thoughts)] for item in good]
-                for i, cots in engine.stream(list(prefixes.values()), seeds, s.max_new_tokens, s.temperature):
+                seeds = [[task_seed(settings.seed, *item.key, k) for k in range(thoughts)] for item in good]
+                for i, cots in engine.stream(list(prefixes.values()), seeds, *how):
                     ended = [cot[-1:] == [tokenizer.eos_token_id] for cot in cots]
                     phase.write(good[i], {"thoughts": [decode_cot(tokenizer, cot) for cot in cots], "token_ids": cots,
                                           "tokens": list(map(len, cots)), "ended": ended})
@@ -142,16 +144,16 @@ class Workers:
         their mean. The CoTs go in as the ids that were sampled: decoded and encoded again a text may become other
         tokens, and the head would score another CoT.
         """
-        s, cots = self.s, {item.key: [None] for item in items}
+        settings, cots = self.settings, {item.key: [None] for item in items}
         if thoughts is not None:
             cots = {key: record["token_ids"] for key, record in thoughts.items()}
             items = [item for item in items if item.key in cots]  # the others were skipped while thinking
         # Other CoTs, other rewards: those of a clip that was replaced, or of a swapped clip whose CoT is kept.
         made_from = {item.key: f"{WORDING} {hash_of(cots[item.key])}" for item in items}
-        phase = Phase("rewards", items, out, s.skip_bad_videos, self.ranks, made_from)
+        phase = Phase("rewards", items, out, settings.skip_bad_videos, self.ranks, made_from)
         if phase.to_do:
             model = self.open_model()
-            for batch in phase.batches(s.batch_size):
+            for batch in phase.batches(settings.batch_size):
                 if prefixes := self.encode(batch, phase, model.processor):
                     # ONE forward for the batch: prompt, CoT and query in a row; the reward is head(h_query).
                     rows = model.score(list(prefixes.values()), [cots[item.key] for item in prefixes])
