@@ -3,7 +3,10 @@
 import ast
 import functools
 import html
+import io
 import re
+import textwrap
+import tokenize
 
 try:
     from latex2mathml.converter import convert
@@ -13,169 +16,124 @@ except ImportError:  # optional requirements; `build` says so
     MarkdownIt = None
 
 DEFINES = ast.FunctionDef | ast.ClassDef
-# Of all kinds of tokens five colours are enough.
 COLOURS = {"Token.Keyword": "k", "Token.Operator.Word": "k", "Token.Literal.String": "s", "Token.Comment": "c",
            "Token.Literal.Number": "m", "Token.Name.Decorator": "d"}
 
 
-@functools.cache
-def markdown() -> "MarkdownIt":
-    return MarkdownIt("commonmark", {"html": False}).enable("table")
-
-
-def tex(found: re.Match) -> str:
-    return convert(found[1].strip(), display="block" if found[0].startswith("$$") else "inline")
-
-
 def prose(text: str, block: bool = True) -> str:
-    """Markdown -> HTML. $$...$$ and $...$ are LaTeX and become MathML, put in last."""
-    formulas = []
-
-    def put_aside(found):
-        formulas.append(tex(found))
-        return f"\x02{len(formulas) - 1}\x03"
-
-    text = re.sub(r"(?<!`)\$\$?([^$]+)\$\$?", put_aside, re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL))
-    shown = markdown().render(text) if block else markdown().renderInline(text)
-    return re.sub("\x02(\\d+)\x03", lambda found: formulas[int(found[1])], shown)
+    """Markdown -> HTML. LaTeX stands as GitHub reads it, in $`...`$ or a block of ```math, and becomes MathML."""
+    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
+    shown = markdown.render(text) if block else markdown.renderInline(text)
+    shown = re.sub(r"\$<code>(.*?)</code>\$", lambda found: convert(html.unescape(found[1])), shown)
+    return re.sub(r'<pre><code class="language-math">(.*?)</code></pre>', flags=re.DOTALL, string=shown,
+                  repl=lambda found: convert(html.unescape(found[1]).strip(), display="block"))
 
 
-def arguments(docstring: str) -> str:
-    """The indented lines under "Args:" and "Returns:" become a list, one point an argument."""
-    return re.sub(r"^(Args|Returns):\n((?:    .*(?:\n|$))+)", flags=re.MULTILINE, string=docstring, repl=lambda found:
-                  f"{found[1]}:\n\n" + re.sub(r"^    (?=\S)", "- ", found[2], flags=re.MULTILINE) + "\n")
+def linked(shown: str, find) -> str:
+    """Names between backticks and files become links, where find(name) knows their place."""
+    def link(found):
+        place = find(found[1] or found[0])
+        return f'<a href="{place}">{found[0]}</a>' if place else found[0]
+
+    return re.sub(r"<code>([\w./:]+)</code>|(?<![\w/])[\w/]+\.py\b", link, shown)
 
 
-def first_line(node) -> int:
-    """Of a definition, with its decorators."""
-    return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
-
-
-def docstring_lines(node) -> range:
-    """The lines of a definition's or a module's docstring."""
-    if ast.get_docstring(node) is None:
-        return range(0)
-    return range(node.body[0].lineno, node.body[0].end_lineno + 1)
+def as_markdown(text: str) -> str:
+    """A docstring or comments as Markdown: banners are headings, arguments a list, what is set in columns stays so."""
+    text = re.sub(r"^-{8,}\n(.*)\n-{8,}$|^-+ (.+?) -+$", r"\n## \1\2\n", text, flags=re.MULTILINE)
+    text = re.sub(r"^Args:\n((?:    .*(?:\n|$))+)", flags=re.MULTILINE, string=text, repl=lambda found:
+                  "Args:\n\n" + re.sub(r"^    (?=\S)", "- ", found[1], flags=re.MULTILINE) + "\n")
+    return "\n\n".join(textwrap.indent(part, "    ") if re.search(r"^\S.*\S {3,}\S", part, flags=re.MULTILINE) else part
+                       for part in text.split("\n\n"))
 
 
 class Source:
-    """A file: .definitions {qualified name: node}, .links {(line, column, length): where a name is defined}."""
+    """A file: .definitions {qualified name: its lines}, .said {line: its prose}. `places` is shared by files."""
 
-    def __init__(self, path: str, text: str):
+    def __init__(self, path: str, text: str, places: dict[str, str]):
         self.path, self.text, self.lines, self.tree = path, text, text.splitlines(), ast.parse(text)
-        self.page = path.removesuffix(".py").replace("/", "-") + ".html"
-        self.definitions, self.links, self.names = {}, {}, {}
-        for node in self.tree.body:
-            if isinstance(node, DEFINES):
-                self.definitions[node.name] = node
-                if isinstance(node, ast.ClassDef):
-                    self.definitions |= {f"{node.name}.{n.name}": n for n in node.body if isinstance(n, DEFINES)}
-            for target in getattr(node, "targets", ()):
-                if isinstance(target, ast.Name):
-                    self.definitions[target.id] = node
-
-    def link(self, files: dict[str, "Source"]) -> None:
-        """Finds where each name of this file is defined: here, or in the file it is imported from."""
-        modules = {path.removesuffix(".py").replace("/", "."): one for path, one in files.items()}
-        self.names, known = {name: self.at(name) for name in self.definitions}, {}
-        for path, one in files.items():
-            self.names |= {f"{path}::{name}": one.at(name) for name in one.definitions} | {path: one.page}
+        self.places, self.definitions, self.imports, self.links = places, {}, {}, {}
+        self.module, self.page = path[:-3].replace("/", "."), path[:-3].replace("/", "-") + ".html"
+        self.said = {t.start[0]: t.string.lstrip("# ") for t in tokenize.generate_tokens(io.StringIO(text).readline)
+                     if t.type == tokenize.COMMENT and t.line.lstrip().startswith("#")}
         for node in ast.walk(self.tree):
-            for alias in getattr(node, "names", ()) if isinstance(node, ast.Import | ast.ImportFrom) else ():
-                module = f"{getattr(node, 'module', None) or ''}.{alias.name}".lstrip(".")
-                if module in modules:
-                    known[alias.asname or alias.name] = modules[module]
-                elif (one := modules.get(getattr(node, "module", None))) and alias.name in one.definitions:
-                    self.names[alias.asname or alias.name] = one.at(alias.name)
-        self._visit(self.tree, known, set(), "")
+            if isinstance(node, DEFINES | ast.Module) and (words := ast.get_docstring(node)):
+                first, last = node.body[0].lineno, node.body[0].end_lineno
+                self.said |= dict.fromkeys(range(first, last + 1), "") | {first: f"\n\n{words}\n\n"}
+        inside = [(f"{c.name}.", n) for c in self.tree.body if isinstance(c, ast.ClassDef) for n in c.body]
+        for owner, node in [*(("", n) for n in self.tree.body), *inside]:
+            for alias in node.names if isinstance(node, ast.Import | ast.ImportFrom) else ():
+                whole = f"{node.module}.{alias.name}" if isinstance(node, ast.ImportFrom) else alias.name
+                self.imports[alias.asname or alias.name] = whole
+            first = (getattr(node, "decorator_list", None) or [node])[0].lineno
+            stored = [n.id for to in getattr(node, "targets", ()) for n in ast.walk(to) if isinstance(n, ast.Name)]
+            for name in [node.name] if isinstance(node, DEFINES) else stored:
+                self.definitions[owner + name] = range(first, node.end_lineno + 1)
+        for name in self.definitions:
+            places[f"{self.module}.{name}"] = places[f"{path}::{name}"] = f"{self.page}#{name}"
+        places[path] = self.page
 
-    def at(self, name: str) -> str:
-        return f"{self.page}#{name}"
+    def find(self, name: str, owner: str = "") -> str | None:
+        """The place of a name, as this file writes it; `owner` is the class around it."""
+        first, *rest = name.split(".")
+        start = self.imports.get(first, f"{self.module}.{owner if first == 'self' else first}")
+        return self.places.get(".".join([start, *rest])) or self.places.get(name)
 
-    def _visit(self, node, known: dict, local: set, owner: str) -> None:
+    def _visit(self, node, local: set, owner: str) -> None:
         """Links the names below a node; what a function assigns or takes is its own, whatever is called so outside."""
         if isinstance(node, ast.FunctionDef):
-            stores = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-            local = local | stores | {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
-        if isinstance(node, ast.ClassDef):
-            owner = node.name
-        name, target = None, None
-        if isinstance(node, ast.Name) and node.id not in local:
-            name, target = node.id, self.names.get(node.id)
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            name, base = node.attr, node.value.id
-            if base == "self":
-                target = self.names.get(f"{owner}.{name}")
-            elif base in known and base not in local and name in known[base].definitions:
-                target = known[base].at(name)
-        if target:
-            end = len(self.lines[node.end_lineno - 1].encode()[: node.end_col_offset].decode())  # ast counts bytes
-            self.links[node.end_lineno, end - len(name)] = target
+            local = local | {n.arg for n in ast.walk(node) if isinstance(n, ast.arg) and n.arg != "self"}
+            local |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        owner = node.name if isinstance(node, ast.ClassDef) else owner
+        if isinstance(node, ast.Name | ast.Attribute):
+            name = ast.unparse(node)
+            if name != "self" and name.split(".")[0] not in local and (place := self.find(name, owner)):
+                line = self.lines[node.end_lineno - 1].encode()[: node.end_col_offset].decode()  # ast counts bytes
+                self.links[node.end_lineno, len(line)] = place
         for child in ast.iter_child_nodes(node):
-            self._visit(child, known, local, owner)
+            self._visit(child, local, owner)
 
     @functools.cached_property
     def coloured(self) -> list[str]:
-        """Each line as HTML: four colours, and names linked."""
+        """Each line as HTML: five colours, and names linked."""
+        self._visit(self.tree, set(), "")
         lines, column = [""], 0
         for kind, value in PythonLexer(stripnl=False, ensurenl=False).get_tokens(self.text):
             colour = next((name for of, name in COLOURS.items() if str(kind).startswith(of)), None)
-            for k, piece in enumerate(value.split("\n")):
-                if k:
-                    lines.append("")
-                    column = 0
-                shown = html.escape(piece, quote=False)
-                if colour and piece.strip():
-                    shown = f'<span class="{colour}">{shown}</span>'
-                elif target := self.links.get((len(lines), column)) if piece else None:
-                    shown = f'<a href="{target}">{shown}</a>'
-                lines[-1] += shown
+            for piece in re.findall(r"\n|[^\n]+", value):
                 column += len(piece)
+                shown = html.escape(piece, quote=False)
+                if piece == "\n":
+                    lines, column, shown = [*lines, ""], 0, ""
+                elif colour:
+                    shown = f'<span class="{colour}">{shown}</span>'
+                elif place := self.links.get((len(lines), column)):
+                    shown = f'<a href="{place}">{shown}</a>'
+                lines[-1] += shown
         return lines
 
     def code(self, numbers: list[int], anchors: bool = True) -> str:
-        """Lines as <pre>, with their numbers; blank ones at the ends are left out."""
+        """Lines as <pre>, with their numbers; blank ones at the end are left out."""
         while numbers and not self.lines[numbers[-1] - 1].strip():
             numbers = numbers[:-1]
         name = ' id="L{0}" href="#L{0}"' if anchors else ""
         rows = [f'<a class="n" data-n="{k}"{name.format(k)}></a>{self.coloured[k - 1]}\n' for k in numbers]
         return f"<pre>{''.join(rows)}</pre>" if rows else "<div></div>"
 
-    def parts(self) -> list[tuple[list[str], list[int], list[str]]]:
-        """(prose, lines of code, names defined there): a part begins with a definition or a comment of its own line."""
-        starts = {first_line(node): name for name, node in self.definitions.items()}
-        nodes = [n for n in ast.walk(self.tree) if isinstance(n, DEFINES | ast.Module) and ast.get_docstring(n)]
-        documented = {docstring_lines(n)[0]: n for n in nodes}
-        inside = {k for n in nodes for k in docstring_lines(n)}
-        strings = {k for n in ast.walk(self.tree) if isinstance(n, ast.Constant | ast.JoinedStr) and
-                   n.end_lineno != n.lineno for k in range(n.lineno, n.end_lineno + 1)}
-        parts = [([], [], [])]
-        for number, line in enumerate(self.lines, 1):
-            comment = line.strip().startswith("#") and number not in strings
-            if (comment or number in starts) and any(self.lines[k - 1].strip() for k in parts[-1][1]):
-                parts.append(([], [], []))
-            words, code, names = parts[-1]
-            if number in starts:
-                names.append(starts[number])
-            if number in documented:
-                words.append("\n\n" + arguments(ast.get_docstring(documented[number])) + "\n\n")
-            elif comment:
-                words.append(line.strip().lstrip("#").strip())
-            elif number not in inside and (code or line.strip()):
-                code.append(number)
-        return parts
-
     def columns(self) -> str:
-        """The page's body: prose left, code right."""
-        rows = []
-        for words, code, names in self.parts():
-            text = re.sub(r"^-{8,}\n(.*)\n-{8,}$|^-- (.*?) -+$|^-+ (.+?) -+$",
-                          lambda m: f"\n## {m[1] or m[2] or m[3]}\n", "\n".join(words), flags=re.MULTILINE)
-            shown = re.sub(r"<code>([\w./:]+)</code>", self._named, prose(text.replace("$", "\\$")))
-            ids = "".join(f'<a id="{name}"></a>' for name in names)
-            rows.append(f'<div class="part"><div class="prose">{ids}{shown}</div>{self.code(code)}</div>')
-        return "".join(rows)
-
-    def _named(self, found: re.Match) -> str:
-        target = self.names.get(found[1])
-        return f'<a href="{target}">{found[0]}</a>' if target else found[0]
+        """The page's body, prose left and code right. A part begins with a function, a class or a line of comment."""
+        parts = [([], [], [])]  # prose, lines of code, anchors
+        for number, line in enumerate(self.lines, 1):
+            names = [name for name, lines in self.definitions.items() if lines[0] == number]
+            comment = number in self.said and line.lstrip().startswith("#")
+            if parts[-1][1] and (comment or names and re.match(" *(def|class|@)", line)):
+                parts.append(([], [], []))
+            words, code, anchors = parts[-1]
+            anchors += [f'<a id="{name}"></a>' for name in names]
+            if number in self.said:
+                words.append(self.said[number])
+            elif code or line.strip():
+                code.append(number)
+        return "".join(f'<div class="part"><div class="prose">{"".join(anchors)}'
+                       f"{linked(prose(as_markdown(chr(10).join(words))), self.find)}</div>{self.code(code)}</div>"
+                       for words, code, anchors in parts)
