@@ -140,6 +140,8 @@ def attention(module, query, key, value, attention_mask, keep=None, past=None, s
     """
     if keep is not None:
         keep(module.layer_idx, key.to(value.dtype), value)
+    if query.shape[2] == 1 and spans is None:
+        return attend_once(query, key, value, attention_mask, more.get("scaling")), None
     if past is None:
         return shared_prefix_attention(module, query, key, value, attention_mask, spans=spans, **more)
     options = {"scale": more.get("scaling"), "dropout_p": more.get("dropout", 0.0), "enable_gqa": True}
@@ -148,6 +150,18 @@ def attention(module, query, key, value, attention_mask, keep=None, past=None, s
         prefix = [x[row, :, :length] for x in past.layers[module.layer_idx]]
         outputs |= attend_behind(prefix, cots, *states, options)
     return torch.cat([outputs[start] for start in sorted(outputs)], dim=2).transpose(1, 2).contiguous(), None
+
+
+def attend_once(query, key, value, mask, scaling) -> torch.Tensor:
+    """One token of sampling, query (S, H, 1, d), against a cache of keys and values (S, H_kv, L, d): (S, 1, H, d).
+
+    The H / H_kv heads that share keys become as many queries, which see the same: so no kernel needs the keys H / H_kv
+    times, as transformers copies them for it in every layer and for every token.
+    """
+    rows, heads, _, d = query.shape
+    grouped = query.reshape(rows, key.shape[1], -1, d)  # (S, H_kv, H / H_kv, d)
+    found = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+    return found.reshape(rows, 1, heads, d)
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, spans=None, **more):

@@ -37,16 +37,20 @@ class SeededSampling(LogitsProcessor):
         argmax_v (logit_v / temperature + g_v),  g_v ~ Gumbel(0, 1)   is a draw from softmax(logits / temperature)
 
     With transformers' own sampling the draw for a row depends on its batch-mates; here a CoT depends on its own seed
-    only, so results do not change with the batch size or the number of ranks.
+    only, so results do not change with the batch size or the number of ranks. (They do with the device: another kind
+    of generator.) The noise is drawn where the logits are, for a small vocabulary of several tokens at a time.
     """
 
-    def __init__(self, seeds: list[int], temperature: float):
-        self.generators, self.temperature = [torch.Generator().manual_seed(seed) for seed in seeds], temperature
+    def __init__(self, seeds: list[int], temperature: float, device="cpu"):
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self.temperature, self.noise = temperature, []  # of the tokens to come, each (rows, V)
 
     def __call__(self, input_ids, scores):
-        noise = torch.stack([torch.rand(scores.shape[1], generator=g) for g in self.generators])  # (rows, V)
-        gumbel = -torch.log(-torch.log(noise.clamp(1e-20, 1 - 1e-7)))
-        return scores.float() / self.temperature + gumbel.to(scores.device)
+        if not self.noise:
+            size = max(1, 2**14 // scores.shape[1]), scores.shape[1]
+            uniform = torch.stack([torch.rand(size, generator=g, device=g.device) for g in self.generators], dim=1)
+            self.noise = list(-torch.log(-torch.log(uniform.clamp(1e-20, 1 - 1e-7))))
+        return scores.float() / self.temperature + self.noise.pop(0)
 
 
 def banned_tokens(tokenizer, vocab_size: int) -> list[int]:
@@ -85,7 +89,7 @@ def sample_cots(
         max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
         suppress_tokens=banned_tokens(tokenizer, backbone.config.text_config.vocab_size),
     )
-    sampling = LogitsProcessorList([SeededSampling(flat_seeds, temperature)] if temperature > 0 else [])
+    sampling = LogitsProcessorList([SeededSampling(flat_seeds, temperature, device)] if temperature > 0 else [])
     was_training = backbone.training
     backbone.eval()
     cache = backbone(  # all of the prompt but its last token, from which generation starts

@@ -116,6 +116,7 @@ class VLLMEngine:
     def wake(self) -> None:
         """Takes the GPU's memory again, if it was given back."""
         if self.asleep:
+            torch.cuda.empty_cache()  # PyTorch keeps what the update has freed; vLLM needs it now
             self.llm.wake_up()
             self.asleep = False
 

@@ -117,3 +117,15 @@ def test_attention_is_ours_after_every_way_of_loading(base_dir, tiny_model_dir):
     for model in ways:
         assert model.backbone.config.text_config._attn_implementation == "shared_prefix"
     assert "shared_prefix" not in open(f"{tiny_model_dir}/config.json").read()
+
+
+def test_a_sampled_token_sees_its_cache_as_through_copied_keys():
+    """8 heads that share 2 keys, a batch whose second row is padded: transformers' way copies the keys fourfold."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, length, 8) for heads, length in ((8, 1), (2, 11), (2, 11)))
+    mask = torch.ones(2, 1, 1, 11, dtype=torch.bool)
+    mask[1, ..., :4] = False
+    ours, _ = layout.attention(None, query, key, value, mask, scaling=0.3)
+    keys, values = (x.repeat_interleave(4, dim=1) for x in (key, value))
+    scores = (query @ keys.mT * 0.3).masked_fill(~mask, -torch.inf)
+    assert torch.allclose(ours, (scores.softmax(-1) @ values).transpose(1, 2), atol=1e-6)

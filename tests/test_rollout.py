@@ -148,3 +148,15 @@ def test_greedy_matches_the_models_own_argmax(model, prefixes, processor):
         batch = lay_out(model.backbone, prefixes[:1], [[cot[: t + 1]]])
         others = [model(lay_out(model.backbone, prefixes[:1], [[cot[:t] + [o]]])).log_probs[0, t] for o in (70, 81, 95)]
         assert model(batch).log_probs[0, t] >= max(others)
+
+
+def test_noise_is_drawn_ahead_and_is_a_row_s_own():
+    """Of a small vocabulary several tokens at once; alone, in a batch or after an earlier token: the same draws."""
+    logits = torch.zeros(3, 5_000)  # 16,384 // 5,000: three tokens at a time
+    batch, alone = rollout.SeededSampling([7, 8, 9], 1.0), rollout.SeededSampling([8], 1.0)
+    drawn = [(batch(None, logits)[1], alone(None, logits[:1])[0]) for _ in range(7)]
+    assert all(torch.equal(one, other) for one, other in drawn)
+    assert len({one.argmax().item() for one, _ in drawn}) == 7  # and each token has its own
+    generator = torch.Generator().manual_seed(8)
+    first = -torch.log(-torch.log(torch.rand(5_000, generator=generator).clamp(1e-20, 1 - 1e-7)))
+    assert torch.equal(drawn[0][0], first)
