@@ -24,9 +24,8 @@ from metrics import accuracy_without_ties
 from model import DeScore, to_device
 from plumbing import checkpoint, logs
 from plumbing.jobs import fitting_pairs, readable_pairs
-from plumbing.resume import claim_run, require_finite
-from plumbing.settings import InputError, arg, cli, parse, require
-from plumbing.training import CommonSettings, Run, save_run
+from plumbing.settings import CommonSettings, InputError, arg, cli, parse, require
+from plumbing.training import Run, claim_run, require_finite, save_run
 
 
 @dataclasses.dataclass

@@ -31,9 +31,8 @@ from losses import bt_loss, group_advantages, grpo_loss, kl_to_reference
 from model import DeScore, to_device
 from plumbing import checkpoint, logs
 from plumbing.jobs import readable_pairs, task_seed
-from plumbing.resume import claim_run, require_finite
-from plumbing.settings import annotated_pairs, arg, cli, grpo_flags, parse
-from plumbing.training import CommonSettings, Run, save_run
+from plumbing.settings import CommonSettings, annotated_pairs, arg, cli, grpo_flags, parse
+from plumbing.training import Run, claim_run, require_finite, save_run
 from rollout import EngineSettings, decode_cot, make_engine
 from rules import RolloutReward, rollout_reward
 

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from plumbing.adapters import gather_full, merge_lora
 from plumbing.checkpoint import load_empty
-from plumbing.resume import require_finite
 from plumbing.settings import InputError
+from plumbing.training import require_finite
 
 
 # ---- 1. Ranks ------------------------------------------------------------------------------------------------

@@ -21,8 +21,7 @@ import data
 from model import DeScore
 from plumbing import decoder
 from plumbing.jobs import Item, Phase, task_seed
-from plumbing.settings import InputError, arg
-from plumbing.video import READERS
+from plumbing.settings import READERS, InputError, arg
 from plumbing.vllm_engine import require_room
 from rollout import EngineSettings, decode_cot, make_engine
 from rules import overall_score

@@ -1,4 +1,4 @@
-"""Flags and errors: one dataclass per script becomes its command line; bad input is one sentence and exit code 2."""
+"""Flags, errors, files: a dataclass per script becomes its command line; bad input is one sentence and exit code 2."""
 
 import argparse
 import contextlib
@@ -89,6 +89,39 @@ def cli(main) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+READERS = ["pyav", "decord"]  # of --reader, which `parse` keeps in the environment
+
+
+@dataclasses.dataclass
+class CommonSettings:
+    """Flags that both stages have. Defaults: the paper's values."""
+
+    # data
+    video_root: str | None = arg(None, "folder that relative video paths start from; default the CSV's")
+    skip_bad_videos: bool = arg(False, "leave out pairs with an unreadable video; OUT/skipped.jsonl lists them")
+    fps: float = arg(2.0, "sampled frames per second (paper: 2)", above=0)
+    reader: str = arg("pyav", "of video files; decord (the paper's) takes plain ones of constant rate", READERS)
+    workers: int = arg(2, "processes that decode ahead; 0: decode in this one", at_least=0)
+    frame_cache: str | None = arg(None, "folder that keeps sampled frames, so that later epochs need not decode")
+    # model and optimisation
+    lora_r: int = arg(64, "LoRA rank, with --train lora (paper, stage 1: 64)", at_least=1)
+    lora_alpha: int = arg(128, "LoRA alpha; the update is scaled by alpha / r (paper, stage 1: 128)", at_least=1)
+    gradient_checkpointing: bool = arg(True, "recompute activations in backward: less memory, a third more time")
+    max_steps: int | None = arg(None, "stop after this many steps, if --epochs gives as many", at_least=1)
+    lr_head: float | None = arg(None, "learning rate of query and head; default --lr (paper: the same)", at_least=0)
+    max_grad_norm: float = arg(
+        1.0, "gradients of each part (LLM, vision, head) are scaled down to this L2 norm (paper: 1.0 in all)", above=0)
+    seed: int = arg(0, "decides order, masks, samples, dropout and LoRA's start", at_least=0)
+    # ranks
+    shard_ranks: int = arg(
+        0, "ranks that share one copy of the weights; 0: all; 8: inside nodes of 8 GPUs (hybrid)", at_least=0)
+    cpu_offload: bool = arg(False, "weights and optimizer wait in the host's memory: slow, but fits (needs torchrun)")
+    # output
+    keep: int = arg(2, "checkpoints kept on disk", at_least=1)
+    resume: bool = arg(False, "go on from the newest checkpoint in --out, exactly where it was")
+    overwrite: bool = arg(False, "first remove the run that --out holds")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,60 +1,134 @@
-"""The frame around both stages' loops: which steps are left, this rank's share of each, and what follows a step."""
+"""A training run: whose --out it is, which steps are left, what follows a step, checkpoints, Ctrl-C.
+
+A checkpoint holds the trained weights, the optimizer's states, the random states and the step. Rates and other settings
+are not in it: those are the command's, and `claim_run` decides which of them may differ from the run's first command.
+"""
 
 import dataclasses
+import glob
+import hashlib
+import json
 import os
+import pickle
+import random
+import shutil
+import signal
+import sys
 import time
+import warnings
 
+import numpy as np
 import torch
 
 from plumbing.checkpoint import save_model
 from plumbing.logs import Log, draw_curves, reward_scale
-from plumbing.resume import StopSignal, load_checkpoint, save_checkpoint
-from plumbing.settings import InputError, arg
-from plumbing.video import READERS
+from plumbing.settings import InputError, flag_of, write_json, write_jsonl
+
+# What a run writes into --out; --overwrite removes this and nothing else.
+WRITTEN = ("checkpoints", "model", "model.tmp", "model.old", "settings.json", "changes.jsonl", "metrics.jsonl",
+           "samples.jsonl", "skipped.jsonl", "not_finite*.jsonl", "curves.png")
+
+# What --resume may be given anew. All other settings decide what is learned and from what: a run whose second half has
+# others could not be described by one settings.json, so they are refused. Reasons, group by group:
+MAY_CHANGE = {
+    "lr", "lr_vision", "lr_head", "max_grad_norm",  # size of a step: what a loss that is not finite asks for
+    "epochs", "max_steps",  # how long it trains
+    "max_length", "skip_bad_videos",  # limits that an error in mid-training asks to change
+    "data", "val", "video_root", "frame_cache",  # where files lie; that --data holds the same pairs is checked below
+    "out", "val_every", "save_every", "keep", "resume", "overwrite",  # what is written, and how often
+    # speed and memory: the same sums
+    "workers", "micro_pairs", "micro_rollouts", "gradient_checkpointing", "rows_per_batch",
+    "engine", "engine_memory", "engine_tp", "engine_max_len", "shard_ranks", "cpu_offload",  # who computes, and where
+}
 
 
-@dataclasses.dataclass
-class CommonSettings:
-    """Flags that both stages have. Defaults: the paper's values."""
+def claim_run(settings, ranks) -> None:
+    """COLLECTIVE: makes --out this run's, and writes its settings.json; InputError on every rank if it must not be.
 
-    # data
-    video_root: str | None = arg(None, "folder that relative video paths start from; default the CSV's")
-    skip_bad_videos: bool = arg(False, "leave out pairs with an unreadable video; OUT/skipped.jsonl lists them")
-    fps: float = arg(2.0, "sampled frames per second (paper: 2)", above=0)
-    reader: str = arg("pyav", "of video files; decord (the paper's) takes plain ones of constant rate", READERS)
-    workers: int = arg(2, "processes that decode ahead; 0: decode in this one", at_least=0)
-    frame_cache: str | None = arg(None, "folder that keeps sampled frames, so that later epochs need not decode")
-    # model and optimisation
-    lora_r: int = arg(64, "LoRA rank, with --train lora (paper, stage 1: 64)", at_least=1)
-    lora_alpha: int = arg(128, "LoRA alpha; the update is scaled by alpha / r (paper, stage 1: 128)", at_least=1)
-    gradient_checkpointing: bool = arg(True, "recompute activations in backward: less memory, a third more time")
-    max_steps: int | None = arg(None, "stop after this many steps, if --epochs gives as many", at_least=1)
-    lr_head: float | None = arg(None, "learning rate of query and head; default --lr (paper: the same)", at_least=0)
-    max_grad_norm: float = arg(
-        1.0, "gradients of each part (LLM, vision, head) are scaled down to this L2 norm (paper: 1.0 in all)", above=0)
-    seed: int = arg(0, "decides order, masks, samples, dropout and LoRA's start", at_least=0)
-    # ranks
-    shard_ranks: int = arg(
-        0, "ranks that share one copy of the weights; 0: all; 8: inside nodes of 8 GPUs (hybrid)", at_least=0)
-    cpu_offload: bool = arg(False, "weights and optimizer wait in the host's memory: slow, but fits (needs torchrun)")
-    # output
-    keep: int = arg(2, "checkpoints kept on disk", at_least=1)
-    resume: bool = arg(False, "go on from the newest checkpoint in --out, exactly where it was")
-    overwrite: bool = arg(False, "first remove the run that --out holds")
+    A new run needs an --out without a run, or --overwrite. --resume needs the settings of the run that it goes on with,
+    but for MAY_CHANGE; what is changed is printed, and kept in changes.jsonl with the step after which it counts.
+    """
+    problems = []
+    if ranks.is_main:  # one looks and decides, all hear of it: others could see other files
+        try:
+            _claim(settings, ranks)
+        except InputError as error:
+            problems = [str(error)]
+    if problems := ranks.gather_objects(problems):
+        raise InputError(problems[0])
 
 
+def _claim(settings, ranks):
+    out, saved = settings.out, _checkpoints(settings.out)
+    if settings.resume and settings.overwrite:
+        raise InputError("--resume goes on with the run in --out, --overwrite removes it; give one of them.")
+    if settings.overwrite:
+        _remove_run(settings)
+    elif not settings.resume:
+        names = ("checkpoints", "metrics.jsonl", "model")
+        if held := [name for name in names if os.path.exists(os.path.join(out, name))]:
+            raise InputError(f"{out}: holds a run ({', '.join(held)}); --resume goes on with it, --overwrite removes "
+                             "it, or give another --out.")
+    elif not saved and os.path.isdir(os.path.join(out, "model")):
+        raise InputError(f"{out}: holds a model but no checkpoint to go on from; --overwrite starts anew.")
+    now = {**dataclasses.asdict(settings), "data_sha256": _sha256(settings.data)}
+    if settings.resume and saved:
+        _compare(out, now, saved[-1], ranks)
+    os.makedirs(out, exist_ok=True)
+    write_json(os.path.join(out, "settings.json"), now)
+
+
+def _compare(out, now, newest, ranks):
+    """InputError if a setting differs that must not; says and keeps what else differs from the run's settings.json."""
+    try:
+        before = _read_json(out, "settings.json")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{out}/settings.json: is missing or damaged; --overwrite starts anew.") from error
+    changed = {name: [before.get(name), now[name]] for name in now if before.get(name) != now[name]}
+    fixed = sorted(changed.keys() - MAY_CHANGE)
+    if fixed == ["data_sha256"]:
+        raise InputError(f"{now['data']}: is not the file that the run in {out} was trained on; give another --out.")
+    if fixed:
+        was = ", ".join(f"{flag_of(name)} {before.get(name)}" for name in fixed if name != "data_sha256")
+        raise InputError(f"{out}: was begun with {was}, which --resume cannot change; give another --out.")
+    told = {name: values for name, values in changed.items() if name not in ("resume", "overwrite", "out")}
+    if told:
+        for name, (old, new) in told.items():
+            ranks.print(f"{flag_of(name)} was {old}, from here on {new}")
+        change = {"after_step": _read_json(newest, "step.json")["step"], **told}
+        write_jsonl(os.path.join(out, "changes.jsonl"), [change], add=True)
+
+
+def _sha256(path):
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file.")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove_run(settings):
+    found = [path for name in WRITTEN for path in glob.glob(os.path.join(glob.escape(settings.out), name))]
+    for path in found:  # before anything is removed: what this run reads may lie there
+        for read in (settings.data, settings.model):
+            real, own = os.path.realpath(path), os.path.realpath(read)
+            if os.path.exists(read) and os.path.commonpath([real, own]) == real:
+                raise InputError(f"{read}: lies in what --overwrite would remove; give another --out.")
+    for path in found:
+        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 1. The loop's frame
+# ---------------------------------------------------------------------------------------------------------------
 def divide(num_pairs: int, settings, ranks) -> tuple[int, int]:
     """(updates per epoch, pairs per update on each rank). The last, incomplete batch of an epoch is left out."""
     micro_pairs = getattr(settings, "micro_pairs", 1)  # pairs per forward; stage 2 has one pair, that is 2 G CoTs
     if settings.batch_pairs % (ranks.world * micro_pairs):
-        raise InputError(
-            f"--batch-pairs {settings.batch_pairs} is not a multiple of {ranks.world} ranks x --micro-pairs "
-            f"{micro_pairs}; change one of them."
-        )
+        raise InputError(f"--batch-pairs {settings.batch_pairs} is not a multiple of {ranks.world} ranks x "
+                         f"--micro-pairs {micro_pairs}; change one of them.")
     if num_pairs < settings.batch_pairs:
-        raise InputError(
-            f"{settings.data}: {num_pairs} pairs do not fill one batch; lower --batch-pairs ({settings.batch_pairs})."
-        )
+        raise InputError(f"{settings.data}: {num_pairs} pairs do not fill one batch; lower --batch-pairs "
+                         f"({settings.batch_pairs}).")
     return num_pairs // settings.batch_pairs, settings.batch_pairs // ranks.world
 
 
@@ -91,8 +165,7 @@ class Run:
         """Yields (epoch, this rank's indices of pairs) for each step that is left."""
         for step in range(self.first, self.total):
             epoch, place = divmod(step, self.steps_per_epoch)
-            size = self.settings.batch_pairs
-            order = epoch_order(self.num_pairs, self.settings.seed, epoch)
+            order, size = epoch_order(self.num_pairs, self.settings.seed, epoch), self.settings.batch_pairs
             yield epoch, self.ranks.share(order[place * size : (place + 1) * size])
 
     def steps(self):
@@ -111,15 +184,14 @@ class Run:
         return step == self.total or (every > 0 and step % every == 0)
 
     def save(self, step: int, metrics: dict[str, float]) -> None:
-        """COLLECTIVE: a checkpoint if one is due, or if somebody pressed Ctrl-C.
+        """COLLECTIVE: a checkpoint if one is due, or after Ctrl-C.
 
         The step's metrics go along: a kill between saving and logging would lose their line.
         """
-        self.stopping = self.ranks.sum({"stop": self.stop.requested})["stop"] > 0
-        if self.stopping or self.is_due(step, self.settings.save_every):
+        self.stopping, s = self.ranks.sum({"stop": self.stop.requested})["stop"] > 0, self.settings
+        if self.stopping or self.is_due(step, s.save_every):
             more = {"metrics": metrics, "warmup_steps": self.warmup_steps}
-            save_checkpoint(
-                self.settings.out, step, self.model, self.optimizer, self.ranks, self.settings.keep, more)
+            save_checkpoint(s.out, step, self.model, self.optimizer, self.ranks, s.keep, more)
 
     def finish_step(self, step: int, metrics: dict[str, float], line: str) -> None:
         """Logs the step; after Ctrl-C ends the run. `line` is what the screen shows."""
@@ -132,10 +204,167 @@ class Run:
 def save_run(model, settings, ranks, panels: dict[str, list[str]], title: str) -> None:
     """COLLECTIVE: what a finished run leaves in --out, OUT/model and OUT/curves.png.
 
-    The rewards' mean and spread go along, for those who want them on a common scale: DeScore.reward(normalize=True).
+    The rewards' mean and spread go along, for a rough common scale: DeScore.reward(normalize=True).
     """
     model.settings.update(reward_scale(settings.out))
     save_model(model, os.path.join(settings.out, "model"), ranks)
     if ranks.is_main:
         draw_curves(settings.out, panels, os.path.join(settings.out, "curves.png"), title)
     ranks.print(f"wrote {settings.out}/model, metrics.jsonl and curves.png")
+
+
+def require_finite(value: float, what: str, rows: list[dict], settings, ranks) -> None:
+    """InputError if `value` is inf or nan, before any weight is touched; OUT/not_finite.jsonl then holds the rows.
+
+    rows: what this rank fed to the model, each with at least its "line" in the CSV. The last checkpoint stays good.
+    """
+    if np.isfinite(value):
+        return
+    path = os.path.join(settings.out, f"not_finite.rank{ranks.rank}.jsonl" if ranks.rank else "not_finite.jsonl")
+    write_jsonl(path, rows)
+    lines = ", ".join(sorted({str(row["line"]) for row in rows}, key=int))
+    raise InputError(f"{settings.data}: the {what} is {value} at line {lines} (kept in {path}); look at them or lower "
+                     "--lr, then go on with --resume.")
+
+
+class StopSignal:
+    """Ctrl-C (or SIGTERM) asks for a stop at the end of the step, with a checkpoint; twice stops at once."""
+
+    def __init__(self):
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number, frame):
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        if os.environ.get("RANK", "0") != "0":
+            return  # all ranks get the signal: one message is enough
+        text = "stopping after this step; again to stop at once"
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, not this process, decides how long a step may still take
+            text += " (torchrun kills after 30 s by default; longer steps need torchrun --shutdown-timeout SECONDS)"
+        print("\n" + text, file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 2. Checkpoints
+# ---------------------------------------------------------------------------------------------------------------
+def save_checkpoint(out: str, step: int, model, optimizer, ranks, keep: int = 2, more: dict | None = None) -> None:
+    """COLLECTIVE: writes OUT/checkpoints/step-N. Complete or absent: it gets its name only when all of it is on disk.
+
+    Weights and optimizer go through torch.distributed.checkpoint, so another number of ranks can load them. The last
+    `keep` stay. more: what step.json is to hold beside step and world.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: said on every save
+    folder = os.path.join(out, "checkpoints", f"step-{step:06d}")
+    temporary = folder + ".tmp"
+    if ranks.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.makedirs(temporary)
+    ranks.barrier()
+    # Tensors only, so without the optimizer's rates: those are settings, and a resumed run's are its own command's.
+    weights, adam = _training_state(model, optimizer)
+    state = {"model": weights, "optimizer": adam["state"]}
+    dcp.save(state, checkpoint_id=os.path.join(temporary, "state"), no_dist=ranks.world == 1)
+    torch.save(_random_state(ranks.device), os.path.join(temporary, f"random-{ranks.rank}.pt"))
+    ranks.barrier()
+    if ranks.is_main:
+        write_json(os.path.join(temporary, "step.json"), {"step": step, "world": ranks.world, **(more or {})})
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(temporary, folder)
+        for old in _checkpoints(out)[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    ranks.barrier()
+
+
+def load_checkpoint(out: str, model, optimizer, ranks) -> dict:
+    """COLLECTIVE: loads the newest complete checkpoint under OUT in place; the optimizer keeps its own rates.
+
+    Returns its step.json, {"step": 0} if there is none. With another number of ranks it goes on, but not bit for bit.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
+    if not _checkpoints(out):
+        return {"step": 0}
+    folder = _checkpoints(out)[-1]
+    _refuse_foreign_index(os.path.join(folder, "state", ".metadata"))
+    weights, adam = _training_state(model, optimizer)
+    state = {"model": weights, "optimizer": adam["state"]}
+    dcp.load(state, checkpoint_id=os.path.join(folder, "state"), no_dist=ranks.world == 1)
+    set_state_dict(
+        model, optimizer, model_state_dict=weights, optim_state_dict=adam,
+        options=StateDictOptions(ignore_frozen_params=True, strict=False),  # frozen weights are not in the checkpoint
+    )
+    position = _read_json(folder, "step.json")
+    if position["world"] == ranks.world:
+        states = torch.load(os.path.join(folder, f"random-{ranks.rank}.pt"), weights_only=True)
+        _set_random_state(states, ranks.device)
+    ranks.print(f"resumed from {folder}")
+    return position
+
+
+def _training_state(model, optimizer):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
+    return get_state_dict(model, optimizer, options=StateDictOptions(ignore_frozen_params=True))
+
+
+def _read_json(folder, name):
+    with open(os.path.join(folder, name), encoding="utf-8") as file:
+        return json.load(file)
+
+
+def _random_state(device):
+    """Numbers and tensors only, so that `weights_only=True` reads it: nothing in a checkpoint can run as code."""
+    name, keys, *rest = np.random.get_state()
+    state = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random_state(state, device):
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+class _Index(pickle.Unpickler):
+    """Reads the index that torch.distributed.checkpoint pickles, and nothing that could run as code."""
+
+    KNOWN = {
+        "torch.distributed.checkpoint.metadata": {
+            "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex",
+            "StorageMeta", "_MEM_FORMAT_ENCODING"},
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.serialization": {"_get_layout"},
+        "torch": {"Size", "float32", "bfloat16"},
+        "pathlib": {"PosixPath"}, "pathlib._local": {"PosixPath"},
+    }
+
+    def find_class(self, module, name):
+        if name not in self.KNOWN.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _refuse_foreign_index(path):
+    """InputError before torch unpickles an index that holds more than names, sizes and places of tensors."""
+    try:
+        with open(path, "rb") as file:
+            _Index(file).load()
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path}: is damaged, or no checkpoint of this code ({error}).") from error
+
+
+def _checkpoints(out):
+    folder = os.path.join(out, "checkpoints")
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    steps = sorted((int(name[5:]), name) for name in names if name.startswith("step-") and name[5:].isdigit())
+    return [os.path.join(folder, name) for _, name in steps]  # by number: "step-1000000" sorts before "step-999999"

@@ -17,7 +17,6 @@ from plumbing.settings import InputError, first_line
 os.environ.setdefault("DECORD_EOF_RETRY_MAX", "2048")  # read by decord when it is imported
 
 MAX_SIDE = 8192  # pixels; larger frames are no video that anyone generated
-READERS = ["pyav", "decord"]  # of the flag --reader, which settings.parse keeps in the environment
 
 
 class Unsupported(InputError):

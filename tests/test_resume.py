@@ -13,9 +13,9 @@ import torch
 import cold_start
 import data
 import parallel
-from plumbing import resume
+from plumbing import training
 from plumbing.logs import read_metrics
-from plumbing.resume import StopSignal
+from plumbing.training import StopSignal
 from tests.conftest import ROOT
 
 
@@ -69,12 +69,12 @@ def test_sigterm_to_the_whole_group_ends_the_run_after_its_step(workers, world, 
 def test_what_is_not_finite_is_kept_with_its_rows(tmp_path):
     stage, ranks = cold_start.Settings(data="pairs.csv", out=str(tmp_path)), parallel.Ranks()
     rows = [{"line": 12, "prompt": "a cat"}, {"line": 3, "prompt": "a dog"}]
-    resume.require_finite(1.5, "loss", rows, stage, ranks)
+    training.require_finite(1.5, "loss", rows, stage, ranks)
     assert not os.listdir(tmp_path)
     with pytest.raises(
         data.InputError, match="pairs.csv: the gradient norm is nan at line 3, 12 .*not_finite.jsonl"
     ):
-        resume.require_finite(float("nan"), "gradient norm", rows, stage, ranks)
+        training.require_finite(float("nan"), "gradient norm", rows, stage, ranks)
     assert [json.loads(line) for line in open(tmp_path / "not_finite.jsonl")] == rows
 
 
@@ -82,20 +82,20 @@ def test_checkpoints_on_disk_are_bounded(model, tmp_path):
     model.make_trainable("head", vision=False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     for step in range(1, 5):
-        resume.save_checkpoint(str(tmp_path), step, model, optimizer, parallel.Ranks(), keep=2)
+        training.save_checkpoint(str(tmp_path), step, model, optimizer, parallel.Ranks(), keep=2)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-000003", "step-000004"]
 
 
 def test_a_kill_while_saving_leaves_the_checkpoint_before(model, tmp_path, monkeypatch):
     model.make_trainable("head", vision=False)
     optimizer, ranks = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), parallel.Ranks()
-    resume.save_checkpoint(str(tmp_path), 1, model, optimizer, ranks)
+    training.save_checkpoint(str(tmp_path), 1, model, optimizer, ranks)
     for breaks in ("torch.save", "os.rename", "json.dump"):
         with monkeypatch.context() as patch, pytest.raises(BaseException):  # the library wraps some of them
             patch.setattr(breaks, lambda *_, **__: (_ for _ in ()).throw(InterruptedError))
-            resume.save_checkpoint(str(tmp_path), 2, model, optimizer, ranks)
-        assert resume.load_checkpoint(str(tmp_path), model, optimizer, ranks)["step"] == 1
-    resume.save_checkpoint(str(tmp_path), 2, model, optimizer, ranks)  # what the kill left is no obstacle
+            training.save_checkpoint(str(tmp_path), 2, model, optimizer, ranks)
+        assert training.load_checkpoint(str(tmp_path), model, optimizer, ranks)["step"] == 1
+    training.save_checkpoint(str(tmp_path), 2, model, optimizer, ranks)  # what the kill left is no obstacle
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-000001", "step-000002"]
 
 
@@ -107,8 +107,8 @@ def test_the_newest_checkpoint_is_loaded(model, tmp_path, steps):
     for step in steps:
         with torch.no_grad():
             model.query.fill_(float(step))
-        resume.save_checkpoint(str(tmp_path), step, model, optimizer, ranks)
+        training.save_checkpoint(str(tmp_path), step, model, optimizer, ranks)
     with torch.no_grad():
         model.query.fill_(0.0)
-    assert resume.load_checkpoint(str(tmp_path), model, optimizer, ranks)["step"] == steps[-1]
+    assert training.load_checkpoint(str(tmp_path), model, optimizer, ranks)["step"] == steps[-1]
     assert torch.equal(model.query, torch.full_like(model.query, steps[-1]))
