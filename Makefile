@@ -10,7 +10,7 @@ VENV ?= .venv
 RUNS ?= runs
 PY = HF_HUB_OFFLINE=1 $(VENV)/bin/python
 
-.PHONY: demo seeds study post-train post-seeds post-dpo post-grpo post-random post-gold road page test test-all test-lab lint setup clean
+.PHONY: demo seeds study post-train post-seeds post-dpo post-grpo post-random post-gold road page test test-all test-lab test-gpu lint setup clean
 setup: $(VENV)/.ready
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,10 @@ test-all: setup
 
 test-lab: setup
 	$(PYTEST) lab tests/test_docs.py tests/test_imports.py
+
+# On a machine with a CUDA GPU; all other tests hide it
+test-gpu: setup
+	DESCORE_TEST_GPU=1 $(PY) -m pytest -m gpu tests
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # The whole pipeline on a laptop, in the order of the paper. Read it from top to bottom; each command can also be pasted
-# by itself, once `. .venv/bin/activate` and the line with `export` have been. `make demo` runs this file; `make demo SEED=1
-# RUNS=runs/seed1` is another seed, in a folder of its own. Minutes: docs/toy.md. The same for the 8B: scripts/8b.sh.
+# by itself, once `. .venv/bin/activate` and the lines with `export` have been. `make demo` runs this file; `make demo
+# SEED=1 RUNS=runs/seed1` is another seed, in a folder of its own. Minutes: docs/toy.md. The same for the 8B: scripts/8b.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export SEED=${SEED:-0} RUNS=${RUNS:-runs} HF_HUB_OFFLINE=1
+# Tensors are too small for a second thread or a GPU to pay. Two commands run side by side instead, where they can (&).
+export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 
 # A world whose truth is known: mp4 clips and six CSVs, in the formats found in the wild.
 python -m toy data --out "$RUNS/data" --seed "$SEED"
@@ -23,16 +25,23 @@ python -m toy.look --show 1 --data "$RUNS/data/train_cots.csv" --model "$RUNS/ba
 
 # Stage 1: the head learns to score, with the CoT masked in half of the pairs. A tiny model needs larger steps than an 8B:
 # 50 to 250 times the paper's learning rates. LoRA without dropout: drawing its masks is a quarter of a step at this width.
+# Beside it, with its own output in a file, the discriminative baseline: every CoT masked, so the head scores without any.
+python cold_start.py --model "$RUNS/base" --data "$RUNS/data/train_cots.csv" --val "$RUNS/data/val_cots.csv" \
+  --out "$RUNS/discriminative" --overwrite --seed "$SEED" --batch-pairs 8 --micro-pairs 8 --epochs 3 \
+  --lr 5e-4 --lr-vision 3e-5 --lr-head 3e-3 --lora-r 16 --lora-alpha 32 --lora-dropout 0 --no-gradient-checkpointing \
+  --val-every 35 --save-every 0 --frame-cache "$RUNS/frames" --mask-probability 1 > "$RUNS/discriminative.log" 2>&1 &
 python cold_start.py --model "$RUNS/base" --data "$RUNS/data/train_cots.csv" --val "$RUNS/data/val_cots.csv" \
   --out "$RUNS/stage1" --overwrite --seed "$SEED" --batch-pairs 8 --micro-pairs 8 --epochs 3 \
   --lr 5e-4 --lr-vision 3e-5 --lr-head 3e-3 --lora-r 16 --lora-alpha 32 --lora-dropout 0 --no-gradient-checkpointing \
   --val-every 35 --save-every 0 --frame-cache "$RUNS/frames"
+wait $!
 
-# The discriminative baseline: the same line with every CoT masked, so the head scores without any thinking.
-python cold_start.py --model "$RUNS/base" --data "$RUNS/data/train_cots.csv" --val "$RUNS/data/val_cots.csv" \
-  --out "$RUNS/discriminative" --overwrite --seed "$SEED" --batch-pairs 8 --micro-pairs 8 --epochs 3 \
-  --lr 5e-4 --lr-vision 3e-5 --lr-head 3e-3 --lora-r 16 --lora-alpha 32 --lora-dropout 0 --no-gradient-checkpointing \
-  --val-every 35 --save-every 0 --frame-cache "$RUNS/frames" --mask-probability 1
+# Evaluation on three test sets, without thinking and after stage 1; it needs what is there, so stage 2 runs beside it.
+(python evaluate.py --model "$RUNS/discriminative/model" --out "$RUNS/eval/discriminative" --no-think \
+  --root "$RUNS/data" --benchmark in-domain genai-bench videogen-rewardbench --batch-size 220 --max-new-tokens 80
+python evaluate.py --model "$RUNS/stage1/model" --out "$RUNS/eval/stage1" \
+  --root "$RUNS/data" --benchmark in-domain genai-bench videogen-rewardbench --batch-size 220 --max-new-tokens 80
+) > "$RUNS/eval.log" 2>&1 &
 
 # Stage 2: GRPO improves the thinking by rules, BT keeps the head in step. At 200 times the paper's learning rate the LLM
 # moves away under the head faster: BT has 10 times the weight. CoTs here have about 55 tokens: the length reward's range.
@@ -40,12 +49,9 @@ python grpo.py --model "$RUNS/stage1/model" --data "$RUNS/data/train_rl.csv" --o
   --seed "$SEED" --batch-pairs 6 --mini-pairs 6 --epochs 9 --max-steps 40 --lr 2e-4 --bt-coef 0.05 \
   --length-low 10 --length-high 40 --no-gradient-checkpointing --rows-per-batch 96 --save-every 0 --max-new-tokens 72 \
   --micro-rollouts 8
+wait $!
 
-# Evaluation on three test sets: without thinking, after stage 1, after stage 2; of stage 2 also the score in its text.
-python evaluate.py --model "$RUNS/discriminative/model" --out "$RUNS/eval/discriminative" --no-think \
-  --root "$RUNS/data" --benchmark in-domain genai-bench videogen-rewardbench --batch-size 220 --max-new-tokens 80
-python evaluate.py --model "$RUNS/stage1/model" --out "$RUNS/eval/stage1" \
-  --root "$RUNS/data" --benchmark in-domain genai-bench videogen-rewardbench --batch-size 220 --max-new-tokens 80
+# Evaluation after stage 2: by the head, and by the score in its text.
 python evaluate.py --model "$RUNS/stage2/model" --out "$RUNS/eval/stage2" --score-from head text \
   --root "$RUNS/data" --benchmark in-domain genai-bench videogen-rewardbench --batch-size 220 --max-new-tokens 80
 

@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread costs more than it helps
+if os.environ.get("DESCORE_TEST_GPU") != "1":  # `make test-gpu`. All other tests compare to the bit: no GPU for them
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import csv
 import pathlib
