@@ -8,6 +8,7 @@ Shapes: F frames, H x W pixels, P prompt tokens (video tokens included), T CoT t
 """
 
 import dataclasses
+import numbers
 import os
 import re
 import sys
@@ -157,8 +158,8 @@ def to_video(video, fps: float, max_pixels: int, source_fps: float | None = None
     if isinstance(video, (str, os.PathLike)):
         return sample_frames(os.fspath(video), fps, max_pixels)
     frames = from_memory(video)
-    if not source_fps or not 0 < source_fps < float("inf"):
-        raise InputError("frames in memory need source_fps, the frames per second they were made at.")
+    if not isinstance(source_fps, numbers.Real) or not 0 < source_fps <= 1000:
+        raise InputError("frames in memory need source_fps, the frames per second they were made at: a number to 1000.")
     steps = sample_steps(len(frames) / source_fps, fps)
     sampled = frames[sample_indices(len(frames), source_fps, fps)]
     return Video(resize(sampled, target_size(*frames.shape[1:3], max_pixels)), fps, steps[-1] + 1, tuple(steps))

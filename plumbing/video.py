@@ -216,6 +216,8 @@ def from_memory(video):
     """
     import torch
 
+    if isinstance(video, (list, tuple)) and any(getattr(image, "mode", "").startswith(("I", "F")) for image in video):
+        raise InputError("images of Pillow's mode I or F: their values would be cut off at 0 and 255; scale them.")
     try:
         if isinstance(video, (list, tuple)):
             images = [image.convert("RGB") if hasattr(image, "convert") else image for image in video]
@@ -227,9 +229,13 @@ def from_memory(video):
     if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
         raise InputError(f"frames of shape {tuple(frames.shape)}: (F, H, W, 3) is needed, F >= 1.")
     if frames.dtype != torch.uint8:
-        if frames.dtype == torch.bool or frames.is_complex():
-            raise InputError(f"frames of type {frames.dtype}: uint8, or floats in [0, 1], are needed.")
-        low, high = frames.min().item(), frames.max().item()
+        try:
+            if frames.dtype == torch.bool:
+                raise TypeError
+            low, high = frames.min().item(), frames.max().item()
+        except (TypeError, RuntimeError) as error:  # complex numbers, float8, sparse tensors, ... have no minimum
+            raise InputError(f"frames of type {frames.dtype}, layout {frames.layout}: dense uint8, or floats in "
+                             "[0, 1], are needed.") from error
         if frames.is_floating_point() and not (-1e-3 <= low <= high <= 1 + 1e-3):  # nan fails every comparison
             raise InputError(f"frames hold floats from {low:g} to {high:g}: [0, 1] is needed; a VAE's -1..1 becomes it "
                              "by x / 2 + .5, 0..255 by x / 255.")

@@ -1,8 +1,9 @@
 """Which frames and what size, and the prompt as plain text."""
 
-
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 import data
 import toy.base_model
@@ -207,6 +208,11 @@ def test_frames_in_memory_keep_their_shape():
     (np.full((2, 32, 32, 3), 300, np.int16), "integers from 300 to 300"),
     (np.full((2, 32, 32, 3), -1, np.int64), "integers from -1 to -1"),
     (np.zeros((2, 32, 32, 3), bool), "type torch.bool"),
+    (np.zeros((2, 32, 32, 3), complex), "type torch.complex128"),
+    (np.full((2, 32, 32, 3), 4000, np.uint16), "type torch.uint16"),
+    (torch.zeros(2, 32, 32, 3).to_sparse(), "layout torch.sparse_coo"),
+    ([Image.fromarray(np.full((32, 32), 0.5, np.float32))] * 2, "mode I or F"),
+    ([Image.fromarray(np.full((32, 32), 4000, np.uint16))] * 2, "mode I or F"),
     (np.zeros((2, 3, 32, 32), np.uint8), r"shape \(2, 3, 32, 32\)"),
     (np.zeros((0, 32, 32, 3), np.uint8), r"shape \(0, 32"),
     (["a.mp4", "b.mp4"], "a list of images of one size"),
@@ -216,16 +222,13 @@ def test_frames_in_memory_that_are_no_pictures_are_refused(frames, says):
     """A VAE's range, or 0 to 255 in floats, would be clipped to another picture and get a plausible reward."""
     with pytest.raises(InputError, match=says):
         data.to_video(frames, 2.0, 4096, source_fps=2.0)
-    for source_fps in (None, 0, -1.0, float("nan"), float("inf")):
+    for source_fps in (None, 0, -1.0, float("nan"), float("inf"), "8", 10**400):
         with pytest.raises(InputError, match="source_fps"):
             data.to_video(np.zeros((2, 32, 32, 3), np.uint8), 2.0, 4096, source_fps)
 
 
 def test_frames_in_memory_of_any_kind_are_the_same_frames():
     """uint8, other integers, floats, half floats, a list of images; and those who sample them themselves."""
-    import torch
-    from PIL import Image
-
     frames = np.random.default_rng(0).integers(0, 256, (4, 64, 96, 3), dtype=np.uint8)
     floats = torch.tensor(frames).float() / 255
     for same in (torch.tensor(frames), frames.astype(np.int32), floats, floats.double(), list(frames),
