@@ -59,12 +59,12 @@ def tiny_wan(processor, trained=False, **flags):
 
 
 def test_only_the_lora_is_trained(processor):
-    made = tiny_wan(processor)
+    made = tiny_wan(processor, width=32)
     names = [name for name, p in made.transformer.named_parameters() if p.requires_grad]
     assert names and all(".lora_" in name for name in names) and len(names) == 2 * 2 * 2 * 4  # A, B; layers; attentions
     scalings = {m.scaling["default"] for m in made.transformer.modules() if hasattr(m, "lora_A")}
     assert scalings == {2.0}  # alpha / r
-    assert made.pipe.text_encoder is None and made.shape == (1, 16, 3, 2, 2)
+    assert made.pipe.text_encoder is None and made.shape == (1, 16, 3, 2, 4)  # wider than high
 
 
 class ShiftedOnce(FlowMatchEulerDiscreteScheduler):
@@ -342,6 +342,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(capsys, wan_dir, tiny_model_d
     wan.main(train("parts", 3))  # done: nothing changes
     assert (tmp_path / "parts" / "metrics.jsonl").read_text() == lines[0]
     refuses(capsys, wan.main, *train("parts", 4, lr=2e-2), says="other --lr")
+    path = tmp_path / "parts" / "state.pt"
+    state = torch.load(path)
+    for times in (None, [1.0, 0.7, 0.4, 0.01, 0.0]):  # saved by code that kept none, or that had another grid
+        torch.save({**state, "times": times}, path)
+        refuses(capsys, wan.main, *train("parts", 4), says="another grid of times")
 
 
 def test_bad_flags(capsys, wan_dir, tmp_path):

@@ -96,6 +96,7 @@ class Wan:
         pipe.text_encoder = None  # 5.7 B parameters, more than four times the generator
         self.transformer, self.dtype = pipe.transformer, pipe.transformer.dtype
         self.transformer.requires_grad_(False)
+        # diffusers' own method: it takes every released peft from 0.17 on, and disable_adapters below asks for it
         self.transformer.add_adapter(LoraConfig(r=s.lora_r, lora_alpha=2 * s.lora_r, target_modules=LORA_TARGETS))
         self.trained = [p for p in self.transformer.parameters() if p.requires_grad]
         assert self.trained, f"no layer of this transformer is called {LORA_TARGETS}"
@@ -208,7 +209,8 @@ class Wan:
         from peft import get_peft_model_state_dict
 
         self.pipe.save_lora_weights(out, transformer_lora_layers=get_peft_model_state_dict(self.transformer))
-        state = {"settings": dataclasses.asdict(self.s), "done": done, "optimizer": optimizer.state_dict()}
+        state = {"settings": dataclasses.asdict(self.s), "times": self.times, "done": done,
+                 "optimizer": optimizer.state_dict()}
         with atomic_write(os.path.join(out, "state.pt"), "wb") as file:
             torch.save({**state, "trained": [parameter.detach().cpu() for parameter in self.trained]}, file)
 
@@ -220,6 +222,8 @@ class Wan:
         state, now = torch.load(path, map_location="cpu"), dataclasses.asdict(self.s)
         if changed := [flag_of(name) for name in now if name not in FREE and state["settings"].get(name) != now[name]]:
             raise InputError(f"{path}: was run with other {', '.join(changed)}; give another --out.")
+        if state.get("times") != self.times:  # those of older code ended with a wide last step, which left noise
+            raise InputError(f"{path}: was run on another grid of times, by other code; give another --out.")
         for parameter, kept in zip(self.trained, state["trained"], strict=True):
             parameter.data.copy_(kept)
         optimizer.load_state_dict(state["optimizer"])
