@@ -92,17 +92,18 @@ def sample_cots(
     sampling = LogitsProcessorList([SeededSampling(flat_seeds, temperature, device)] if temperature > 0 else [])
     was_training = backbone.training
     backbone.eval()
-    cache = backbone(  # all of the prompt but its last token, from which generation starts
+    read = backbone(  # all of the prompt but its last token, from which generation starts
         input_ids=ids[:, :-1], attention_mask=mask[:, :-1], mm_token_type_ids=left_pad("mm_token_type_ids", 0)[:, :-1],
         pixel_values_videos=torch.cat([prefix["pixel_values_videos"] for prefix in prefixes]).to(device),
         video_grid_thw=torch.cat([prefix["video_grid_thw"] for prefix in prefixes]).to(device),
         use_cache=True, logits_to_keep=1,
-    ).past_key_values
-    cache.batch_select_indices(which)  # a copy of the prompt's keys and values for each of its CoTs
+    )
+    cache = "cache" if "cache" in read else "past_key_values"  # its name since transformers 5.24, and before
+    read[cache].batch_select_indices(which)  # a copy of the prompt's keys and values for each of its CoTs
     backbone.model.rope_deltas = backbone.model.rope_deltas[which]
     tokens = backbone.generate(
-        input_ids=ids[which], attention_mask=mask[which], past_key_values=cache, generation_config=config,
-        logits_processor=sampling,
+        input_ids=ids[which], attention_mask=mask[which], generation_config=config, logits_processor=sampling,
+        **{cache: read[cache]},
     )[:, length:].tolist()
     backbone.train(was_training)
     ended = [row[: row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row for row in tokens]
