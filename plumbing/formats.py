@@ -1,11 +1,9 @@
-"""CSV files: the published formats of preference pairs, recognised by their columns, and files of ready-made scores."""
+"""CSV files: the published formats of preference pairs, recognised by their columns, and the CoTs of stage 0."""
 
 import csv
 import json
 import os
 import re
-
-import numpy as np
 
 from plumbing.settings import InputError, write_csv
 from rules import DIMENSIONS, extract_answer, parse_literal
@@ -202,52 +200,6 @@ def refuse_outside(root: str, path: str, line: int) -> None:
         inside = False
     if not inside:
         raise InputError(f"line {line}: the video {path!r} is outside --root {root}; it is not opened.")
-
-
-def number(path: str, line: int, row: dict, column: str) -> float:
-    """A finite reward; nan for an empty cell (no score); InputError naming file and line for anything else."""
-    text = row[column].strip()
-    try:
-        value = float(text) if text else float("nan")
-    except ValueError:
-        value = float("inf")
-    if text and not np.isfinite(value):
-        raise InputError(f"{path}, line {line}: {column} is {text[:40]!r}, not a finite number.")
-    return value
-
-
-def read_scores(path: str, data_path: str, pairs: list, root: str) -> np.ndarray:
-    """Ready-made rewards (n, 2) of the pairs' A and B; nan where the file has none. Read row by row: it may be large.
-
-    reward_A,reward_B: row k belongs to row k of the data. path,reward[,prompt]: looked up; paths as in the data.
-    """
-    first, _ = open_table(path)
-    rewards, found = np.full((len(pairs), 2), float("nan")), {}
-    if {"reward_A", "reward_B"} <= set(first):
-        index = {line: k for k, (line, _) in enumerate(open_table(data_path)[1])}
-        place = {index[pair.line]: i for i, pair in enumerate(pairs)}
-        k = -1
-        for k, (line, row) in enumerate(open_table(path)[1]):
-            i = place.get(k)
-            if i is not None:
-                rewards[i] = [number(path, line, row, column) for column in ("reward_A", "reward_B")]
-                if row.get("prompt", pairs[i].prompt).strip() != pairs[i].prompt.strip():
-                    other = f"line {pairs[i].line} of {data_path}"
-                    raise InputError(f"{path}, line {line}: has another prompt than {other}.")
-        if k + 1 != len(index):
-            raise InputError(f"{path}: has {k + 1} rows but {data_path} has {len(index)}; they belong row by row.")
-        return rewards
-    if not {"path", "reward"} <= set(first):
-        raise InputError(f"{path}: needs the columns reward_A,reward_B or path,reward; it has {sorted(first)}.")
-    for line, row in open_table(path)[1]:
-        key = os.path.normpath(os.path.join(root, row["path"].strip())), row.get("prompt", "").strip()
-        reward = number(path, line, row, "reward")
-        if not np.isnan(reward) and found.setdefault(key, reward) != reward:
-            raise InputError(f"{path}, line {line}: a second reward for {row['path']!r}.")
-    for i, pair in enumerate(pairs):
-        own = [(video, pair.prompt.strip()) for video in pair.videos]  # a video under two prompts has two rewards
-        rewards[i] = [found.get(key, found.get((key[0], ""), float("nan"))) for key in own]
-    return rewards
 
 
 def write_cots(path: str, pairs: list, thoughts: dict) -> None:

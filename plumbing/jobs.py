@@ -222,15 +222,11 @@ def readable_pairs(pairs: list, settings, ranks, sample_frames) -> list:
         except InputError as error:
             found.append((path, (str(error), isinstance(error, Unsupported))))
     bad.update(ranks.gather_objects(found))
+    records = [{"video": path, "reason": why, "unsupported": kind} for path, (why, kind) in sorted(bad.items())]
+    unsupported = sum(record["unsupported"] for record in records)
     kept = [pair for pair in pairs if not bad.keys() & set(pair.videos)]
-    if ranks.is_main and bad:
-        records = [{"video": path, "reason": why, "unsupported": kind} for path, (why, kind) in sorted(bad.items())]
-        write_jsonl(os.path.join(settings.out, "skipped.jsonl"), records, add=True)
-        print(f"skipped {len(pairs) - len(kept)} pairs with {len(bad)} bad videos ({sum(k for _, k in bad.values())} "
-              f"unsupported, not broken); see {settings.out}/skipped.jsonl")
-    if not kept:
-        raise InputError("no pair is left with two readable videos.")
-    return kept
+    what = f"{len(pairs) - len(kept)} pairs with {len(bad)} bad videos ({unsupported} unsupported, not broken)"
+    return _checked(kept, records, what, "no pair is left with two readable videos.", settings, ranks)
 
 
 def fitting_pairs(pairs: list, processor, settings, ranks, sequence_lengths) -> list:
@@ -253,11 +249,16 @@ def fitting_pairs(pairs: list, processor, settings, ranks, sequence_lengths) -> 
             f"line {line}: {length} tokens of video, prompt and CoT exceed --max-length {settings.max_length} "
             f"({len(long)} of {len(pairs)} lines do); raise it, lower --fps, or leave them out with --skip-bad-videos."
         )
-    kept = [pair for pair in pairs if pair.line not in long]
-    if ranks.is_main and long:
-        records = [{"line": line, "reason": f"{length} tokens"} for line, length in long.items()]
+    records = [{"line": line, "reason": f"{length} tokens"} for line, length in long.items()]
+    kept, none = [pair for pair in pairs if pair.line not in long], f"no pair fits into --max-length {settings.max_length}."
+    return _checked(kept, records, f"{len(long)} pairs over --max-length", none, settings, ranks)
+
+
+def _checked(kept, records, what, none, settings, ranks):
+    """Lists what was left out, and returns what was kept; InputError with the sentence `none` if that is nothing."""
+    if ranks.is_main and records:
         write_jsonl(os.path.join(settings.out, "skipped.jsonl"), records, add=True)
-        print(f"skipped {len(long)} pairs over --max-length; see {settings.out}/skipped.jsonl")
+        print(f"skipped {what}; see {settings.out}/skipped.jsonl")
     if not kept:
-        raise InputError(f"no pair fits into --max-length {settings.max_length}.")
+        raise InputError(none)
     return kept

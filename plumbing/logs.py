@@ -1,4 +1,4 @@
-"""metrics.jsonl, the line on the screen, the curves, and the scale of the rewards."""
+"""What a step of either stage logs: metrics.jsonl, the line on the screen, the curves, the scale of the rewards."""
 
 import contextlib
 import dataclasses
@@ -20,8 +20,9 @@ class Log:
         """position: step.json of the checkpoint that was resumed. Later steps' lines will be written again."""
         self.path, self.ranks, self.started = os.path.join(out, "metrics.jsonl"), ranks, time.time()
         if ranks.is_main:
-            for file_name in ("metrics.jsonl", "samples.jsonl"):
-                _cut(os.path.join(out, file_name), position["step"])
+            for path in (self.path, os.path.join(out, "samples.jsonl")):
+                if os.path.isfile(path):
+                    write_jsonl(path, [line for line in _read_lines(path) if line["step"] <= position["step"]])
             written = [line["step"] for line in read_metrics(out)]
             if position["step"] and position["step"] not in written:  # a kill came between saving and logging
                 self._append(position["step"], position["metrics"])
@@ -33,9 +34,8 @@ class Log:
         self.ranks.print(line)
 
     def _append(self, step, metrics):
-        record = {"step": step, "seconds": round(time.time() - self.started, 2), **metrics}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        seconds = round(time.time() - self.started, 2)
+        write_jsonl(self.path, [{"step": step, "seconds": seconds, **metrics}], add=True)
 
 
 class Sums(dict):
@@ -55,13 +55,6 @@ def mean_and_std(total: float, squares: float, count: float) -> dict[str, float]
 def read_metrics(out: str) -> list[dict]:
     """The lines of OUT/metrics.jsonl; a line cut short by a kill is left out."""
     return _read_lines(os.path.join(out, "metrics.jsonl"))
-
-
-def _cut(path, last_step):
-    """Leaves out of a file what came after `last_step`: those steps will be made again."""
-    if os.path.isfile(path):
-        kept = [line for line in _read_lines(path) if line["step"] <= last_step]
-        write_jsonl(path, kept)
 
 
 def _read_lines(path):
@@ -92,9 +85,8 @@ def draw_curves(out: str, panels: dict[str, list[str]], path: str, title: str) -
 
     lines = read_metrics(out)
     columns = min(3, len(panels))
-    figure, axes = plt.subplots(
-        -(-len(panels) // columns), columns, figsize=(4.6 * columns, 3.2 * -(-len(panels) // columns))
-    )
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.2 * rows))
     for axis in np.ravel(axes)[len(panels) :]:
         axis.axis("off")
     for axis, (panel, names) in zip(np.ravel(axes), panels.items()):
@@ -112,12 +104,7 @@ def draw_curves(out: str, panels: dict[str, list[str]], path: str, title: str) -
     plt.close(figure)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 2. What a step is worth logging: sums over ranks -> metrics
-# ---------------------------------------------------------------------------------------------------------------
-# ---------------------------------------------------------------------------------------------------------------
-# Stage 1
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Stage 1 --------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def log_scores(sums: Sums, loss, reward_a, reward_b, label, masks) -> None:
     """What a forward adds to the step's log."""
@@ -130,23 +117,15 @@ def log_scores(sums: Sums, loss, reward_a, reward_b, label, masks) -> None:
 def cold_start_metrics(sums: dict[str, float], settings) -> dict[str, float]:
     """Sums over all ranks -> what is logged. docs/metrics.md explains each name."""
     pairs, decided = settings.batch_pairs, max(1, sums["decided"])
-    return {
-        "loss": sums["loss"],
-        "accuracy": sums["correct"] / decided,
-        "margin": sums["margin"] / decided,
-        **mean_and_std(sums["reward"], sums["square"], 2 * pairs),
-        "masked_share": sums["masked"] / pairs,
-    }
+    return {"loss": sums["loss"], "accuracy": sums["correct"] / decided, "margin": sums["margin"] / decided,
+            **mean_and_std(sums["reward"], sums["square"], 2 * pairs), "masked_share": sums["masked"] / pairs}
 
 
 def cold_start_line(metrics: dict[str, float]) -> str:
     """The step in one line."""
-    line = (
-        f"loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.3f}  margin {metrics['margin']:+.3f}  "
-        f"reward {metrics['reward_mean']:+.2f} ± {metrics['reward_std']:.2f}  masked {metrics['masked_share']:.2f}  "
-        f"|g| {metrics['grad_norm_total']:.2f}"
-    )
-    return line + (f"  val {metrics['val_accuracy']:.3f}" if "val_accuracy" in metrics else "")
+    line = ("loss {loss:.4f}  accuracy {accuracy:.3f}  margin {margin:+.3f}  reward {reward_mean:+.2f} ± "
+            "{reward_std:.2f}  masked {masked_share:.2f}  |g| {grad_norm_total:.2f}")
+    return (line + "  val {val_accuracy:.3f}" * ("val_accuracy" in metrics)).format(**metrics)
 
 
 COLD_START_PANELS = {  # title -> what curves.png shows in it
@@ -159,9 +138,7 @@ COLD_START_PANELS = {  # title -> what curves.png shows in it
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Stage 2
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Stage 2 --------------------------------------------------------------------------------------------------
 def engine_gap(old, rollouts) -> torch.Tensor | None:
     """(2G, T): log π_old by the trainer minus by the engine that sampled, per token; None if the engine does not tell.
 
@@ -213,12 +190,9 @@ def grpo_metrics(batch: list, updates: list[dict], eos: int, settings, ranks) ->
 
 def grpo_line(metrics: dict[str, float]) -> str:
     """The step in one line."""
-    return (
-        f"R {metrics['rollout_reward']:.3f} (quality {metrics['quality']:.3f} format {metrics['format']:.2f} "
-        f"length {metrics['length']:.2f})  flat groups {metrics['flat_groups']:.2f}  BT {metrics['bt_loss']:.3f}  "
-        f"pair accuracy {metrics['pair_accuracy']:.3f}  KL {metrics['kl']:.1e}  |g| {metrics['grad_norm_total']:.2f}  "
-        f"{metrics['cot_tokens']:.0f} tokens"
-    )
+    return ("R {rollout_reward:.3f} (quality {quality:.3f} format {format:.2f} length {length:.2f})  flat groups "
+            "{flat_groups:.2f}  BT {bt_loss:.3f}  pair accuracy {pair_accuracy:.3f}  KL {kl:.1e}  |g| "
+            "{grad_norm_total:.2f}  {cot_tokens:.0f} tokens").format(**metrics)
 
 
 GRPO_PANELS = {  # title -> what curves.png shows in it
@@ -237,15 +211,8 @@ def write_samples(path: str, step: int, rollouts, texts: list[str]) -> None:
     texts: the G CoTs of that video.
     """
     order = sorted(range(len(rollouts.cots[0])), key=lambda i: rollouts.rule_rewards[0][i].total)
-    with open(path, "a", encoding="utf-8") as file:
-        for i in (order[0], order[-1]):
-            line = {
-                "step": step,
-                "video": rollouts.pair.video_a,
-                "prompt": rollouts.pair.prompt,
-                "truth": rollouts.pair.annotation_a,
-                "advantage": round(float(rollouts.advantages[0, i]), 3),
-                **dataclasses.asdict(rollouts.rule_rewards[0][i]),
-                "cot": texts[i],
-            }
-            file.write(json.dumps(line) + "\n")
+    pair = rollouts.pair
+    what = {"step": step, "video": pair.video_a, "prompt": pair.prompt, "truth": pair.annotation_a}
+    lines = [{**what, "advantage": round(float(rollouts.advantages[0, i]), 3),
+              **dataclasses.asdict(rollouts.rule_rewards[0][i]), "cot": texts[i]} for i in (order[0], order[-1])]
+    write_jsonl(path, lines, add=True)

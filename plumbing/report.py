@@ -6,7 +6,6 @@ Symbols: r_A, r_B rewards; margin = r_A - r_B; label +1 (A is better), -1 (B), 0
 """
 
 import html
-import json
 import math
 import os
 import re
@@ -14,7 +13,7 @@ import typing
 
 import numpy as np
 
-from plumbing.settings import write_csv
+from plumbing.settings import atomic_write, write_csv, write_json
 from rules import DIMENSIONS, read_verdicts, well_formed
 
 # The paper's Table 1: accuracy in-domain with ties; GenAI-Bench with, without; VideoGen-RewardBench with, without.
@@ -45,9 +44,7 @@ class Agreement(typing.NamedTuple):
     groups: np.ndarray
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 1. Numbers about the rewards and the CoTs
-# ---------------------------------------------------------------------------------------------------------------
+# ---- 1. Numbers about the rewards and the CoTs ----------------------------------------------------------------
 def thought_statistics(records: list[dict], pairs: list) -> dict:
     """records {video, prompt, thoughts, tokens}; pairs, whose annotations are the truth -> what the CoTs are like.
 
@@ -76,9 +73,7 @@ def thought_statistics(records: list[dict], pairs: list) -> dict:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 2. report.json, report.md
-# ---------------------------------------------------------------------------------------------------------------
+# ---- 2. report.json, report.md --------------------------------------------------------------------------------
 def markdown_cell(text, limit: int = 80) -> str:
     """Untrusted text for one Markdown table cell: one line, no HTML, no formula, no table or link syntax."""
     text = " ".join(str(text).split())
@@ -173,18 +168,15 @@ def write(out: str, judged: list[Agreement], videoalign: bool = False) -> None:
     """Writes report.json (one model: its numbers; several: {"models": [...]}), report.md and .png; prints a table."""
     os.makedirs(out, exist_ok=True)
     numbers = [finite(one.numbers) for one in judged]
-    with open(os.path.join(out, "report.json"), "w", encoding="utf-8") as file:
-        json.dump(numbers[0] if len(numbers) == 1 else {"models": numbers}, file, indent=1, allow_nan=False)
+    write_json(os.path.join(out, "report.json"), numbers[0] if len(numbers) == 1 else {"models": numbers})
     text = markdown(judged, videoalign)
-    with open(os.path.join(out, "report.md"), "w", encoding="utf-8") as file:
+    with atomic_write(os.path.join(out, "report.md")) as file:
         file.write(text)
     draw(os.path.join(out, "report.png"), judged)
     print(text.split("## Published")[0].strip(), f"\n\n{out}/report.md, report.json, report.png")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 3. report.png
-# ---------------------------------------------------------------------------------------------------------------
+# ---- 3. report.png --------------------------------------------------------------------------------------------
 def draw(path: str, judged: list[Agreement]) -> None:
     """Three panels: margins by label (several models: accuracies), reliability, accuracy by share of called ties."""
     import matplotlib
@@ -246,9 +238,6 @@ def draw_accuracies(axis, judged, names) -> None:
     axis.set(title="Accuracy, 95 % intervals", xlabel="accuracy")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 4. CSV files
-# ---------------------------------------------------------------------------------------------------------------
 def write_scores(path: str, rows: list[tuple[str, str, float]], root: str) -> None:
     """path,prompt,reward: what lab/study/compare.py reads back, so texts stay exact: beware of spreadsheets."""
     write_csv(path, ["path", "prompt", "reward"], [[os.path.relpath(v, root or "."), p, r] for v, p, r in rows])

@@ -124,9 +124,7 @@ class CommonSettings:
     overwrite: bool = arg(False, "first remove the run that --out holds")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 2. Flags that are missing or contradict each other: refused before anything is read, built or sampled
-# ---------------------------------------------------------------------------------------------------------------
+# ---- 2. Flags that are missing or contradict each other: refused before anything is read, built or sampled ----
 def require(settings, **wanted: str) -> None:
     """InputError for a flag that was not given; wanted: {its name: what it should be}."""
     for name, what in wanted.items():
@@ -189,9 +187,7 @@ def writable(folders: list[str]) -> None:
         raise InputError(f"{error.filename}: cannot be written to ({error.strerror}).") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 3. One way to write a file: whole, or not at all
-# ---------------------------------------------------------------------------------------------------------------
+# ---- 3. One way to write a file: whole, or not at all ---------------------------------------------------------
 @contextlib.contextmanager
 def atomic_write(path: str, mode: str = "w"):
     """Opens a file beside `path` that takes its name once all is written: a kill leaves the old file or the new one."""

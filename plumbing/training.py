@@ -117,9 +117,7 @@ def _remove_run(settings):
         shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 1. The loop's frame
-# ---------------------------------------------------------------------------------------------------------------
+# ---- 1. The loop's frame --------------------------------------------------------------------------------------
 def divide(num_pairs: int, settings, ranks) -> tuple[int, int]:
     """(updates per epoch, pairs per update on each rank). The last, incomplete batch of an epoch is left out."""
     micro_pairs = getattr(settings, "micro_pairs", 1)  # pairs per forward; stage 2 has one pair, that is 2 G CoTs
@@ -247,9 +245,7 @@ class StopSignal:
         print("\n" + text, file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 2. Checkpoints
-# ---------------------------------------------------------------------------------------------------------------
+# ---- 2. Checkpoints -------------------------------------------------------------------------------------------
 def save_checkpoint(out: str, step: int, model, optimizer, ranks, keep: int = 2, more: dict | None = None) -> None:
     """COLLECTIVE: writes OUT/checkpoints/step-N. Complete or absent: it gets its name only when all of it is on disk.
 

@@ -23,9 +23,7 @@ class Unsupported(InputError):
     """A file that may well be a valid video, but that this reader would not read, or would misread."""
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 1. Files. Time stamps decide: a number times an average rate is no time where the rate varies or a clip was cut
-# ---------------------------------------------------------------------------------------------------------------
+# ---- 1. Files. Time stamps decide: number / average rate is no time where the rate varies or a clip was cut ----
 @dataclasses.dataclass(frozen=True)
 class Clip:
     """What a file says of itself.
@@ -205,9 +203,7 @@ def frames_decord(clip: Clip, times: list[float], size: tuple[int, int]) -> tupl
         raise Unsupported(f"{clip.path}: decord cannot read it ({first_line(error)[-120:]}).") from error
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 2. Frames in memory
-# ---------------------------------------------------------------------------------------------------------------
+# ---- 2. Frames in memory --------------------------------------------------------------------------------------
 def from_memory(video):
     """Frames in memory -> a tensor (F, H, W, 3), uint8 or float in [0, 1]. InputError for any other shape or range.
 
@@ -256,9 +252,7 @@ def resize(frames, size: tuple[int, int]) -> np.ndarray:
     return resized.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 3. Sampled frames on disk, so that a clip that is used in every epoch is decoded once
-# ---------------------------------------------------------------------------------------------------------------
+# ---- 3. Sampled frames on disk, so that a clip that is used in every epoch is decoded once --------------------
 VERSION = 3  # of how frames are sampled: a change there must not find old frames
 
 

@@ -1,13 +1,10 @@
-"""Every published CSV format, ready-made scores, and every kind of bad file: one sentence that names the line."""
+"""Every published CSV format, and every kind of bad file: one sentence that names the line."""
 
 import json
-import os
-
-import numpy as np
 import pytest
 
 import data
-from plumbing.formats import open_table, read_scores, refuse_outside
+from plumbing.formats import open_table, refuse_outside
 from plumbing.settings import InputError
 from rules import DIMENSIONS
 from tests.conftest import write_csv
@@ -108,39 +105,6 @@ def test_annotations_that_no_cot_could_match(tmp_path, scores, says):
     row = {**FORMATS["rl"][0], "answer": f"<answer>{answer}</answer>"}
     with pytest.raises(InputError, match=says):
         data.read_pairs(write_rows(tmp_path / "x.csv", [row]))
-
-
-def rewards_of(scores, pairs_csv):
-    pairs = data.read_pairs(pairs_csv)
-    return read_scores(scores, pairs_csv, pairs, os.path.dirname(pairs_csv)).tolist()
-
-
-def test_scores_row_by_row_count_invalid_rows_too(tmp_path, pairs_csv):
-    rows = [[k, -k] for k in range(5)]
-    scores = write_csv(tmp_path / "s.csv", ["reward_A", "reward_B"], rows)
-    assert rewards_of(scores, pairs_csv) == [[0, 0], [1, -1], [3, -3], [4, -4]]  # row 2 is invalid
-    with pytest.raises(InputError, match="4 rows but .* has 5"):
-        rewards_of(write_csv(tmp_path / "short.csv", ["reward_A", "reward_B"], rows[1:]), pairs_csv)
-    shuffled = [[f"prompt {4 - k}", 1, 2] for k in range(5)]
-    other = write_csv(tmp_path / "p.csv", ["prompt", "reward_A", "reward_B"], shuffled)
-    with pytest.raises(InputError, match="another prompt"):
-        rewards_of(other, pairs_csv)
-
-
-def test_scores_by_path_are_looked_up(tmp_path, pairs_csv):
-    rows = [[f"{k}{side}.mp4", k + (side == "a")] for k in (4, 3, 1, 0) for side in "ab"]
-    scores = write_csv(tmp_path / "s.csv", ["path", "reward"], rows)
-    assert rewards_of(scores, pairs_csv) == [[1, 0], [2, 1], [4, 3], [5, 4]]
-    with pytest.raises(InputError, match="second reward"):
-        rewards_of(write_csv(tmp_path / "t.csv", ["path", "reward"], [*rows, ["0a.mp4", 9]]), pairs_csv)
-    assert np.isnan(rewards_of(write_csv(tmp_path / "u.csv", ["path", "reward"], rows[1:]), pairs_csv)[3][0])
-    empty = write_csv(tmp_path / "v.csv", ["path", "reward"], [["0a.mp4", ""], *rows])  # no score is no second score
-    assert rewards_of(empty, pairs_csv) == [[1, 0], [2, 1], [4, 3], [5, 4]]
-    lacks = write_csv(tmp_path / "w.csv", ["path", "reward"], [*rows[1:], ["4a.mp4", ""], ["4a.mp4", " "]])
-    assert np.isnan(rewards_of(lacks, pairs_csv)[3][0])
-    both = [["0a.mp4", "prompt 0", 7], ["0a.mp4", "another", 8], ["0a.mp4", "", 9], ["0b.mp4", "", 6]]
-    own = write_csv(tmp_path / "x.csv", ["path", "prompt", "reward"], both)  # the prompt's own reward comes first
-    assert rewards_of(own, pairs_csv)[0] == [7, 6]
 
 
 # -- what is no table -----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import numpy as np
 
 import data
 import evaluate
-from plumbing.formats import read_scores
+from lab.study.compare import read_scores
 from plumbing.jobs import read_log
 from plumbing.report import Agreement, shown
 from plumbing.settings import InputError, arg, cli, parse, require, writable
