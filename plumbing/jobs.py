@@ -250,7 +250,8 @@ def fitting_pairs(pairs: list, processor, settings, ranks, sequence_lengths) -> 
             f"({len(long)} of {len(pairs)} lines do); raise it, lower --fps, or leave them out with --skip-bad-videos."
         )
     records = [{"line": line, "reason": f"{length} tokens"} for line, length in long.items()]
-    kept, none = [pair for pair in pairs if pair.line not in long], f"no pair fits into --max-length {settings.max_length}."
+    kept = [pair for pair in pairs if pair.line not in long]
+    none = f"no pair fits into --max-length {settings.max_length}."
     return _checked(kept, records, f"{len(long)} pairs over --max-length", none, settings, ranks)
 
 
