@@ -158,7 +158,10 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
 
 # ---- The script ----------------------------------------------------------------------------------------------
 def prepare_pairs(path: str, settings: Settings, ranks, need_cots: bool) -> list[data.PreferencePair]:
-    """COLLECTIVE: reads a CSV, drops ties for plain BT, drops bad videos if asked, and says how many."""
+    """COLLECTIVE: reads a CSV, drops ties for plain BT, drops bad videos if asked, and says how many.
+
+    InputError: no CoTs where they are needed; a missing video.
+    """
     pairs = data.read_pairs(path, settings.dimension, settings.video_root)
     # A CSV has both CoTs of a pair or neither. Without any the head would learn to score without thinking, unnoticed.
     without = sum(not all(pair.cots) for pair in pairs)

@@ -37,7 +37,10 @@ class Settings(ThinkingSettings):
 
 
 def collect(path: str, pairs: list[data.PreferencePair], out: str, settings: Settings, ranks, workers: Workers) -> None:
-    """COLLECTIVE: the pairs of `path` -> `out`, with a CoT per video. OUT.thoughts/ keeps each CoT as it comes."""
+    """COLLECTIVE: the pairs of `path` -> `out`, with a CoT per video. OUT.thoughts/ keeps each CoT as it comes.
+
+    InputError: a missing or broken video (with --skip-bad-videos: no pair is left), results of other settings.
+    """
     folder = out + ".thoughts"
     writable([folder])
     if not settings.skip_bad_videos:  # with it, thinking meets each bad video, and leaves it out

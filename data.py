@@ -42,10 +42,12 @@ class PreferencePair:
 
     @property
     def videos(self) -> tuple[str, str]:
+        """Paths of A and B."""
         return self.video_a, self.video_b
 
     @property
     def cots(self) -> tuple[str | None, str | None]:
+        """Texts of A's and B's CoT, None without."""
         return self.cot_a, self.cot_b
 
     def cot_ids(self, tokenizer) -> tuple[list[int], list[int]]:
@@ -151,7 +153,7 @@ def to_video(video, fps: float, max_pixels: int, source_fps: float | None = None
     """A path, a Video, or frames in memory -> Video.
 
     Frames: (F, H, W, 3), uint8 or float in [0, 1], or a list of images: all of the clip, at `source_fps`; they are
-    sampled and resized as a file would be.
+    sampled and resized as a file would be. InputError: no source_fps; another shape or range; a file as above.
     """
     if isinstance(video, Video):
         return video
@@ -228,7 +230,7 @@ def encode_text(tokenizer, text: str, keep: tuple[str, ...] = (), before: str = 
 
 
 def encode_prompt(processor, video: Video, prompt: str) -> dict[str, torch.Tensor]:
-    """Everything before the CoT: the user's turn with the video in it, and the opening of the assistant's turn.
+    """All before the CoT: the user's turn with the video in it, the opening of the assistant's. InputError: no prompt.
 
     The video stands in the text as Qwen3-VL was published with (transformers 4.57): for each two frames
         <0.3 seconds><|vision_start|><|video_pad|> ... <|video_pad|><|vision_end|>

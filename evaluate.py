@@ -118,11 +118,12 @@ class TestSet:
 
     @property
     def items(self) -> list[Item]:
+        """Each (video, prompt) once."""
         return items_of(self.pairs)
 
 
 def read_test_set(settings: Settings, benchmark: str | None = None) -> TestSet:
-    """The pairs of --data, or of one benchmark, after --root and --genai-ties."""
+    """Pairs of --data, or of one benchmark, after --root and --genai-ties. InputError: no CSV, or a path outside."""
     path, out = settings.data, settings.out
     if benchmark:
         names = [n for n in BENCHMARKS[benchmark] if os.path.isfile(os.path.join(settings.root, n))]
@@ -185,7 +186,10 @@ def write_report(test: TestSet, settings: Settings) -> None:
 
 # ---- 4. The script -------------------------------------------------------------------------------------------
 def resolve(settings: Settings, ranks) -> Settings:
-    """Settings with what was left to the checkpoint (it knows how its training sampled frames) and to the device."""
+    """Settings with what was left to the checkpoint (it knows how its training sampled frames) and to the device.
+
+    InputError: the head's reward is asked of a checkpoint whose head was not trained.
+    """
     trained = trained_settings(settings.model)
     if trained.get("score") == "text" and "head" in settings.score_from:
         raise InputError(f"{settings.model}: its head is not trained, its score is in the text; use --score-from text.")

@@ -123,10 +123,11 @@ def shard(model, ranks: Ranks, shard_ranks: int = 0, cpu_offload: bool = False, 
     thousand numbers that stay whole and fp32 on every rank, their gradients averaged in `take_step`. An empty model is
     read here, block by block, so that no rank ever holds more than one block and the embeddings.
 
-    shard_ranks: so many ranks share one copy, 0: all. With 8 on nodes of 8 GPUs, weights are gathered inside a node,
-    and only gradients travel between nodes (hybrid sharding). cpu_offload: the shards and the optimizer live in the
-    host's memory. frozen: for the reference; its embeddings are given back after each forward too (FSDP keeps the
-    root's for the backward, which the reference has none of), or they would lie in memory while sampling.
+    shard_ranks: so many ranks share one copy, 0: all; InputError unless it divides them. With 8 on nodes of 8 GPUs,
+    weights are gathered inside a node, and only gradients travel between nodes (hybrid sharding). cpu_offload: the
+    shards and the optimizer live in the host's memory. frozen: for the reference; its embeddings are given back after
+    each forward too (FSDP keeps the root's for a backward, which the reference has none of), or they would lie in
+    memory while sampling.
     compute_dtype: bfloat16 on GPUs, else as the weights; tests ask for bfloat16 on a CPU.
     """
     if ranks.world == 1:
