@@ -86,7 +86,7 @@ def open_model(cls, path: str, device="cpu", dtype=torch.float32, new_head=False
         settings = trained_settings(path)
     elif not new_head:
         raise InputError(
-            f"{path}: has no {SETTINGS_FILE}, so no reward head; give --model a folder that cold_start.py wrote."
+            f"{path}: is no folder here with a {SETTINGS_FILE}, so no reward head; give one that cold_start.py wrote."
         )
     backbone = empty_backbone(path, dtype, merged) if empty else load_backbone(path, dtype, merged)
     try:
