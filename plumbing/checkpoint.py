@@ -10,12 +10,13 @@ import shutil
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen3VLForConditionalGeneration
 
 from plumbing.adapters import SURVIVAL, Survival, attach_adapters, base_of, gather_full, merge_lora, survival_line
-from plumbing.settings import InputError, first_line
+from plumbing.settings import InputError, first_line, write_json
 
 SETTINGS_FILE, HEAD_FILE, ADAPTER_FILE = "descore.json", "reward_head/head.safetensors", "adapter/lora.safetensors"
 # These lie in folders of their own: vLLM loads EVERY *.safetensors beside config.json as weights of the backbone.
@@ -54,8 +55,7 @@ def write_model(model, path: str, write=True) -> None:
     if adapters:
         settings[SURVIVAL] = kept.cosines()
         print(survival_line(settings[SURVIVAL]), flush=True)
-    with open(os.path.join(path, SETTINGS_FILE), "w", encoding="utf-8") as file:
-        json.dump(settings, file, indent=1)
+    write_json(os.path.join(path, SETTINGS_FILE), settings)
     if model.processor is not None:
         model.processor.save_pretrained(path)
     config = copy.deepcopy(model.backbone.config)
@@ -80,14 +80,11 @@ def open_model(cls, path: str, device="cpu", dtype=torch.float32, new_head=False
     empty: the backbone stays on the meta device, without memory, until `load_empty`; parallel.shard does that block by
     block. merged: as `load_backbone` has it.
     """
-    settings_path = os.path.join(path, SETTINGS_FILE)
-    settings = {"base_model": str(path)}
-    if os.path.isfile(settings_path):
-        settings = trained_settings(path)
-    elif not new_head:
-        raise InputError(
-            f"{path}: is no folder here with a {SETTINGS_FILE}, so no reward head; give one that cold_start.py wrote."
-        )
+    has_head = os.path.isfile(os.path.join(path, SETTINGS_FILE))
+    settings = trained_settings(path) if has_head else {"base_model": str(path)}
+    if not has_head and not new_head:
+        raise InputError(f"{path}: is no folder here with a {SETTINGS_FILE}, so no reward head; give one that "
+                         "cold_start.py wrote.")
     backbone = empty_backbone(path, dtype, merged) if empty else load_backbone(path, dtype, merged)
     try:
         processor = AutoProcessor.from_pretrained(path)
@@ -96,17 +93,15 @@ def open_model(cls, path: str, device="cpu", dtype=torch.float32, new_head=False
     model = cls(backbone, processor, settings)
     if empty:
         model.weights = Weights(path, backbone)
-        model.weights.outside = backbone.beside
         model.query = nn.Parameter(model.weights[EMBEDDING].to(dtype).float().mean(dim=0))
-    if not new_head or os.path.isfile(settings_path):
+    if has_head:
         sizes = backbone.config.text_config
         for key, have in (("hidden_size", sizes.hidden_size), ("layers", sizes.num_hidden_layers)):
             if settings.get(key) != have:
-                raise InputError(
-                    f"{path}: the head was trained on a base with {key} {settings.get(key)}, this one has {have}."
-                )
+                raise InputError(f"{path}: the head was trained on a base with {key} {settings.get(key)}, this one has "
+                                 f"{have}.")
         head = os.path.join(path, HEAD_FILE)
-        load_strictly(model, read_tensors(head), head, QUERY_AND_HEAD)
+        load_head(model, read_tensors(head), head)
     return (model if empty else model.to(device)).eval()
 
 
@@ -130,9 +125,7 @@ def load_empty(model, module: nn.Module, device) -> None:
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], path: str) -> None:
-    """A safetensors file, readable by whom the umask allows: the library's own is for its owner only (mode 0600)."""
-    from safetensors.torch import save_file
-
+    """A safetensors file with the rights that the umask gives: the library's own is for its owner only (mode 0600)."""
     save_file(tensors, path, metadata={"format": "pt"})
     umask = os.umask(0o077)  # it can only be read by setting it
     os.umask(umask)
@@ -169,8 +162,8 @@ def write_tensors(path: str, named_tensors, write=True) -> None:
         os.replace(os.path.join(path, f"model-{k + 1:05d}.part"), os.path.join(path, file))
     if len(files) > 1:
         where = {name: file for file, names in zip(files, parts) for name in names}
-        with open(os.path.join(path, "model.safetensors.index.json"), "w", encoding="utf-8") as file:
-            json.dump({"metadata": {"total_size": size}, "weight_map": where}, file, indent=1)
+        index = {"metadata": {"total_size": size}, "weight_map": where}
+        write_json(os.path.join(path, "model.safetensors.index.json"), index)
 
 
 def require_transformers() -> None:
@@ -179,10 +172,8 @@ def require_transformers() -> None:
     It would be swallowed by **kwargs, and the model would train and score without seeing the video.
     """
     if "mm_encoder_outputs" not in inspect.signature(transformers.Qwen3VLModel.forward).parameters:
-        raise InputError(
-            f"transformers {transformers.__version__}: its Qwen3-VL would not see the video; 5.18 or newer is needed: "
-            "pip install -r requirements.txt."
-        )
+        raise InputError(f"transformers {transformers.__version__}: its Qwen3-VL would not see the video; 5.18 or "
+                         "newer is needed: pip install -r requirements.txt.")
 
 
 def load_backbone(path: str, dtype: torch.dtype, merged: bool | None = None) -> Qwen3VLForConditionalGeneration:
@@ -203,7 +194,6 @@ def load_backbone(path: str, dtype: torch.dtype, merged: bool | None = None) -> 
         raise InputError(untied_message(path))
     if read_adapters(path, backbone, dtype == torch.float32 if merged is None else merged):
         weights = Weights(path, backbone)
-        weights.outside = backbone.beside
         attach_adapters(backbone)
         with torch.no_grad():
             for name in backbone.beside:
@@ -233,9 +223,8 @@ def require_matching_weights(path: str, found: dict) -> None:
     """InputError if any of the three lists of names in `found` is not empty."""
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(str(name) for name in found[kind]):
-            raise InputError(
-                f"{path}: {len(names)} {kind.replace('_', ' ')}, e.g. {names[0]}; is it the right base model?"
-            )
+            raise InputError(f"{path}: {len(names)} {kind.replace('_', ' ')}, e.g. {names[0]}; is it the right base "
+                             "model?")
 
 
 def empty_backbone(path: str, dtype: torch.dtype, merged: bool | None = None) -> Qwen3VLForConditionalGeneration:
@@ -268,7 +257,7 @@ class Weights:
 
         folder = path if os.path.isdir(path) else snapshot_download(path, allow_patterns="*.safetensors")
         self.places, shapes = {}, {}  # name -> file; name -> shape
-        self.outside = {}  # layer -> (A, B) that stand beside it: `self[name]` is the base without them
+        self.outside = backbone.beside  # layer -> (A, B) that stand beside it: `self[name]` is the base without them
         for file in sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))):
             with open_tensors(file) as tensors:
                 self.places |= {name: file for name in tensors.keys()}
@@ -298,28 +287,23 @@ def read_tensors(file: str) -> dict[str, torch.Tensor]:
 
 def open_tensors(file: str):
     """safetensors' handle, for `with`: reads single tensors."""
-    from safetensors import safe_open
-
     try:
         return safe_open(file, "pt")
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file}: missing or not a safetensors file ({first_line(error)}).") from error
 
 
-def load_strictly(model: nn.Module, tensors: dict, file: str, expected) -> None:
-    """Copies tensors into the model; a missing, extra or wrongly sized one is an InputError."""
-    own = dict(model.state_dict())
-    if set(tensors) != set(expected):
-        odd = sorted(set(tensors) ^ set(expected))
+@torch.no_grad()
+def load_head(model: nn.Module, tensors: dict, file: str) -> None:
+    """Copies query and head into the model; a missing, extra or wrongly sized one is an InputError."""
+    if odd := sorted(set(tensors) ^ set(QUERY_AND_HEAD)):
         raise InputError(f"{file}: missing or extra weights: {', '.join(odd[:3])}.")
     for name, value in tensors.items():
-        if name not in own or own[name].shape != value.shape:
-            have = tuple(own[name].shape) if name in own else "none"
-            raise InputError(
-                f"{file}: {name} is {tuple(value.shape)}, the model's is {have}; is it the right base model?"
-            )
-        with torch.no_grad():
-            own[name].copy_(value)
+        own = model.get_parameter(name)
+        if own.shape != value.shape:
+            raise InputError(f"{file}: {name} is {tuple(value.shape)}, the model's is {tuple(own.shape)}; is it the "
+                             "right base model?")
+        own.copy_(value)
 
 
 def save_model(model, path: str, ranks) -> None:

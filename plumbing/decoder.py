@@ -28,7 +28,7 @@ def bounded(limit: float, path: str, function, *arguments):
     """function(*arguments), a function of a module, in another process; InputError after `limit` s, naming `path`.
 
     Threads may call this side by side: each call has its own process. What the function raises is raised here. A
-    process that ends is no proof against the file, somebody may have killed it: a new one is asked once more.
+    process that ends is no proof against the file, it may have been killed: a new one is asked once more.
     """
     for again in (False, True):
         mine = _idle.setdefault(os.getpid(), [])

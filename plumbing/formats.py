@@ -125,10 +125,8 @@ def _format_of(csv_path, columns, dimension):
     ):
         if need <= have:
             return reader
-    raise InputError(
-        f"{csv_path}: columns {sorted(have)} fit none of the known formats, which need e.g. path_A, path_B, prompt "
-        "and a label column (docs/data.md)."
-    )
+    raise InputError(f"{csv_path}: columns {sorted(have)} fit none of the known formats, which need e.g. path_A, "
+                     "path_B, prompt and a label column (docs/data.md).")
 
 
 def _ids(text):

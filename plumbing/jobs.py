@@ -110,7 +110,7 @@ class Phase:
         mine = ranks.share(sorted({item.video for item in items}))
         self.content = dict(ranks.gather_objects([(video, content_of(video)) for video in mine]))
         self.done = {key: record for key, record in read_log(out, name).items() if self.is_current(record)}
-        ranks.barrier()  # nobody may append before everybody has read, or the ranks would share out different lists
+        ranks.barrier()  # all must have read before one appends, or the ranks would share out different lists
         self.to_do = [item for item in items if item.key not in self.done]
 
     def is_current(self, record: dict) -> bool:
@@ -245,10 +245,9 @@ def fitting_pairs(pairs: list, processor, settings, ranks, sequence_lengths) -> 
     long = dict(sorted(ranks.gather_objects(long)))
     if long and not settings.skip_bad_videos:
         line, length = next(iter(long.items()))
-        raise InputError(
-            f"line {line}: {length} tokens of video, prompt and CoT exceed --max-length {settings.max_length} "
-            f"({len(long)} of {len(pairs)} lines do); raise it, lower --fps, or leave them out with --skip-bad-videos."
-        )
+        raise InputError(f"line {line}: {length} tokens of video, prompt and CoT exceed --max-length "
+                         f"{settings.max_length} ({len(long)} of {len(pairs)} lines do); raise it, lower --fps, or "
+                         "leave them out with --skip-bad-videos.")
     records = [{"line": line, "reason": f"{length} tokens"} for line, length in long.items()]
     kept = [pair for pair in pairs if pair.line not in long]
     none = f"no pair fits into --max-length {settings.max_length}."

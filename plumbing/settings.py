@@ -138,20 +138,16 @@ def grpo_flags(s, ranks) -> None:
     if s.length_low >= s.length_high:
         raise InputError(f"--length-low {s.length_low} must be below --length-high {s.length_high}.")
     if s.batch_pairs % s.mini_pairs or s.mini_pairs % ranks.world:
-        raise InputError(
-            f"--mini-pairs {s.mini_pairs} must divide --batch-pairs {s.batch_pairs} and be a multiple "
-            f"of the {ranks.world} ranks."
-        )
+        raise InputError(f"--mini-pairs {s.mini_pairs} must divide --batch-pairs {s.batch_pairs} and be a multiple of "
+                         f"the {ranks.world} ranks.")
 
 
 def annotated_pairs(pairs: list, path: str) -> None:
     """Stage 2 rewards CoTs by true verdicts: every pair needs those of both videos."""
     for pair in pairs:
         if not pair.annotation_a or not pair.annotation_b:
-            raise InputError(
-                f"{path}, line {pair.line}: has no video_1_scores / video_2_scores in `answer`; stage 2 "
-                "rewards CoTs by them (docs/data.md)."
-            )
+            raise InputError(f"{path}, line {pair.line}: has no video_1_scores / video_2_scores in `answer`; stage 2 "
+                             "rewards CoTs by them (docs/data.md).")
 
 
 def collecting_flags(s) -> None:

@@ -151,10 +151,8 @@ def say_merged(path: str) -> None:
 def require_room(prompt_tokens: int, max_new_tokens: int, limit: int) -> None:
     """InputError if a CoT of full length has no room behind its prompt: vLLM would cut it without a word."""
     if prompt_tokens + max_new_tokens > limit:
-        raise InputError(
-            f"{prompt_tokens} prompt tokens and a CoT of up to {max_new_tokens} exceed the engine's {limit}; raise "
-            "--engine-max-len, or lower --max-new-tokens, --fps or --max-pixels."
-        )
+        raise InputError(f"{prompt_tokens} prompt tokens and a CoT of up to {max_new_tokens} exceed the engine's "
+                         f"{limit}; raise --engine-max-len, or lower --max-new-tokens, --fps or --max-pixels.")
 
 
 def _reload(worker, named_weights, tied: bool) -> None:
