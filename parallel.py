@@ -108,10 +108,7 @@ def start(seed: int, cpu_offload: bool = False, shard_ranks: int = 0) -> Ranks:
 
 
 def seed_dropout(ranks: Ranks) -> None:
-    """From here on each rank draws its own dropout masks; equal ones would be as one rank's, repeated.
-
-    To be called after the model is built: LoRA's start must be the same on all ranks.
-    """
+    """From here on each rank draws its own dropout masks. After the model is built: LoRA must start alike on all."""
     torch.manual_seed(torch.initial_seed() + ranks.rank)
 
 
