@@ -23,7 +23,7 @@ from losses import bt_loss, btt_loss, draw_cot_mask
 from metrics import accuracy_without_ties
 from model import DeScore, to_device
 from plumbing import checkpoint, logs
-from plumbing.jobs import fitting_pairs, readable_pairs
+from plumbing.jobs import fitting_pairs, readable_pairs, task_seed
 from plumbing.settings import CommonSettings, InputError, arg, cli, parse, require
 from plumbing.training import Run, claim_run, require_finite, save_run
 
@@ -68,7 +68,7 @@ def draw(pairs: list[data.PreferencePair], run: Run, settings) -> list[data.Pref
     """
     drawn, hidden = [], dict.fromkeys(("cot_a", "cot_b", "cot_a_tokens", "cot_b_tokens"))
     for epoch, indices in run.draws():
-        coins = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch + 500_009)
+        coins = torch.Generator().manual_seed(task_seed("masks", settings.seed, epoch))
         masked = draw_cot_mask(len(pairs), settings.mask_probability, coins)  # one draw for both videos of a pair
         drawn += [dataclasses.replace(pairs[i], **hidden) if masked[i] else pairs[i] for i in indices]
     return drawn

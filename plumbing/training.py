@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from plumbing.checkpoint import save_model
+from plumbing.jobs import task_seed
 from plumbing.logs import Log, draw_curves, reward_scale
 from plumbing.settings import InputError, flag_of, write_json, write_jsonl
 
@@ -132,7 +133,7 @@ def divide(num_pairs: int, settings, ranks) -> tuple[int, int]:
 
 def epoch_order(size: int, seed: int, epoch: int) -> list[int]:
     """A shuffle that depends on (seed, epoch) alone, so that every rank, and a resumed run, sees the same order."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed(task_seed("order", seed, epoch))
     return torch.randperm(size, generator=generator).tolist()
 
 
