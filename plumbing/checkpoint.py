@@ -185,14 +185,13 @@ def load_backbone(path: str, dtype: torch.dtype, merged: bool | None = None) -> 
     config = read_config(path)
     try:
         backbone, info = Qwen3VLForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
-        )
+            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be opened as a Qwen3-VL checkpoint ({first_line(error)}).") from error
     require_matching_weights(path, info)
     if config.tie_word_embeddings and backbone.lm_head.weight is not backbone.get_input_embeddings().weight:
         raise InputError(untied_message(path))
-    if read_adapters(path, backbone, dtype == torch.float32 if merged is None else merged):
+    if read_adapters(path, backbone, dtype, merged):
         weights = Weights(path, backbone)
         attach_adapters(backbone)
         with torch.no_grad():
@@ -238,7 +237,7 @@ def empty_backbone(path: str, dtype: torch.dtype, merged: bool | None = None) ->
         backbone.lm_head.weight = backbone.get_input_embeddings().weight
     with contextlib.suppress(OSError):  # a base model may come without one
         backbone.generation_config = GenerationConfig.from_pretrained(path)
-    if read_adapters(path, backbone, dtype == torch.float32 if merged is None else merged):
+    if read_adapters(path, backbone, dtype, merged):
         attach_adapters(backbone)
     return backbone
 
@@ -332,11 +331,11 @@ def replacing(path: str):
     shutil.rmtree(old, ignore_errors=True)
 
 
-def read_adapters(path: str, backbone, merged: bool) -> bool:
+def read_adapters(path: str, backbone, dtype: torch.dtype, merged: bool | None) -> bool:
     """Sets backbone.folded or backbone.beside, layer -> (A, B) fp32, from ADAPTER_FILE; True if any stand beside.
 
     folded: they are in the weights, and are only handed on to the next save. beside: the weights are to be read
-    without them.
+    without them. Which of the two: as `load_backbone` has it.
     """
     file, found = os.path.join(path, ADAPTER_FILE), {}
     if os.path.isfile(file):
@@ -347,5 +346,6 @@ def read_adapters(path: str, backbone, merged: bool) -> bool:
         if odd := sorted(set(tensors) ^ expected):
             raise InputError(f"{file}: is not this model's LoRA; missing or extra weights: {', '.join(odd[:3])}.")
         found = {name: (tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in sorted(names)}
+    merged = dtype == torch.float32 if merged is None else merged
     backbone.folded, backbone.beside = (found, {}) if merged else ({}, found)
     return bool(backbone.beside)

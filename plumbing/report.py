@@ -126,17 +126,13 @@ def markdown(judged: list[Agreement], videoalign: bool) -> str:
     ]
     if first.get("thoughts"):
         t = first["thoughts"]
-        text += [
-            f"## Chains of thought\n\n{t['cots']} CoTs, {t['malformed_share']:.1%} malformed. Tokens: mean "
-            f"{t['tokens_mean']:.0f}, median {t['tokens_median']:.0f}, longest {t['tokens_max']}.\n"
-        ]
+        text += [f"## Chains of thought\n\n{t['cots']} CoTs, {t['malformed_share']:.1%} malformed. Tokens: mean "
+                 f"{t['tokens_mean']:.0f}, median {t['tokens_median']:.0f}, longest {t['tokens_max']}.\n"]
         if t["verdict_accuracy"]:
             text += [table(["dimension", "verdicts right"], [[d, shown(v)] for d, v in t["verdict_accuracy"].items()])]
     if first["model_pairs"]:
-        rows = [
-            [*map(markdown_cell, p["models"]), str(p["pairs"]), shown(p["without_ties"]), shown(p["with_ties"])]
-            for p in first["model_pairs"]
-        ]
+        rows = [[*map(markdown_cell, p["models"]), str(p["pairs"]), shown(p["without_ties"]), shown(p["with_ties"])]
+                for p in first["model_pairs"]]
         text += ["## By the models that made the videos\n"]
         text += [table(["model", "model", "pairs", "without ties", "with ties"], rows)]
     return "\n".join(text + ["![report.png](report.png)\n"])

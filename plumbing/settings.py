@@ -46,12 +46,9 @@ def parse(settings_class, doc: str, argv=None):
         text = field.metadata["help"].replace("%", "%%")
         if field.default is not None:
             text += f" (default {field.default})"
+        more = {"type": kind, "choices": field.metadata["choices"], "nargs": "+" if many else None}
         if kind is bool:
             more = {"action": argparse.BooleanOptionalAction}
-        elif many:
-            more = {"type": kind, "choices": field.metadata["choices"], "nargs": "+"}
-        else:
-            more = {"type": kind, "choices": field.metadata["choices"]}
         parser.add_argument(flag_of(field.name), default=field.default, help=text, **more)
     settings = settings_class(**vars(parser.parse_args(argv)))
     for field in dataclasses.fields(settings_class):

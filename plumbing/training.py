@@ -294,8 +294,7 @@ def load_checkpoint(out: str, model, optimizer, ranks) -> dict:
     dcp.load(state, checkpoint_id=os.path.join(folder, "state"), no_dist=ranks.world == 1)
     set_state_dict(
         model, optimizer, model_state_dict=weights, optim_state_dict=adam,
-        options=StateDictOptions(ignore_frozen_params=True, strict=False),  # frozen weights are not in the checkpoint
-    )
+        options=StateDictOptions(ignore_frozen_params=True, strict=False))  # frozen weights are not in the checkpoint
     position = _read_json(folder, "step.json")
     if position["world"] == ranks.world:
         states = torch.load(os.path.join(folder, f"random-{ranks.rank}.pt"), weights_only=True)
