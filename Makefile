@@ -11,7 +11,7 @@ VENV ?= .venv
 RUNS ?= runs
 PY = HF_HUB_OFFLINE=1 $(VENV)/bin/python
 
-.PHONY: demo seeds study post-train post-seeds post-dpo post-grpo post-random post-gold road page test test-all test-lab test-gpu lint setup clean
+.PHONY: demo seeds study post-train post-seeds post-dpo post-grpo post-random post-gold road page notebook test test-all test-lab test-gpu lint setup clean
 setup: $(VENV)/.ready
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -102,6 +102,11 @@ road: setup
 page: setup
 	$(VENV)/bin/python -m pip install -q -r requirements-page.txt
 	$(PY) -m lab.page --out build
+
+# The course's first hour, as a notebook with outputs (lab/course/first_hour.py)
+notebook: setup
+	$(VENV)/bin/python -m pip install -q -r requirements-page.txt
+	$(PY) -m lab.course.notebook
 
 clean:
 	rm -rf $(RUNS)

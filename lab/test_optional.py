@@ -23,8 +23,9 @@ OPTIONAL = set().union(*map(packages, (path.name for path in ROOT.glob("requirem
 
 
 
-@pytest.mark.parametrize("module", ["lab.page", "lab.serve", "lab.road"])
-def test_a_module_without_its_packages_is_one_sentence(module, tmp_path):
+@pytest.mark.parametrize("module, needs", [
+    ("lab.page", "page"), ("lab.course.notebook", "page"), ("lab.serve", "serve"), ("lab.road", "road")])
+def test_a_module_without_its_packages_is_one_sentence(module, needs, tmp_path):
     """In a process that has none of the optional packages, whatever is installed here."""
     assert {"latex2mathml", "markdown_it", "aiohttp", "diffusers", "pyarrow", "openai"} <= OPTIONAL
     flags = ["--out", str(tmp_path / "out")] if module != "lab.serve" else ["--model", "x"]
@@ -35,7 +36,7 @@ runpy.run_module("{module}", run_name="__main__", alter_sys=False)"""
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith(f"error: {module} needs "), done.stderr
-    assert done.stderr.endswith(f": pip install -r requirements-{module.removeprefix('lab.')}.txt.\n"), done.stderr
+    assert done.stderr.endswith(f": pip install -r requirements-{needs}.txt.\n"), done.stderr
     assert not (tmp_path / "out").exists()
 
 
