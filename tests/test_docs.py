@@ -104,7 +104,7 @@ def file_of(module: str) -> str:
 def commands():
     """(script, its flags) of every command line, in a block of its own or between backticks."""
     joined = f"{TEXT}\n{SCRIPTS}".replace("\\\n", " ")
-    lines = re.findall(r"^ *(?:python|torchrun) .*$", joined, flags=re.MULTILINE)
+    lines = re.findall(r"^[ (]*((?:python|torchrun) .*)$", joined, flags=re.MULTILINE)
     lines += re.findall(r"`((?:python|torchrun) [^`]+)`", joined) + re.findall(r"FROM \w+: (python .*?) ;", joined)
     for line in lines:
         words = [w for w in shlex.split(line.split("  #")[0], comments=True) if w != "-m"]
@@ -167,7 +167,7 @@ def test_make_targets():
 def test_every_command_of_a_script_is_read(script):
     """So that its flags are checked: each line with python or torchrun begins with it."""
     text = (ROOT / "scripts" / script).read_text(encoding="utf-8")
-    lines = [line.strip() for line in text.splitlines() if re.search(r"^[^#]*\b(?:python|torchrun) ", line)]
+    lines = [line.strip(" (") for line in text.splitlines() if re.search(r"^[^#]*\b(?:python|torchrun) ", line)]
     assert len(lines) >= 5 and all(line.startswith(("python ", "torchrun ")) for line in lines)
     assert subprocess.run(["bash", "-n", ROOT / "scripts" / script]).returncode == 0
 
