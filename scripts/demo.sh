@@ -37,7 +37,8 @@ python cold_start.py --model "$RUNS/base" --data "$RUNS/data/train_cots.csv" --v
 wait $!
 
 # Evaluation on three test sets, without thinking and after stage 1; it needs what is there, so stage 2 runs beside it.
-(python evaluate.py --model "$RUNS/discriminative/model" --out "$RUNS/eval/discriminative" --no-think \
+(
+python evaluate.py --model "$RUNS/discriminative/model" --out "$RUNS/eval/discriminative" --no-think \
   --root "$RUNS/data" --benchmark in-domain genai-bench videogen-rewardbench --batch-size 220 --max-new-tokens 80
 python evaluate.py --model "$RUNS/stage1/model" --out "$RUNS/eval/stage1" \
   --root "$RUNS/data" --benchmark in-domain genai-bench videogen-rewardbench --batch-size 220 --max-new-tokens 80
