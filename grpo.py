@@ -26,13 +26,14 @@ from torch.nn.functional import pad
 
 import data
 import parallel
-from layout import Past, lay_out
+from layout import lay_out
 from losses import bt_loss, group_advantages, grpo_loss, kl_to_reference
 from model import DeScore, to_device
 from plumbing import checkpoint, logs
 from plumbing.jobs import readable_pairs, task_seed
 from plumbing.settings import CommonSettings, annotated_pairs, arg, cli, grpo_flags, parse
 from plumbing.training import Run, claim_run, require_finite, save_run
+from prefix_once import Past, lay_out_behind
 from rollout import EngineSettings, decode_cot, make_engine
 from rules import RolloutReward, rollout_reward
 
@@ -266,7 +267,7 @@ def read(model, rollouts: PairRollouts, settings, ranks, features=None) -> Past:
 
 def forward_behind(model, past: Past, rollouts: PairRollouts, settings, ranks):
     """COLLECTIVE under FSDP: the ONE forward of a pair's N CoTs behind their prefixes -> (Output, mask (N, T))."""
-    batch = to_device(lay_out(model.backbone, rollouts.prefixes, rollouts.cots, behind=True), model.query.device)
+    batch = to_device(lay_out_behind(model.backbone, rollouts.prefixes, rollouts.cots), model.query.device)
     with ranks.autocast():
         return model(batch, temperature=settings.temperature, past=past), batch["cot_mask"]
 

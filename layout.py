@@ -18,150 +18,74 @@ times. That equals G separate rows because each CoT sees what it would see alone
 
 and the first token of b has the place (rotary position) that the first token of a has: the one after the prefix.
 
-What the p's compute does not depend on any CoT. So a row need not be one forward: the prefixes can be read first, and
-kept as `Past`; a later forward holds a few CoTs alone, which look back at it. Memory is then that of a few CoTs.
-
 Shapes: S rows (sequences), L positions (padded), P prompt tokens, N CoTs in all rows together, T CoT tokens (padded).
 """
-
-import dataclasses
 
 import torch
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 
-@dataclasses.dataclass  # which FSDP opens: before a backward it gathers weights for the tensors that it finds in here
-class Past:
-    """Prefixes that have been read: all that the CoTs behind them need, so that each prefix is computed once.
-
-    layers[i] = keys and values of layer i, each (S, H_kv, P, d), as `shared_prefix_attention` keeps them; last (S, D):
-    the hidden states of the prefixes' last tokens, which predict the CoTs' first; video_features: what the tower saw.
-    """
-
-    layers: dict = dataclasses.field(default_factory=dict)
-    last: torch.Tensor = None
-    video_features: object = None
-
-    def keep(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Called by the attention of each layer; gradient checkpointing calls it again, which changes nothing."""
-        self.layers.setdefault(layer, (key, value))
-
-    def tensors(self) -> list[torch.Tensor]:
-        """All that CoTs read, in the same order for a Past and its `cut`."""
-        return [self.last, *(x for i in sorted(self.layers) for x in self.layers[i])]
-
-    def cut(self) -> "Past":
-        """The same numbers as leaves: a backward from a few CoTs ends here, its gradients add up in the leaves."""
-        leaves = iter([x.detach().requires_grad_() for x in self.tensors()])
-        return Past(last=next(leaves), layers={i: (next(leaves), next(leaves)) for i in sorted(self.layers)})
-
-    def backward(self, cut: "Past") -> None:
-        """COLLECTIVE under FSDP. The ONE backward through the prefixes, with what all CoTs asked of them together."""
-        pairs = [(x, leaf.grad) for x, leaf in zip(self.tensors(), cut.tensors()) if x.requires_grad]
-        torch.autograd.backward(*zip(*pairs))
-
-
-def lay_out(backbone, prefixes: list[dict], cots: list[list[list[int]]], behind: bool = False) -> dict:
+def lay_out(backbone, prefixes: list[dict], cots: list[list[list[int]]]) -> dict:
     """Prompts and CoTs -> the tensors of one forward. Row s holds prefix s ONCE and all of its CoTs behind it.
 
     Position i may look at j <= i in the prefix or in its own CoT, and positions restart right after the prefix for each
-    CoT (the drawing above). With one CoT per row, the plain path, this is ordinary causal attention. With `behind` the
-    prefixes were read before: ONE row holds all CoTs, of the first video, then of the next, without any padding.
+    CoT (the drawing above). With one CoT per row, the plain path, this is ordinary causal attention.
 
     Args:
         backbone: the Qwen3-VL, for its rule of 3-D positions (time, height, width) only.
         prefixes: from data.encode_prompt, one per row.
-        cots: cots[s] = the CoTs of prefix s as token ids, [] for "no CoT" (masked). EOS included if it was sampled; the
+        cots: cots[s] = the CoTs of row s as token ids, [] for "no CoT" (masked). EOS included if it was sampled; the
             query follows the last token whatever it is, so a CoT cut off at the limit needs no special case.
     Returns:
         input_ids (S, L); query_mask (S, L) bool; position_ids (3, S, L); pixel_values_videos, video_grid_thw;
-        spans: per prefix (P, [(start, length), ...]), Python integers: where each CoT with its query begins in its row,
-        and how many positions it has. What no span covers is padding;
+        spans: per row (P, [(start, length), ...]), Python integers: where each CoT with its query begins, and how many
+        positions it has. What no span covers is padding;
         query_index (N,): where the queries are in the flattened S x L; cot_index (N, T): where the position that
-        PREDICTS each CoT token is (one before it); cot_ids, cot_mask (N, T). With `behind` S is 1, and both indices
-        count from the prefixes' last states, which `DeScore.forward` puts before the row.
+        PREDICTS each CoT token is (one before it); cot_ids, cot_mask (N, T).
     """
     filler = backbone.config.text_config.pad_token_id or 0  # never read: padding, or replaced by the query vector
-    rows, spans, places = [([], [])] if behind else [], [], []
-    for s, (prefix, row) in enumerate(zip(prefixes, cots, strict=True)):
+    rows, spans = [], []
+    for prefix, row in zip(prefixes, cots, strict=True):
         positions, _ = backbone.model.get_rope_index(
             input_ids=prefix["input_ids"][None],
             mm_token_type_ids=prefix["mm_token_type_ids"][None],
             video_grid_thw=prefix["video_grid_thw"],
         )
-        own, prompt = [], len(prefix["input_ids"])
-        if not behind:
-            rows.append(([prefix["input_ids"]], [positions[:, 0]]))
-        ids, places_of_row = rows[-1]
+        ids, positions, end, own = [prefix["input_ids"]], [positions[:, 0]], len(prefix["input_ids"]), []
         for cot in row:
-            start, n = sum(map(len, ids)), len(cot)
             ids.append(torch.tensor([*cot, filler]))  # the filler stands for the query
-            after_prefix = torch.arange(n + 1) + positions[0].max() + 1
-            places_of_row.append(after_prefix.expand(3, -1))  # text: the same number for time, height and width
-            own.append((start, n + 1))
-            places.append((s, prompt, start, cot))
-        spans.append((prompt, own))
+            after_prefix = torch.arange(len(cot) + 1) + positions[0].max() + 1
+            positions.append(after_prefix.expand(3, -1))  # text: the same number for time, height and width
+            own.append((end, len(cot) + 1))
+            end += len(cot) + 1
+        rows.append((torch.cat(ids), torch.cat(positions, dim=1)))
+        spans.append((len(prefix["input_ids"]), own))
 
-    length = max(sum(map(len, ids)) for ids, _ in rows)
+    length = max(len(ids) for ids, _ in rows)
     input_ids = torch.full((len(rows), length), filler)  # (S, L)
     position_ids = torch.zeros(3, len(rows), length, dtype=torch.long)
     for s, (ids, positions) in enumerate(rows):
-        ids, positions = torch.cat(ids), torch.cat(positions, dim=1)
         input_ids[s, : len(ids)], position_ids[:, s, : len(ids)] = ids, positions
 
-    longest = max([1, *(len(cot) for *_, cot in places)])
+    places = [(s, prompt, start, n - 1) for s, (prompt, own) in enumerate(spans) for start, n in own]  # n - 1: the CoT
+    longest = max([1, *(n for *_, n in places)])
     cot_ids, cot_index = (torch.zeros(len(places), longest, dtype=torch.long) for _ in range(2))
-    cot_mask, query_index = torch.zeros(len(places), longest), torch.zeros(len(places), dtype=torch.long)
-    for i, (s, prompt, start, cot) in enumerate(places):
-        n, zero = len(cot), len(prefixes) if behind else s * length  # where the CoT's row begins among the states
-        before = s if behind else zero + prompt - 1  # the prefix's last position, before a CoT's FIRST token
-        # Token t is predicted from the position before it.
-        cot_index[i, :n] = torch.tensor([before, *range(zero + start, zero + start + n - 1)])[:n]
-        cot_ids[i, :n], cot_mask[i, :n], query_index[i] = torch.tensor(cot), 1, zero + start + n
-    query_mask = torch.zeros(len(rows) * length, dtype=torch.bool)
-    query_mask[query_index - (len(prefixes) if behind else 0)] = True
-    batch = {
-        "input_ids": input_ids, "query_mask": query_mask.view(len(rows), length), "position_ids": position_ids,
-        "spans": spans, "query_index": query_index, "cot_index": cot_index, "cot_ids": cot_ids, "cot_mask": cot_mask,
+    cot_mask, query_mask = torch.zeros(len(places), longest), torch.zeros(len(rows), length, dtype=torch.bool)
+    for i, (s, prompt, start, n) in enumerate(places):
+        cot_ids[i, :n] = input_ids[s, start : start + n]
+        # Token t is predicted from the position before it. Before a CoT's FIRST token stands the prefix's last one.
+        cot_index[i, :n] = s * length + torch.tensor([prompt - 1, *range(start, start + n - 1)])[:n]
+        cot_mask[i, :n] = 1
+        query_mask[s, start + n] = True
+    return {
+        "input_ids": input_ids, "query_mask": query_mask, "position_ids": position_ids, "spans": spans,
+        "pixel_values_videos": torch.cat([prefix["pixel_values_videos"] for prefix in prefixes]),
+        "video_grid_thw": torch.cat([prefix["video_grid_thw"] for prefix in prefixes]),
+        "query_index": torch.tensor([s * length + start + n for s, _, start, n in places]),
+        "cot_index": cot_index, "cot_ids": cot_ids, "cot_mask": cot_mask,
     }
-    videos = () if behind else ("pixel_values_videos", "video_grid_thw")
-    return batch | {name: torch.cat([prefix[name] for prefix in prefixes]) for name in videos}
-
-
-def attention(module, query, key, value, attention_mask, keep=None, past=None, spans=None, **more):
-    """What transformers calls in each layer: whole rows go on to `shared_prefix_attention`.
-
-    keep: `Past.keep`, which takes this layer's keys and values. past: a Past that has them; then the ONE row of query,
-    key, value (1, H, L, d) holds CoTs alone, laid out `behind`, and each sees its prefix in there, and itself.
-    """
-    if keep is not None:
-        keep(module.layer_idx, key.to(value.dtype), value)
-    if query.shape[2] == 1 and spans is None:
-        return attend_once(query, key, value, attention_mask, more.get("scaling")), None
-    if past is None:
-        return shared_prefix_attention(module, query, key, value, attention_mask, spans=spans, **more)
-    options = {"scale": more.get("scaling"), "dropout_p": more.get("dropout", 0.0), "enable_gqa": True}
-    states, outputs = [x.to(value.dtype) for x in (query, key, value)], {}
-    for row, (length, cots) in enumerate(spans):
-        prefix = [x[row, :, :length] for x in past.layers[module.layer_idx]]
-        outputs |= attend_behind(prefix, cots, *states, options)
-    return torch.cat([outputs[start] for start in sorted(outputs)], dim=2).transpose(1, 2).contiguous(), None
-
-
-def attend_once(query, key, value, mask, scaling) -> torch.Tensor:
-    """One token of sampling, query (S, H, 1, d), against a cache of keys and values (S, H_kv, L, d): (S, 1, H, d).
-
-    The H / H_kv heads that share keys become as many queries, which see the same: so no kernel needs the keys H / H_kv
-    times, as transformers copies them for it in every layer and for every token.
-    """
-    rows, heads, _, d = query.shape
-    grouped = query.reshape(rows, key.shape[1], -1, d)  # (S, H_kv, H / H_kv, d)
-    found = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
-    return found.reshape(rows, 1, heads, d)
 
 
 def shared_prefix_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, spans=None, **more):
@@ -181,6 +105,8 @@ def shared_prefix_attention(module, query, key, value, attention_mask, scaling=N
 
     query (S, H, L, d), key and value (S, H_kv, L, d), spans from `lay_out` -> (S, L, H, d), None. Padding gives 0.
     """
+    if spans is None and query.shape[2] == 1:
+        return attend_once(query, key, value, attention_mask, scaling), None
     if spans is None:
         kwargs = {"scaling": scaling, "dropout": dropout, **more}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -214,6 +140,13 @@ def attend_behind(prefix, cots: list[tuple[int, int]], query, key, value, option
     return outputs
 
 
-SHARED_PREFIX = "shared_prefix"  # the name under which transformers finds it; see DeScore.__init__
-AttentionInterface.register(SHARED_PREFIX, attention)
-AttentionMaskInterface.register(SHARED_PREFIX, sdpa_mask)  # for calls without spans
+def attend_once(query, key, value, mask, scaling) -> torch.Tensor:
+    """One token of sampling, query (S, H, 1, d), against a cache of keys and values (S, H_kv, L, d): (S, 1, H, d).
+
+    The H / H_kv heads that share keys become as many queries, which see the same: so no kernel needs the keys H / H_kv
+    times, as transformers copies them for it in every layer and for every token.
+    """
+    rows, heads, _, d = query.shape
+    grouped = query.reshape(rows, key.shape[1], -1, d)  # (S, H_kv, H / H_kv, d)
+    found = scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+    return found.reshape(rows, 1, heads, d)

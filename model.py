@@ -22,11 +22,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Qwen3VLForConditionalGeneration
 
 import data
-from layout import SHARED_PREFIX, Past, lay_out
+from layout import lay_out
 from losses import token_log_probs
 from plumbing.adapters import inject_lora
 from plumbing.checkpoint import QUERY_AND_HEAD, open_model, write_model
 from plumbing.settings import InputError
+from prefix_once import SHARED_PREFIX, Past
 from rollout import TransformersEngine, decode_cot
 
 # LoRA on the LLM's linear layers; not on lm_head, the embeddings or the vision tower (whose layers have other names).
@@ -76,7 +77,7 @@ class DeScore(nn.Module):
         """One pass: rewards at the queries, and log-probs of the CoT tokens. `batch` comes from `lay_out`.
 
         temperature: that of sampling; log-probs are those of the policy that samples, softmax(logits / temperature).
-        past: the batch was laid out `behind` prefixes which `read` has read.
+        past: the prefixes, read before; the batch comes from `lay_out_behind` then.
         """
         embeds = self.backbone.get_input_embeddings()(batch["input_ids"])  # (S, L, D)
         embeds = torch.where(batch["query_mask"][..., None], self.query.to(embeds.dtype), embeds)
@@ -113,9 +114,9 @@ class DeScore(nn.Module):
                 batch["pixel_values_videos"], batch["video_grid_thw"], return_dict=True
             )
         # `spans` and `keep` are no arguments of transformers: its models hand keywords they do not know down to each
-        # layer's attention function, here layout.attention, which reads who sees whom from them. No mask then: with
-        # None (and spans), that function runs each part causally, and padding is in no part. keep is a function, since
-        # FSDP would hand each layer a copy of an object with tensors.
+        # layer's attention function, here prefix_once.attention, which reads who sees whom from them. No mask then:
+        # with None (and spans), that function runs each part causally, and padding is in no part. keep is a function,
+        # since FSDP would hand each layer a copy of an object with tensors.
         hidden = self.backbone.model(
             inputs_embeds=embeds, attention_mask=None, spans=batch["spans"], keep=keep,
             position_ids=batch["position_ids"], mm_encoder_outputs={"video": video_features}, use_cache=False,

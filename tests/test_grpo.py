@@ -137,7 +137,7 @@ def test_a_part_has_what_belongs_to_its_rollouts(batch, model):
         assert part.old[..., 0].tolist() == [[float(i) for i in chosen], [3.0 + i for i in chosen]]
         assert torch.equal(part.reference, part.old + 10)
         assert part.engine_log_probs == [[row[i] for i in chosen] for row in whole.engine_log_probs]
-        tensors = grpo.lay_out(model.backbone, part.prefixes, part.cots, behind=True)
+        tensors = grpo.lay_out_behind(model.backbone, part.prefixes, part.cots)
         for n, ids in enumerate([*part.cots[0], *part.cots[1]]):
             assert tensors["cot_ids"][n][: len(ids)].tolist() == ids and tensors["cot_mask"][n].sum() == len(ids)
         assert tensors["cot_ids"].shape[1] == part.old.shape[2]  # as long as the part's longest, not the pair's

@@ -125,7 +125,7 @@ def test_a_sampled_token_sees_its_cache_as_through_copied_keys():
     query, key, value = (torch.randn(2, heads, length, 8) for heads, length in ((8, 1), (2, 11), (2, 11)))
     mask = torch.ones(2, 1, 1, 11, dtype=torch.bool)
     mask[1, ..., :4] = False
-    ours, _ = layout.attention(None, query, key, value, mask, scaling=0.3)
+    ours, _ = shared_prefix_attention(None, query, key, value, mask, scaling=0.3)
     keys, values = (x.repeat_interleave(4, dim=1) for x in (key, value))
     scores = (query @ keys.mT * 0.3).masked_fill(~mask, -torch.inf)
     assert torch.allclose(ours, (scores.softmax(-1) @ values).transpose(1, 2), atol=1e-6)

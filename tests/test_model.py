@@ -12,6 +12,7 @@ from losses import bt_loss, grpo_loss
 from model import DeScore
 from plumbing.logs import mean_and_std, reward_scale
 from plumbing.settings import InputError, write_jsonl
+from prefix_once import lay_out_behind
 from rollout import decode_cot
 
 COTS = [[[70, 71, 72, 73], [80], []], [[90, 91, 92, 93, 94, 95, 96], [75, 76], [77, 78, 79]]]  # [video][G], unequal
@@ -127,7 +128,7 @@ def test_prefixes_read_first_and_cots_laid_behind_equal_one_row(model, prefixes,
         model.zero_grad()
         past = model.read(lay_out(model.backbone, both, [[], []]))
         used = past.cut() if cutting else past
-        output = model(lay_out(model.backbone, both, COTS, behind=True), past=used)
+        output = model(lay_out_behind(model.backbone, both, COTS), past=used)
         assert torch.allclose(output.rewards, one.rewards, atol=1e-5)
         assert torch.allclose(output.log_probs, one.log_probs, atol=1e-4)
         weighed(output).backward()

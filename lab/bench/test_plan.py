@@ -16,9 +16,9 @@ import evaluate
 import grpo
 import parallel
 from lab.bench import plan, real
-from layout import Past
 from model import DeScore
 from plumbing import settings, training
+from prefix_once import Past
 from plumbing.settings import evaluation_flags, grpo_flags, collecting_flags
 from tests.conftest import ROOT
 
