@@ -117,13 +117,13 @@ class PairRollouts:
     def parts(self, size: int):
         """The pair's rollouts, `size` of each video at a time. Eq. 10 sets i against i: a part has both."""
         for i in range(0, len(self.cots[0]), size):
-            some, cots = slice(i, i + size), [row[i : i + size] for row in self.cots]
+            some = slice(i, i + size)
+            cots, engine, rewards = ([row and row[some] for row in rows or (None, None)] for rows in
+                                     (self.cots, self.engine_log_probs, self.rule_rewards))
             longest = max(len(cot) for row in cots for cot in row)
-            cut = {name: x if x is None else x[:, some, :longest] for name, x in
-                   (("old", self.old), ("reference", self.reference))}
-            engine = [row and row[some] for row in self.engine_log_probs]
-            yield dataclasses.replace(
-                self, cots=cots, engine_log_probs=engine, advantages=self.advantages[:, some], **cut)
+            old, reference = (x if x is None else x[:, some, :longest] for x in (self.old, self.reference))
+            yield dataclasses.replace(self, cots=cots, engine_log_probs=engine, rule_rewards=rewards, old=old,
+                                      reference=reference, advantages=self.advantages[:, some])
 
     def record(self) -> dict:
         """The pair and its CoTs for a file that a person reads."""

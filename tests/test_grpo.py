@@ -134,6 +134,7 @@ def test_a_part_has_what_belongs_to_its_rollouts(batch, model):
     for part, chosen in zip(whole.parts(2), ([0, 1], [2]), strict=True):
         assert part.cots == [[row[i] for i in chosen] for row in whole.cots]
         assert torch.equal(part.advantages, whole.advantages[:, chosen])
+        assert part.rule_rewards == [[row[i] for i in chosen] for row in whole.rule_rewards]
         assert part.old[..., 0].tolist() == [[float(i) for i in chosen], [3.0 + i for i in chosen]]
         assert torch.equal(part.reference, part.old + 10)
         assert part.engine_log_probs == [[row[i] for i in chosen] for row in whole.engine_log_probs]
