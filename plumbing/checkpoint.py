@@ -340,12 +340,15 @@ def read_adapters(path: str, backbone, dtype: torch.dtype, merged: bool | None) 
     file, found = os.path.join(path, ADAPTER_FILE), {}
     if os.path.isfile(file):
         tensors = read_tensors(file)
-        layers = {name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
+        layers = {name: layer.weight.shape for name, layer in backbone.named_modules() if isinstance(layer, nn.Linear)}
         names = {name.rpartition(".")[0] for name in tensors}
-        expected = {f"{name}.{x}" for name in names & layers for x in "AB"}
+        expected = {f"{name}.{x}" for name in names & set(layers) for x in "AB"}
         if odd := sorted(set(tensors) ^ expected):
             raise InputError(f"{file}: is not this model's LoRA; missing or extra weights: {', '.join(odd[:3])}.")
         found = {name: (tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in sorted(names)}
+        for name, (a, b) in found.items():
+            if [*b.shape, *a.shape] != [layers[name][0], *a.shape[:1] * 2, layers[name][1]]:  # (out, R), (R, in)
+                raise InputError(f"{file}: is not this model's LoRA; {name} is {[*layers[name]]} here.")
     merged = dtype == torch.float32 if merged is None else merged
     backbone.folded, backbone.beside = (found, {}) if merged else ({}, found)
     return bool(backbone.beside)

@@ -313,8 +313,9 @@ def test_a_foreign_adapter_is_one_sentence(base_dir, prefixes, tmp_path):
     small_lora(DeScore.from_pretrained(base_dir, dtype=torch.bfloat16, new_head=True), 0).save_pretrained(str(tmp_path))
     file = tmp_path / "adapter" / "lora.safetensors"
     tensors = load_file(file)
+    name, a = next((name, a) for name, a in tensors.items() if name.endswith(".A"))
     for broken in ({**tensors, "more.A": torch.zeros(1), "more.B": torch.zeros(1)},
-                   dict(list(tensors.items())[1:])):
+                   dict(list(tensors.items())[1:]), {**tensors, name: a[:, 1:].contiguous()}):  # of a narrower model
         save_file(broken, file)
         with pytest.raises(InputError, match="is not this model's LoRA"):
             DeScore.from_pretrained(str(tmp_path))
