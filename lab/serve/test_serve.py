@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import os
 import re
 import signal
 import socket
@@ -22,13 +23,14 @@ MISSING = "aiohttp is not installed; pip install -r requirements-serve.txt"
 aiohttp = pytest.importorskip("aiohttp", reason=MISSING)
 from aiohttp import web  # noqa: E402
 
-from lab.serve import __main__ as serve
+import evaluate  # noqa: E402
+from lab.serve import __main__ as serve  # noqa: E402
 from lab.serve import uploads  # noqa: E402
 from model import DeScore  # noqa: E402
 from plumbing import video  # noqa: E402
 from plumbing.settings import InputError  # noqa: E402
 from tests import clips as made  # noqa: E402
-from tests.conftest import ROOT, refuses  # noqa: E402
+from tests.conftest import ROOT, refuses, write_csv  # noqa: E402
 
 PROMPT = "a red circle moves left"
 PLAYLIST = b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile:///etc/passwd\n"
@@ -188,9 +190,32 @@ def test_limits_of_time_length_and_number(scorer, clips):
     for fps in (-1, "x", 1e9, 10**400):
         with pytest.raises(InputError, match="`fps`"):
             uploads.check_fields({"prompt": [PROMPT], "video": [good], "fps": fps}, 64, 16.0)
+    for digits, says in ((400, "`fps` must be"), (5000, "no JSON")):  # Python reads no integer of over 4,300
+        text = json.dumps({**one, "fps": 0})[:-2] + "9" * digits + "}"
+        status, body = served(scorer, lambda *at, text=text: post(*at, data=text))
+        assert status == 400 and says in body["error"] and "results" not in body
     status, body = served(scorer, lambda *at: post(*at, data=b"--x\r\nbroken", headers={
         "Content-Type": "multipart/form-data; boundary=x"}))
     assert status == 400 and body["error"]
+
+
+def test_line_ends_around_a_prompt_change_no_reward_anywhere(scorer, tiny_model_dir, clips, tmp_path, capsys):
+    """The Python call, both forms of HTTP, --prompt and a CSV."""
+    (path, raw), (other, _), *_ = clips.items()
+    wanted = scorer.reward([path], [PROMPT], think=False).item()
+    ended, found = f" {PROMPT}\r\n", {}
+    found["Python"] = scorer.reward([path], [ended], think=False).item()
+    for name, sent in (("json", {"payload": {"prompt": ended, "video": b64(raw)}}), ("form", {"data": [(ended, raw)]})):
+        sent = {key: multipart(value) if key == "data" else value for key, value in sent.items()}
+        found[name] = served(scorer, lambda *at, sent=sent: post(*at, **sent))[1]["results"][0]
+    flags = ["--model", tiny_model_dir, "--no-think"]
+    evaluate.main([*flags, "--video", path, "--prompt", ended])
+    found["--prompt"] = float(re.search(r"^reward (\S+)", capsys.readouterr().out, re.MULTILINE).group(1))
+    csv = write_csv(tmp_path / "x.csv", ["path_A", "path_B", "prompt", "TA"], [[path, other, ended, "A"]])
+    evaluate.main([*flags, "--data", csv, "--out", str(tmp_path / "out")])
+    lines = [json.loads(line) for file in (tmp_path / "out").glob("rewards*.jsonl") for line in open(file)]
+    (found["CSV"],) = (line["reward"] for line in lines if os.path.samefile(line["video"], path))
+    assert found == {name: pytest.approx(wanted, abs=2e-4) for name in found}
 
 
 def test_a_client_that_leaves_is_not_scored_and_the_next_one_is(scorer, clips):
