@@ -14,7 +14,8 @@ first or of a CSV path,prompt,reward -> OUT/pointwise.json and a table:
                rewards: 1/2); .5 is chance. This alone is what a generator's training uses
 
 Intervals are of 95 %, by a bootstrap over prompts. Not run on the real files; a test has made-up ones in their columns.
-VideoScore-Bench v1 holds frames without their rate, not videos: it is not converted.
+VideoScore-Bench v1 is not converted: the list of its files on the hub has zips of frames, no videos, and whether their
+rate stands in its rows was not looked at.
 """
 
 import argparse
@@ -23,12 +24,16 @@ import os
 
 import numpy as np
 
+import evaluate
+import parallel
 from lab.post_training.report import ranks
 from lab.road.datasets import videofeedback2_row
 from lab.road.published import Tally, Videos, read_json
+from phases import WORDING, Workers
 from plumbing.formats import open_table
+from plumbing.jobs import Item, require_same_settings
 from plumbing.report import table
-from plumbing.settings import InputError, cli, write_csv, write_json
+from plumbing.settings import InputError, cli, writable, write_csv, write_json
 
 
 def convert(args) -> None:
@@ -109,19 +114,17 @@ def with_intervals(scores, rewards, prompts, draws: int = 1000, seed: int = 0) -
     return rows
 
 
-def rewards_of(path: str, wanted: list[tuple[str, str]], batch: int = 8) -> list[float]:
-    """Rewards of a model that thinks first, `batch` videos at a time."""
-    import torch
-
-    from model import DeScore
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = DeScore.from_pretrained(path, device, torch.bfloat16 if device == "cuda" else torch.float32).eval()
-    rewards = []
-    for start in range(0, len(wanted), batch):
-        videos, prompts = zip(*wanted[start : start + batch])
-        rewards += model.reward(list(videos), list(prompts)).tolist()
-    return rewards
+def rewards_of(path: str, wanted: list[tuple[str, str]], out: str, max_new_tokens: int) -> list[float]:
+    """Rewards of a model that thinks first, as evaluate.py gives them: each CoT and reward stands in OUT as soon as it
+    is there, and the same command goes on behind them. wanted: (video, prompt) of each record of a CSV."""
+    ranks = parallel.start(0)
+    settings = evaluate.resolve(evaluate.Settings(model=path, out=out, max_new_tokens=max_new_tokens), ranks)
+    items = [Item(video, prompt, line) for line, (video, prompt) in enumerate(wanted, 2)]  # the header is line 1
+    require_same_settings(out, settings, evaluate.MADE_WITH, WORDING, ranks)
+    workers = Workers(settings, ranks)
+    thoughts, _ = workers.think(items, out)
+    rewards, _ = workers.score(items, thoughts, out)
+    return [rewards[item.key]["reward"] for item in items]
 
 
 def judge(args) -> None:
@@ -129,19 +132,19 @@ def judge(args) -> None:
     truth = read_numbers(args.data, "score")
     if not truth or bool(args.model) == bool(args.scores):
         raise InputError("judge needs rows in --data, and either --model or --scores.")
+    writable([args.out])
     if args.scores:
         given = read_numbers(args.scores, "reward")
         if lacking := [video for video, prompt in truth if (video, prompt) not in given]:
             raise InputError(f"{args.scores}: has no reward for {lacking[0]} ({len(lacking)} lack one).")
         rewards = [given[key] for key in truth]
     else:
-        rewards = rewards_of(args.model, list(truth))
+        rewards = rewards_of(args.model, list(truth), args.out, args.max_new_tokens)
     scores, rewards = np.array(list(truth.values())), np.array(rewards)
     prompts = np.array([prompt for _, prompt in truth])
     if len(set(rewards.tolist())) == 1:
         print(f"all {len(rewards)} rewards are {rewards[0]:g}: constant rewards order nothing, no correlation exists.")
     rows = with_intervals(scores, rewards, prompts)
-    os.makedirs(args.out, exist_ok=True)
     write_json(os.path.join(args.out, "pointwise.json"), {"videos": len(scores), "prompts": len(set(prompts)), **rows})
     cells = [[name, *("-" if row[key] is None else f"{row[key]:.3f}" for key in ("value", "low", "high"))]
              for name, row in rows.items()]
@@ -158,6 +161,7 @@ def main(argv=None) -> None:
     one.add_argument("--out", required=True, help="CSV to write; its video paths are relative to its folder")
     two.add_argument("--data", required=True, help="CSV path,prompt,score")
     two.add_argument("--model", help="a DeScore folder, which thinks and scores")
+    two.add_argument("--max-new-tokens", type=int, default=4096, help="tokens per CoT at most")
     two.add_argument("--scores", help="CSV path,prompt,reward of ready-made rewards")
     two.add_argument("--out", required=True, help="folder for pointwise.json")
     args = parser.parse_args(argv)

@@ -64,8 +64,19 @@ def test_convert_and_judge(tmp_path, capsys):
     refuses(capsys, pointwise.main, *judge, says="either --model or --scores")
 
 
-def test_judge_by_a_model(tmp_path, tiny_clips, tiny_model_dir):
-    data = write(tmp_path / "d.csv", "score", [(clip, "a dog", 1 + k) for k, clip in enumerate(tiny_clips[:2])])
-    keys = list(pointwise.read_numbers(data, "score"))
-    rewards = pointwise.rewards_of(tiny_model_dir, keys, batch=1)
-    assert len(rewards) == 2 and np.isfinite(rewards).all() and rewards[0] != rewards[1]
+def test_judge_by_a_model_loses_nothing(tmp_path, tiny_clips, tiny_model_dir, capsys):
+    """A clip that cannot be read stops it; what was thought until then is kept, and the same command goes on."""
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(b"no video")
+    clips = sorted({*tiny_clips})
+    rows = [(clip, "a dog", 1 + k) for k, clip in enumerate([*clips[:8], str(bad)])]  # 8: a batch
+    csv, out = write(tmp_path / "d.csv", "score", rows), tmp_path / "o"
+    judge = ["judge", "--data", csv, "--model", tiny_model_dir, "--out", str(out), "--max-new-tokens", "6"]
+    refuses(capsys, pointwise.main, *judge, says="bad.mp4: is broken or not a video")
+    thought = (out / "thoughts.jsonl").read_text()
+    assert thought.count("\n") == 8
+    bad.write_bytes(open(clips[8], "rb").read())
+    pointwise.main(judge)
+    assert (out / "thoughts.jsonl").read_text().startswith(thought)
+    assert json.loads((out / "pointwise.json").read_text())["videos"] == 9
+    refuses(capsys, pointwise.main, *judge[:-1], "7", says="made with another max_new_tokens")
