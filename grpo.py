@@ -130,9 +130,7 @@ class PairRollouts:
         return {**dataclasses.asdict(self.pair), "cots": self.cots, "advantages": self.advantages.tolist()}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The loop
-# ---------------------------------------------------------------------------------------------------------------
+# ---- The loop -------------------------------------------------------------------------------------------------
 def train(model, reference, engine, pairs, settings: Settings, ranks, rewards=None) -> None:
     """The loop of stage 2; the steps are those of the docstring at the top.
 
@@ -178,9 +176,7 @@ def train(model, reference, engine, pairs, settings: Settings, ranks, rewards=No
         run.finish_step(step, metrics, logs.grpo_line(metrics))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The steps, in their order
-# ---------------------------------------------------------------------------------------------------------------
+# ---- The steps, in their order --------------------------------------------------------------------------------
 def generate(items, engine, settings, step) -> list[PairRollouts]:
     """2: G CoTs for each of the two videos of each pair."""
     prefixes = [prefix for _, both in items for prefix in both]
@@ -306,9 +302,7 @@ def denominators(mini: list[PairRollouts], settings, ranks) -> dict[str, float]:
     return {name: max(1.0, count) for name, count in counts.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The script
-# ---------------------------------------------------------------------------------------------------------------
+# ---- The script -----------------------------------------------------------------------------------------------
 def main(argv=None) -> None:
     """Reads and checks the data, builds policy, reference and engine, trains, saves."""
     settings = parse(Settings, __doc__, argv)

@@ -25,9 +25,7 @@ import torch
 import torch.nn.functional as F
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Scoring: Bradley-Terry
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Scoring: Bradley-Terry -----------------------------------------------------------------------------------
 def bt_loss(
     reward_chosen: torch.Tensor, reward_rejected: torch.Tensor, denominator: float | None = None
 ) -> torch.Tensor:
@@ -57,9 +55,7 @@ def draw_cot_mask(num_pairs: int, probability: float, generator: torch.Generator
     return torch.rand(num_pairs, generator=generator) < probability
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Thinking: GRPO
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Thinking: GRPO -------------------------------------------------------------------------------------------
 def group_advantages(rollout_rewards: torch.Tensor, epsilon: float = 1e-6) -> torch.Tensor:
     """Group-relative advantages, the A of Eq. 7.
 
@@ -161,9 +157,7 @@ def kl_to_reference(log_probs: torch.Tensor, ref_log_probs: torch.Tensor) -> tor
     return log_ratio.exp() - 1 - log_ratio
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Not in the paper: a score loss that learns from ties
-# ---------------------------------------------------------------------------------------------------------------
+# ---- Not in the paper: a score loss that learns from ties -----------------------------------------------------
 def btt_loss(
     reward_a: torch.Tensor,
     reward_b: torch.Tensor,

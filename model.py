@@ -46,9 +46,7 @@ class Output:
     log_probs: torch.Tensor | None
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 1. The model
-# ---------------------------------------------------------------------------------------------------------------
+# ---- 1. The model ---------------------------------------------------------------------------------------------
 class DeScore(nn.Module):
     """Qwen3-VL backbone + learnable query + linear head without bias. Rewards are unbounded; only differences count.
 
@@ -154,7 +152,8 @@ class DeScore(nn.Module):
         train = "full": all of the LLM, `lm_head` included (paper, stage 2); train = "head": nothing of the LLM.
         lm_head=False leaves `lm_head` as it is: no loss of stage 1 reaches it, and a parameter without a gradient has
         no Adam state, so a checkpoint could not be loaded. (Tied to the embeddings, it is trained as those.)
-        Trained parameters are held in fp32: in bf16 an update of 1e-6 rounds away (difference 6).
+        Trained parameters are held in fp32: in bf16 an update of 1e-6 rounds away (difference 6). InputError: another
+        word for `train`.
         """
         if train not in ("lora", "full", "head"):
             raise InputError(f"--train {train}: choose lora, full or head.")
@@ -262,7 +261,7 @@ class DeScore(nn.Module):
         rewards in the unit of training: minus the mean, divided by the standard deviation, of the rewards in its last
         quarter (plumbing.logs.reward_scale), where CoTs were masked (stage 1) or sampled (stage 2). For other videos
         it is a rough scale: the toy's three test sets come out at means of -1.5 to +.3 and deviations of .8 to 1.1.
-        Only differences mean anything either way.
+        Only differences mean anything either way. InputError: what `encode` says, or a checkpoint without the scale.
         """
         if normalize and not self.settings.get("reward_std"):
             raise InputError("normalize=True: the checkpoint has no reward_mean, reward_std; train it with this code.")

@@ -144,7 +144,10 @@ class TransformersEngine:
             yield from enumerate(cots, start)
 
     def sync(self, named_weights) -> None:
-        """Takes over (Hugging Face name, whole tensor) of all that is trained. COLLECTIVE: iterating gathers shards."""
+        """Takes over (Hugging Face name, whole tensor) of all that is trained. COLLECTIVE: iterating gathers shards.
+
+        InputError: a weight that the engine does not have, or of another shape.
+        """
         own = {name.replace(".base_layer.", "."): value for name, value in self.backbone.named_parameters()}
         for name, value in named_weights:  # walked through even when shared: gathering is collective
             if self.shared:
@@ -167,7 +170,7 @@ def make_engine(
 
     `backbone`: an unsharded one that is already there, for the transformers engine to use as it is. `max_model_len`:
     prompt + CoT tokens that vLLM takes at most. `vllm`: memory (its share of the GPU), tp (ranks that hold one engine
-    together), sleeps (between calls: there is a trainer).
+    together), sleeps (between calls: there is a trainer). InputError: flags that do not go together.
     """
     on_cpu = ranks.device.type == "cpu"
     if name == "vllm":
