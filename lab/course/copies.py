@@ -19,7 +19,8 @@ COPIED = ("*.py", "plumbing/*.py", "toy/*.py", "lab/*.py", "lab/*/*.py", "tests/
           "figures/*.svg", "Makefile", "pyproject.toml", "requirements*.txt", "README.md", "LICENSE", "CITATION.cff")
 # What shows bodies, or is the lecturer's. Tests that name an exercise's function go as well: some hold its naive twin.
 LEFT_OUT = ("lab/course/mistakes.py", "lab/course/test_proof.py", "lab/course/README.md", "docs/change.md",
-            "lab/course/test_course.py", "tests/test_docs.py", "tests/test_change_one_thing.py")
+            "lab/course/test_course.py", "lab/course/test_notebook.py", "tests/test_docs.py",
+            "tests/test_change_one_thing.py")
 RUN = ("*.py", "plumbing/*.py")  # what a submission's process needs
 # Lines of bodies that functions beside them hold, too: calls of helpers that are given, and "take the best".
 SHARED = {"ratio=policy_ratio(log_probs,old_log_probs,mask)", "labels,margins=checked(labels,margins)",
