@@ -41,6 +41,7 @@ class Clip:
     seconds: float
     slack: float
     plain: bool
+    codec: str = "unknown"
     limit: float = LIMIT
 
     def frames(self, times: list[float], size: tuple[int, int]) -> tuple[np.ndarray, list[int]]:
@@ -72,7 +73,7 @@ def read_header(path: str) -> Clip:
             raise InputError(f"{path}: frames of {width} x {height} pixels; at most {MAX_SIDE} a side are read.")
         swap, *flips = _turn(path, first)
         pixel = stream.sample_aspect_ratio or 1  # width / height of a pixel
-        width = max(1, round(width * pixel))
+        width, codec = max(1, round(width * pixel)), stream.codec.canonical_name
     with _opened(path) as (file, stream):
         packets = [p for p in file.demux(stream) if p.size]
         tick, opened = float(stream.time_base), False
@@ -96,7 +97,7 @@ def read_header(path: str) -> Clip:
     plain = even and pixel == 1 and not (swap or opened or any(flips)) and len(shown) == len(packets)
     stamps = tuple((stamp - shown[0]) * tick for stamp in shown)
     slack = 1e-6 + (0.4 * tick if tick <= 1e-3 else 0)  # containers with ticks of their own round: mkv to milliseconds
-    return Clip(path, *((width, height) if swap else (height, width)), stamps, seconds, slack, plain)
+    return Clip(path, *((width, height) if swap else (height, width)), stamps, seconds, slack, plain, codec)
 
 
 @contextlib.contextmanager
@@ -200,7 +201,8 @@ def frames_decord(clip: Clip, times: list[float], size: tuple[int, int]) -> tupl
             raise Unsupported(f"{clip.path}: decord takes other time stamps than FFmpeg; leave out --reader decord.")
         return reader.get_batch(numbers).asnumpy(), numbers
     except (DECORDError, RuntimeError, IndexError) as error:
-        raise Unsupported(f"{clip.path}: decord cannot read it ({first_line(error)[-120:]}).") from error
+        message = f"{clip.path}: decord cannot read this {clip.codec} file; leave out --reader decord."
+        raise Unsupported(message) from error
 
 
 # ---- 2. Frames in memory --------------------------------------------------------------------------------------
