@@ -5,8 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export SEED=${SEED:-0} RUNS=${RUNS:-runs} HF_HUB_OFFLINE=1
-# Tensors are too small for a second thread or a GPU to pay. Two commands run side by side instead, where they can (&).
-export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
+export CUDA_VISIBLE_DEVICES=  # a model this small is faster without a GPU
 
 # A world whose truth is known: mp4 clips and six CSVs, in the formats found in the wild.
 python -m toy data --out "$RUNS/data" --seed "$SEED"
@@ -22,6 +21,9 @@ python collect_cots.py --model "$RUNS/base" --seed "$SEED" --temperature 0 --bat
 
 # What the model reads, and the CoT: one pair, as text and as a picture.
 python -m toy.look --show 1 --data "$RUNS/data/train_cots.csv" --model "$RUNS/base" --out "$RUNS/frames.png"
+
+# From here on two commands run side by side where they can (&), with a thread each: tensors are too small to share.
+export OMP_NUM_THREADS=1
 
 # Stage 1: the head learns to score, with the CoT masked in half of the pairs. A tiny model needs larger steps than an 8B:
 # 50 to 250 times the paper's learning rates. LoRA without dropout: drawing its masks is a quarter of a step at this width.
