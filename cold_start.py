@@ -194,7 +194,7 @@ def main(argv=None) -> None:
     fit = model.processor, settings, ranks, data.sequence_lengths
     pairs = fitting_pairs(pairs, *fit)  # before hours of training
     val_pairs = fitting_pairs(val_pairs, *fit) if val_pairs else []
-    model.settings.update(base_model=settings.model, fps=settings.fps, max_pixels=settings.max_pixels)
+    model.settings.update(fps=settings.fps, max_pixels=settings.max_pixels)
     lora = settings.lora_r, settings.lora_alpha, settings.lora_dropout
     # lm_head maps hidden states to words: this stage's loss asks for none, so no gradient would reach it.
     model.make_trainable(settings.train, settings.train_vision, *lora, lm_head=False)

@@ -288,14 +288,15 @@ class DeScore(nn.Module):
         return {name: {key: layer.scaling[key] for key in layer.lora_A} for name, layer in self.lora_layers().items()}
 
     @classmethod
-    def from_pretrained(cls, path: str, device="cpu", dtype=torch.float32, new_head=False) -> "DeScore":
-        """Opens a DeScore folder, or, with `new_head=True`, a plain Qwen3-VL to start stage 1 from.
+    def from_pretrained(cls, path: str, device="cpu", dtype=torch.float32, new_head=False, revision=None) -> "DeScore":
+        """Opens a DeScore: a folder, or name/repo of the hub, from its cache if it is there.
 
+        With `new_head=True` it may be a plain Qwen3-VL, to start stage 1 from. revision: a branch, tag or commit.
         Strict: a missing or extra weight, another size, or a base model without a head is an InputError, never a random
         head (difference 16). In evaluation mode, as transformers does it. In bf16 the LoRA of training stands beside
         its base again, as it did there; rounded into it, a small change would be gone (difference 25).
         """
-        return open_model(cls, path, device, dtype, new_head)
+        return open_model(cls, path, device, dtype, new_head, revision)
 
 
 def part_of(name: str) -> str:

@@ -10,6 +10,7 @@ import shutil
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -28,6 +29,7 @@ def write_model(model, path: str, write=True) -> None:
 
     Files: config.json, model*.safetensors (LoRA merged), tokenizer, processor; reward_head/head.safetensors (query,
     head.weight); adapter/lora.safetensors, with LoRA; descore.json (sizes, sampling settings, what LoRA is in bf16).
+    No model card: that tells of a run, and training.save_run adds it.
     """
     state = {name: value.detach() for name, value in model.state_dict().items()}
     text = model.backbone.config.text_config
@@ -65,23 +67,45 @@ def write_model(model, path: str, write=True) -> None:
     model.backbone.generation_config.save_pretrained(path)
 
 
-def trained_settings(path: str) -> dict:
-    """descore.json of a checkpoint folder: sizes, how training sampled frames, the scale of the rewards."""
+def local_folder(path: str, revision: str | None = None) -> str:
+    """A folder as it is; for "name/repo", its snapshot in the hub's cache, fetched if need be. InputError: neither."""
+    if os.path.isdir(path):
+        if revision is not None:
+            raise InputError(f"{path}: is a folder here, and has no revision {revision}; leave that out.")
+        return str(path)
     try:
-        with open(os.path.join(path, SETTINGS_FILE), encoding="utf-8") as file:
+        return snapshot_download(str(path), revision=revision)
+    except OSError as error:
+        fetch = f"hf download {path}" + f" --revision {revision}" * (revision is not None)
+        raise InputError(f"{path}: is no folder here, and the hub's cache does not have it ({type(error).__name__}); "
+                         f"train one with cold_start.py, or get it with: {fetch}") from error
+    except ValueError as error:  # not a name that a repository can have
+        raise InputError(f"{path}: is no folder here, nor a name/repo of the hub; see what there is with: "
+                         f"ls {os.path.dirname(path) or '.'}") from error
+
+
+def trained_settings(path: str) -> dict:
+    """descore.json of a checkpoint, folder or name/repo: sizes, how training sampled frames, the rewards' scale."""
+    try:
+        with open(os.path.join(local_folder(path), SETTINGS_FILE), encoding="utf-8") as file:
             return json.load(file)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: is no DeScore checkpoint ({error}); give a folder that training wrote") from error
 
 
-def open_model(cls, path: str, device="cpu", dtype=torch.float32, new_head=False, empty=False, merged=None):
+def open_model(
+    cls, path: str, device="cpu", dtype=torch.float32, new_head=False, revision=None, empty=False, merged=None
+):
     """DeScore.from_pretrained; `cls` is DeScore. Two more choices for training:
 
     empty: the backbone stays on the meta device, without memory, until `load_empty`; parallel.shard does that block by
     block. merged: as `load_backbone` has it.
     """
+    name, path = path, local_folder(path, revision)
     has_head = os.path.isfile(os.path.join(path, SETTINGS_FILE))
-    settings = trained_settings(path) if has_head else {"base_model": str(path)}
+    # Of a folder its own name only: what is saved may be given away, and is to tell nothing of this machine.
+    base = os.path.basename(os.path.abspath(path)) if os.path.isdir(name) else name
+    settings = trained_settings(path) if has_head else {"base_model": base}
     if not has_head and not new_head:
         raise InputError(f"{path}: is no folder here with a {SETTINGS_FILE}, so no reward head; give one that "
                          "cold_start.py wrote.")
@@ -182,6 +206,7 @@ def load_backbone(path: str, dtype: torch.dtype, merged: bool | None = None) -> 
     merged: the LoRA of earlier stages stays in the weights. Default: in fp32 only, where that is exact. In bf16 it
     stands beside its base, as in training: rounded to bf16, base + LoRA would be nearly the base again.
     """
+    path = local_folder(path)
     config = read_config(path)
     try:
         backbone, info = Qwen3VLForConditionalGeneration.from_pretrained(
@@ -252,12 +277,9 @@ class Weights:
     """
 
     def __init__(self, path: str, backbone):
-        from huggingface_hub import snapshot_download
-
-        folder = path if os.path.isdir(path) else snapshot_download(path, allow_patterns="*.safetensors")
         self.places, shapes = {}, {}  # name -> file; name -> shape
         self.outside = backbone.beside  # layer -> (A, B) that stand beside it: `self[name]` is the base without them
-        for file in sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))):
+        for file in sorted(glob.glob(os.path.join(glob.escape(path), "*.safetensors"))):
             with open_tensors(file) as tensors:
                 self.places |= {name: file for name in tensors.keys()}
                 shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
@@ -305,13 +327,15 @@ def load_head(model: nn.Module, tensors: dict, file: str) -> None:
         own.copy_(value)
 
 
-def save_model(model, path: str, ranks) -> None:
+def save_model(model, path: str, ranks, write_more) -> None:
     """COLLECTIVE: writes the Hugging Face folder; rank 0 holds one file's worth of it (4 GiB) at a time.
 
-    Atomic: a kill while saving leaves the old folder or the new one.
+    Atomic: a kill while saving leaves the old folder or the new one. write_more(folder): what else is to lie in it.
     """
     with replacing(path) if ranks.is_main else contextlib.nullcontext() as temporary:
         write_model(model, temporary, ranks.is_main)
+        if ranks.is_main:
+            write_more(temporary)
     ranks.barrier()
 
 

@@ -20,9 +20,10 @@ import warnings
 import numpy as np
 import torch
 
+from plumbing.card import write_card
 from plumbing.checkpoint import save_model
 from plumbing.jobs import task_seed
-from plumbing.logs import Log, draw_curves, reward_scale
+from plumbing.logs import Log, draw_curves, read_metrics, reward_scale
 from plumbing.settings import InputError, flag_of, write_json, write_jsonl
 
 # What a run writes into --out; --overwrite removes this and nothing else.
@@ -201,12 +202,15 @@ class Run:
 
 
 def save_run(model, settings, ranks, panels: dict[str, list[str]], title: str) -> None:
-    """COLLECTIVE: what a finished run leaves in --out, OUT/model and OUT/curves.png.
+    """COLLECTIVE: what a finished run leaves in --out, OUT/model (with a model card) and OUT/curves.png.
 
     The rewards' mean and spread go along, for a rough common scale: DeScore.reward(normalize=True).
     """
     model.settings.update(reward_scale(settings.out))
-    save_model(model, os.path.join(settings.out, "model"), ranks)
+    def card(folder):
+        write_card(folder, model.settings, settings, read_metrics(settings.out), panels, title)
+
+    save_model(model, os.path.join(settings.out, "model"), ranks, card)
     if ranks.is_main:
         draw_curves(settings.out, panels, os.path.join(settings.out, "curves.png"), title)
     ranks.print(f"wrote {settings.out}/model, metrics.jsonl and curves.png")

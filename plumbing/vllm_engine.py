@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig
 
 from plumbing.adapters import SURVIVAL, survival_line
-from plumbing.checkpoint import EMBEDDING, SETTINGS_FILE, trained_settings
+from plumbing.checkpoint import EMBEDDING, SETTINGS_FILE, local_folder, trained_settings
 from plumbing.settings import InputError
 
 REQUESTS = 256  # CoTs asked for at once. More keep the GPU no busier, and their frames would fill the host's memory
@@ -144,6 +144,7 @@ class VLLMEngine:
 
 def say_merged(path: str) -> None:
     """Prints what a program that opens the folder as a plain model in bf16 has of its LoRA, if there is any."""
+    path = local_folder(path)
     if os.path.isfile(os.path.join(path, SETTINGS_FILE)) and (cosines := trained_settings(path).get(SURVIVAL)):
         print(survival_line(cosines), flush=True)
 
