@@ -1,6 +1,7 @@
 """Post-training on a tiny random Wan: diffusers' own classes, and its own sampler as the twin of ours."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import data  # noqa: E402
 import losses  # noqa: E402
 import parallel  # noqa: E402
 from lab.post_training import wan  # noqa: E402
+from plumbing.settings import InputError  # noqa: E402
 from plumbing.video import open_clip  # noqa: E402
 from tests.conftest import refuses, run  # noqa: E402
 
@@ -357,3 +359,11 @@ def test_bad_flags(capsys, wan_dir, tmp_path):
     refuses(capsys, wan.main, *grpo, "--frames", "80", says="--frames must be 4 n + 1")
     refuses(capsys, wan.main, *grpo, says="holds nothing")
     refuses(capsys, wan.main, *grpo[:-1], "nowhere.txt", says="nowhere.txt")
+
+
+@pytest.mark.parametrize("package", ["diffusers", "ftfy"])
+def test_a_package_that_is_missing_is_one_sentence(monkeypatch, package):
+    """Without ftfy diffusers would read prompts as other tokens than Wan was trained on."""
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(InputError, match="needs diffusers and ftfy: pip install -r requirements-wan.txt"):
+        wan.open_pipeline("anywhere", torch.float32)

@@ -322,9 +322,11 @@ def read_items(s: Settings) -> list:
 def open_pipeline(path: str, dtype: torch.dtype):
     """Wan's pipeline; the VAE in fp32, as Wan is published to be used."""
     try:
+        import ftfy  # noqa: F401  diffusers cleans prompts with it, and without it goes on: other tokens, without a word
         from diffusers import WanPipeline
     except ImportError:
-        raise InputError("lab.post_training.wan needs diffusers: pip install -r requirements-wan.txt.") from None
+        needs = "lab.post_training.wan needs diffusers and ftfy: pip install -r requirements-wan.txt."
+        raise InputError(needs) from None
     try:
         return WanPipeline.from_pretrained(path, dtype={"vae": torch.float32, "default": dtype})
     except (OSError, ValueError) as error:
