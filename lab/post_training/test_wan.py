@@ -365,5 +365,5 @@ def test_bad_flags(capsys, wan_dir, tmp_path):
 def test_a_package_that_is_missing_is_one_sentence(monkeypatch, package):
     """Without ftfy diffusers would read prompts as other tokens than Wan was trained on."""
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(InputError, match="needs diffusers and ftfy: pip install -r requirements-wan.txt"):
+    with pytest.raises(InputError, match="needs diffusers, ftfy: pip install -r requirements-wan.txt"):
         wan.open_pipeline("anywhere", torch.float32)

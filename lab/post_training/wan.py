@@ -325,8 +325,7 @@ def open_pipeline(path: str, dtype: torch.dtype):
         import ftfy  # noqa: F401  diffusers cleans prompts with it, and without it goes on: other tokens, without a word
         from diffusers import WanPipeline
     except ImportError:
-        needs = "lab.post_training.wan needs diffusers and ftfy: pip install -r requirements-wan.txt."
-        raise InputError(needs) from None
+        raise InputError("lab.post_training.wan needs diffusers, ftfy: pip install -r requirements-wan.txt.") from None
     try:
         return WanPipeline.from_pretrained(path, dtype={"vae": torch.float32, "default": dtype})
     except (OSError, ValueError) as error:
