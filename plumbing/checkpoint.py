@@ -10,13 +10,13 @@ import shutil
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoProcessor, GenerationConfig, Qwen3VLForConditionalGeneration
 
 from plumbing.adapters import SURVIVAL, Survival, attach_adapters, base_of, gather_full, merge_lora, survival_line
+from plumbing.hub import local_folder
 from plumbing.settings import InputError, first_line, write_json
 
 SETTINGS_FILE, HEAD_FILE, ADAPTER_FILE = "descore.json", "reward_head/head.safetensors", "adapter/lora.safetensors"
@@ -65,23 +65,6 @@ def write_model(model, path: str, write=True) -> None:
         part.dtype = dtype
     config.save_pretrained(path)
     model.backbone.generation_config.save_pretrained(path)
-
-
-def local_folder(path: str, revision: str | None = None) -> str:
-    """A folder as it is; for "name/repo", its snapshot in the hub's cache, fetched if need be. InputError: neither."""
-    if os.path.isdir(path):
-        if revision is not None:
-            raise InputError(f"{path}: is a folder here, and has no revision {revision}; leave that out.")
-        return str(path)
-    try:
-        return snapshot_download(str(path), revision=revision)
-    except OSError as error:
-        fetch = f"hf download {path}" + f" --revision {revision}" * (revision is not None)
-        raise InputError(f"{path}: is no folder here, and the hub's cache does not have it ({type(error).__name__}); "
-                         f"train one with cold_start.py, or get it with: {fetch}") from error
-    except ValueError as error:  # not a name that a repository can have
-        raise InputError(f"{path}: is no folder here, nor a name/repo of the hub; see what there is with: "
-                         f"ls {os.path.dirname(path) or '.'}") from error
 
 
 def trained_settings(path: str) -> dict:

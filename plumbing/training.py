@@ -20,7 +20,7 @@ import warnings
 import numpy as np
 import torch
 
-from plumbing.card import write_card
+from plumbing.hub import write_card
 from plumbing.checkpoint import save_model
 from plumbing.jobs import task_seed
 from plumbing.logs import Log, draw_curves, read_metrics, reward_scale

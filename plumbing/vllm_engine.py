@@ -7,7 +7,8 @@ import torch
 from transformers import AutoConfig
 
 from plumbing.adapters import SURVIVAL, survival_line
-from plumbing.checkpoint import EMBEDDING, SETTINGS_FILE, local_folder, trained_settings
+from plumbing.checkpoint import EMBEDDING, SETTINGS_FILE, trained_settings
+from plumbing.hub import local_folder
 from plumbing.settings import InputError
 
 REQUESTS = 256  # CoTs asked for at once. More keep the GPU no busier, and their frames would fill the host's memory

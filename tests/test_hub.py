@@ -14,7 +14,7 @@ import evaluate
 import grpo
 from layout import lay_out
 from model import DeScore
-from plumbing.card import write_card
+from plumbing.hub import write_card
 from plumbing.settings import InputError
 from tests.conftest import ROOT, refuses, run, write_csv
 

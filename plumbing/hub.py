@@ -1,4 +1,4 @@
-"""The model card of a run: README.md in OUT/model, with the YAML head that the Hugging Face hub reads."""
+"""The Hugging Face hub: a name/repo in its cache, and a run's model card, README.md with the YAML head it reads."""
 
 import dataclasses
 import json
@@ -6,7 +6,27 @@ import os
 import re
 import subprocess
 
-from plumbing.settings import atomic_write, flag_of
+from huggingface_hub import snapshot_download
+
+from plumbing.settings import InputError, atomic_write, flag_of
+
+
+def local_folder(path: str, revision: str | None = None) -> str:
+    """A folder as it is; for "name/repo", its snapshot in the hub's cache, fetched if need be. InputError: neither."""
+    if os.path.isdir(path):
+        if revision is not None:
+            raise InputError(f"{path}: is a folder here, and has no revision {revision}; leave that out.")
+        return str(path)
+    try:
+        return snapshot_download(str(path), revision=revision)
+    except OSError as error:
+        fetch = f"hf download {path}" + f" --revision {revision}" * (revision is not None)
+        raise InputError(f"{path}: is no folder here, and the hub's cache does not have it ({type(error).__name__}); "
+                         f"train one with cold_start.py, or get it with: {fetch}") from error
+    except ValueError as error:  # not a name that a repository can have
+        raise InputError(f"{path}: is no folder here, nor a name/repo of the hub; see what there is with: "
+                         f"ls {os.path.dirname(path) or '.'}") from error
+
 
 CARD = """---
 library_name: transformers
