@@ -38,10 +38,10 @@ MAY_CHANGE = {
     "max_length", "skip_bad_videos",  # limits that an error in mid-training asks to change
     "data", "val", "video_root", "frame_cache",  # where files lie; that --data holds the same pairs is checked below
     "out", "val_every", "save_every", "keep", "resume", "overwrite",  # what is written, and how often
-    # speed and memory: the same sums
-    "workers", "micro_pairs", "micro_rollouts", "gradient_checkpointing", "rows_per_batch",
+    "workers", "micro_pairs", "micro_rollouts", "gradient_checkpointing", "rows_per_batch",  # speed, memory: same sums
     "engine", "engine_memory", "engine_tp", "engine_max_len", "shard_ranks", "cpu_offload",  # who computes, and where
 }
+DRAWS = "task_seed"  # how order and masks are drawn: by other code than the first half's, pairs would come twice
 
 
 def claim_run(settings, ranks) -> None:
@@ -73,7 +73,7 @@ def _claim(settings, ranks):
                              "it, or give another --out.")
     elif not saved and os.path.isdir(os.path.join(out, "model")):
         raise InputError(f"{out}: holds a model but no checkpoint to go on from; --overwrite starts anew.")
-    now = {**dataclasses.asdict(settings), "data_sha256": _sha256(settings.data)}
+    now = {**dataclasses.asdict(settings), "data_sha256": _sha256(settings.data), "draws": DRAWS}
     if settings.resume and saved:
         _compare(out, now, saved[-1], ranks)
     os.makedirs(out, exist_ok=True)
@@ -86,6 +86,8 @@ def _compare(out, now, newest, ranks):
         before = _read_json(out, "settings.json")
     except (OSError, ValueError) as error:
         raise InputError(f"{out}/settings.json: is missing or damaged; --overwrite starts anew.") from error
+    if before.get("draws") != DRAWS:
+        raise InputError(f"{out}: was begun by code that drew pairs and masks otherwise; give another --out.")
     changed = {name: [before.get(name), now[name]] for name in now if before.get(name) != now[name]}
     fixed = sorted(changed.keys() - MAY_CHANGE)
     if fixed == ["data_sha256"]:
@@ -93,8 +95,7 @@ def _compare(out, now, newest, ranks):
     if fixed:
         was = ", ".join(f"{flag_of(name)} {before.get(name)}" for name in fixed if name != "data_sha256")
         raise InputError(f"{out}: was begun with {was}, which --resume cannot change; give another --out.")
-    told = {name: values for name, values in changed.items() if name not in ("resume", "overwrite", "out")}
-    if told:
+    if told := {name: values for name, values in changed.items() if name not in ("resume", "overwrite", "out")}:
         for name, (old, new) in told.items():
             ranks.print(f"{flag_of(name)} was {old}, from here on {new}")
         change = {"after_step": _read_json(newest, "step.json")["step"], **told}
@@ -134,8 +135,7 @@ def divide(num_pairs: int, settings, ranks) -> tuple[int, int]:
 
 def epoch_order(size: int, seed: int, epoch: int) -> list[int]:
     """A shuffle that depends on (seed, epoch) alone, so that every rank, and a resumed run, sees the same order."""
-    generator = torch.Generator().manual_seed(task_seed("order", seed, epoch))
-    return torch.randperm(size, generator=generator).tolist()
+    return torch.randperm(size, generator=torch.Generator().manual_seed(task_seed("order", seed, epoch))).tolist()
 
 
 class Run:

@@ -317,6 +317,18 @@ def test_resume_with_other_settings(with_cots, base_dir, tmp_path, capsys):
     assert changed["after_step"] == 1 and changed["lr"] == [0.001, 0.0] and "seed" not in changed
 
 
+def test_a_run_of_code_that_drew_otherwise_is_not_resumed(with_cots, base_dir, tmp_path, capsys):
+    """Its second half would draw pairs that the first half had, and leave others out, without a word."""
+    flags = arguments(with_cots, base_dir, tmp_path, max_steps=1)
+    cold_start.main(flags)
+    path = tmp_path / "settings.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in saved.items() if name != "draws"}))  # as before 5956bef
+    refuses(capsys, cold_start.main, *flags, "--resume", says="was begun by code that drew pairs and masks otherwise")
+    path.write_text(json.dumps(saved))
+    cold_start.main([*flags, "--resume"])
+
+
 def test_nothing_in_a_checkpoint_can_run(with_cots, base_dir, tmp_path, capsys):
     """Random states are numbers and tensors; an index that names more than torch's own classes is refused unread."""
     cold_start.main(arguments(with_cots, base_dir, tmp_path, max_steps=1))
