@@ -139,6 +139,33 @@ def test_prefixes_read_first_and_cots_laid_behind_equal_one_row(model, prefixes,
             assert (found - grad).norm() <= 2e-5 * grad.norm() + 1e-7, name
 
 
+def test_in_bf16_a_few_cots_at_a_time_are_as_near_to_fp32_as_one_row(model, prefixes):
+    """The prefixes' keys and values are bf16 then, and so are the sums of what six parts ask of them."""
+    cots, both = [[[70 + i] * (3 + i) for i in range(6)], [[80 + i] * (8 - i) for i in range(6)]], prefixes[:2]
+    model.make_trainable("full", vision=False)
+    model.train()
+
+    def backward(output):
+        (output.rewards.square().sum() + output.log_probs.sum() / 10).backward()
+
+    def collect(bf16: bool, parts: bool):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            if not parts:
+                backward(model(lay_out(model.backbone, both, cots)))
+            else:
+                past = model.read(lay_out(model.backbone, both, [[], []]))
+                cut = past.cut()
+                for i in range(6):
+                    backward(model(lay_out_behind(model.backbone, both, [row[i : i + 1] for row in cots]), past=cut))
+                past.backward(cut)
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    right = collect(False, False)
+    row, parts = ((collect(True, parts) - right).norm() / right.norm() for parts in (False, True))
+    assert 1e-4 < parts <= 1.1 * row, (parts, row)
+
+
 def test_what_the_tower_saw_serves_a_next_reading(model, prefixes):
     looks = []
     model.backbone.model.visual.register_forward_hook(lambda *_: looks.append(1))
