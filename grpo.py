@@ -233,8 +233,8 @@ def backward_pair(model, reference, rollouts: PairRollouts, settings, ranks, cou
 def add_reference(model, reference, rollouts: PairRollouts, settings, ranks):
     """COLLECTIVE under FSDP. Log-probs under the model at the start of this stage: with LoRA, without the adapter.
 
-    Returns what the tower saw, for the policy's pass: it is frozen in stage 2. (Kept for a whole batch of rollouts,
-    that would be 9 to 18 GB.)
+    Returns what the tower saw, for the policy's pass: it is frozen in stage 2. (Kept for a whole batch of rollouts it
+    would be 9 to 18 GB, by counting.)
     """
     if settings.kl_coef == 0:
         return None

@@ -17,6 +17,7 @@ times. That equals G separate rows because each CoT sees what it would see alone
         q   x x x  . . .  x x x
 
 and the first token of b has the place (rotary position) that the first token of a has: the one after the prefix.
+What a p computes depends on no CoT, so stage 2 computes the prefix apart, once: prefix_once.py.
 
 Shapes: S rows (sequences), L positions (padded), P prompt tokens, N CoTs in all rows together, T CoT tokens (padded).
 """

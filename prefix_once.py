@@ -24,8 +24,8 @@ from layout import attend_behind, lay_out, shared_prefix_attention
 class Past:
     """Prefixes that have been read: all that the CoTs behind them need, so that each prefix is computed once.
 
-    layers[i] = keys and values of layer i, each (S, H_kv, P, d), as `shared_prefix_attention` keeps them; last (S, D):
-    the hidden states of the prefixes' last tokens, which predict the CoTs' first; video_features: what the tower saw.
+    layers[i] = keys and values of layer i, each (S, H_kv, P, d), as `attention` hands them over; last (S, D): the
+    hidden states of the prefixes' last tokens, which predict the CoTs' first; video_features: what the tower saw.
     """
 
     layers: dict = dataclasses.field(default_factory=dict)

@@ -43,6 +43,7 @@ def run(script: pathlib.Path, root: pathlib.Path = ROOT, timeout: int = 1800):
 
 
 def main(argv=None) -> None:
+    """Runs the script's cells and writes them with their outputs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=str(SCRIPT.with_suffix(".ipynb")), help="the notebook to write")
     out = pathlib.Path(parser.parse_args(argv).out)
