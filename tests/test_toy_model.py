@@ -75,3 +75,17 @@ def test_tiny_base_trains_saves_and_opens(processor, tmp_path):
     assert torch.isfinite(outputs[0]).all() and torch.equal(*outputs)
     assert model_2.generation_config.eos_token_id == processor.tokenizer.eos_token_id
     assert len(sample_cots(model_2, processor_2, inputs, [[0], [1]], max_new_tokens=4, temperature=0.0)) == 2
+
+
+def test_muon_steps_as_the_one_of_torch_does():
+    rng = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=rng) for shape in ((24, 8), (8, 24), (16, 16))]
+    ours, theirs = ([torch.nn.Parameter(w.clone()) for w in start] for _ in range(2))
+    optimizers = toy.base_model.Muon(ours, lr=0.02), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.05)
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = b.grad = torch.randn(a.shape, generator=rng)
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, w in zip(ours, theirs, start, strict=True):  # theirs multiplies in bf16: 8 bits of a step
+        torch.testing.assert_close(a - w, b - w, atol=0.02 * (b - w).abs().max().item(), rtol=0)
