@@ -193,7 +193,9 @@ def render_clip(seen: dict, rng, times=None, size: int = 64, look: str = "clean"
 def write_mp4(path, frames: np.ndarray, fps: int, crf: int = 14) -> None:
     """frames (F, H, W, 3) uint8 -> H.264 in mp4, 4:2:0 like nearly every clip in the wild. crf: higher is blockier."""
     import av  # here: only `data` and `measure` write clips
+    from av.video.reformatter import VideoReformatter
 
+    scaler = VideoReformatter()  # one for all: each frame's own would start threads of its own, for 64 x 64 pixels
     pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=fractions.Fraction(fps))
@@ -204,8 +206,8 @@ def write_mp4(path, frames: np.ndarray, fps: int, crf: int = 14) -> None:
         stream.codec_context.thread_count = 1
         stream.options = {"crf": str(crf), "preset": "veryfast", "x264-params": "mbtree=0"}
         for picture in frames:
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="yuv420p")
-            container.mux(stream.encode(frame))
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            container.mux(stream.encode(scaler.reformat(frame, format="yuv420p", threads=1)))
         container.mux(stream.encode())
 
 
