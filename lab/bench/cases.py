@@ -28,13 +28,14 @@ import grpo
 import parallel
 import toy.base_model
 import toy.world
+from lab.bench.rivals import RIVALS, attention
 from layout import lay_out
 from losses import bt_loss, group_advantages, token_log_probs
 from model import DeScore, Output, to_device
 from plumbing.logs import Sums
 from plumbing.settings import InputError
 
-LAYOUTS = ("once", "packed", "plain", "released")
+LAYOUTS = ("once", "packed", "plain", "released", *RIVALS)
 
 
 # ---- 1. Measuring --------------------------------------------------------------------------------------------
@@ -149,6 +150,13 @@ def case_of(world, layout: str, rollouts: grpo.PairRollouts):
         return forward
     if layout in ("packed", "plain"):
         return functools.partial(update_rows, world, rollouts, settings, layout == "packed")
+    if layout in RIVALS:
+
+        def rival():
+            with attention(world.model, layout), attention(world.reference, layout):
+                return update_rows(world, rollouts, settings, packed=True)
+
+        return rival
     update = {"once": update_once, "released": update_released}[layout]
     return functools.partial(update, world, dataclasses.replace(rollouts), settings)
 
