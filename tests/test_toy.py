@@ -1,6 +1,8 @@
 """toy/: the truth of the toy world, real mp4 files, the real CSV formats, the command line."""
 
 import csv
+import hashlib
+import json
 import os
 import pathlib
 import subprocess
@@ -12,7 +14,7 @@ import pytest
 import data
 import toy.world
 from rules import DIMENSIONS, extract_answer, read_verdicts, well_formed
-from tests.conftest import ROOT
+from tests.conftest import ROOT, refuses
 from toy import __main__ as command_line
 
 RED_CIRCLE = {"subject": ("red", "circle"), "dynamics": "moving left", "camera": "still", "environment": "night",
@@ -146,3 +148,64 @@ def test_command_line(arguments, code):
 def test_each_test_set_has_300_decided_pairs():
     for split, (_, pairs, ties, *_) in toy.world.SPLITS.items():
         assert not split.startswith("test_") or pairs - int(pairs * ties) >= 300, split
+
+
+# ---- What people mind -------------------------------------------------------------------------------------------
+OTHERS = toy.world.People((3, 2, 0.5, 1, 0.5), 6.0)
+
+
+def test_utility_by_hand():
+    verdicts = {"subject": "1", "dynamics": "2", "camera": "N/A", "environment": "0", "style": "2"}
+    assert toy.world.People().utility(verdicts, {}) == toy.world.points(verdicts) == 5
+    assert OTHERS.utility(verdicts, {"flicker": 0.5}) == 3 * 1 + 2 * 2 + 0.5 * 2 - 6 * 0.5
+    assert OTHERS.utility(verdicts, {}, ("dynamics", "camera")) == 4
+
+
+def test_utility_decides_labels_and_the_text_does_not(tmp_path):
+    """In a world of other people some pairs are decided against the points, and some of equal points are decided."""
+    sizes = dict.fromkeys(toy.world.SPLITS, 0) | {"test_in_domain": 30, "test_videogen_rewardbench": 20}
+    written = toy.world.make_data(tmp_path, 3, sizes, seconds=1, progress=False, people=OTHERS)
+    assert json.loads((tmp_path / "world.json").read_text()) == {
+        "seed": 3, "weights": [3, 2, 0.5, 1, 0.5], "unspoken": 6.0}
+    signs, ties = set(), 0
+    for split, path in written.items():
+        truth = [json.loads(line) for line in (tmp_path / f"{split}.truth.jsonl").read_text().splitlines()]
+        for pair, known in zip(data.read_pairs(path), truth, strict=True):
+            for side, stated in zip("ab", known["utility"]):
+                seen = known[side] | {"subject": tuple(known[side]["subject"])}
+                wish = known["wish"] | {"subject": known["wish"]["subject"] and tuple(known["wish"]["subject"])}
+                verdicts = toy.world.annotate(wish, seen)
+                assert stated == pytest.approx(OTHERS.utility(verdicts, seen)) and 0 <= seen["flicker"] < 1
+                known[side] = toy.world.points(verdicts)
+            gap = known["utility"][0] - known["utility"][1]
+            assert pair.label == (0 if abs(gap) < 0.75 else np.sign(gap)) and abs(gap) <= 10
+            signs.add((pair.label, int(np.sign(known["a"] - known["b"]))))
+            ties += pair.label == 0
+    assert {(1, -1), (-1, 1), (1, 0)} & signs and (1, 1) in signs and ties == int(30 * 0.2) + int(20 * 0.26)
+
+
+def test_without_the_knobs_the_world_is_what_it_was(tmp_path):
+    """The files' hash before there were any."""
+    written = toy.world.make_data(tmp_path, 3, dict.fromkeys(toy.world.SPLITS, 6), seconds=1, progress=False)
+    text = b"".join(pathlib.Path(path).read_bytes() + (tmp_path / f"{split}.truth.jsonl").read_bytes()
+                    for split, path in written.items())
+    assert hashlib.sha256(text).hexdigest()[:16] == "acc54d3975a68ba7"
+    assert json.loads((tmp_path / "world.json").read_text()) == {"seed": 3, "weights": [1.0] * 5, "unspoken": 0.0}
+
+
+def test_flicker_is_seen_and_nothing_else_changes():
+    """Brightness jumps from frame to frame; twice as much of it jumps twice as far. The text says nothing of it."""
+    def jumps(flicker):
+        clip = RED_CIRCLE | ({} if flicker is None else {"flicker": flicker})
+        light = toy.world.render_clip(clip, np.random.default_rng(2)).astype(float).mean((1, 2, 3))
+        return np.abs(np.diff(light)).mean() / light.mean()
+
+    none, zero, half, full = map(jumps, (None, 0.0, 0.5, 1.0))
+    assert none == zero < 0.02 and half > 5 * none and full == pytest.approx(2 * half, rel=0.15)
+    assert toy.world.cot_text(WISH, RED_CIRCLE) == toy.world.cot_text(WISH, RED_CIRCLE | {"flicker": 1.0})
+
+
+@pytest.mark.parametrize("flags", [["--weights", "0", "0", "0.2", "0", "0"], ["--weights", *["9"] * 5], [
+    "--unspoken", "-1"], ["--weights", *["nan"] * 5]])
+def test_people_who_could_never_decide_a_pair_are_refused(flags, tmp_path, capsys):
+    refuses(capsys, command_line.main, "data", "--out", tmp_path, *flags, says="--weights are numbers of 0 to 3")

@@ -89,3 +89,29 @@ def test_muon_steps_as_the_one_of_torch_does():
             optimizer.step()
     for a, b, w in zip(ours, theirs, start, strict=True):  # theirs multiplies in bf16: 8 bits of a step
         torch.testing.assert_close(a - w, b - w, atol=0.02 * (b - w).abs().max().item(), rtol=0)
+
+
+def test_an_unspoken_flaw_reaches_the_tower_and_no_text(processor, monkeypatch):
+    """The base of that world is trained to tell flicker; what the language model learns to write `write` gives."""
+    texts, seen, base = [], [], toy.base_model
+
+    def write(wish, values, verdict):
+        seen.append(values)
+        texts.append(toy.world.cot_text(wish, values, verdict))
+        return texts[-1]
+
+    def train(**more):
+        model = base.build_model(processor, 5, **base.MICRO)
+        base.pretrain(model, processor, 0, vision_steps=2, steps=1, batch=4, pool=16, progress=False, **more)
+        return model.model.visual.state_dict()
+
+    plain, flickering = train(), train(unspoken=True, write=write)
+    assert len(texts) == 4 and all("flicker" in values for values in seen) and "flicker" not in "".join(texts)
+    assert any(not torch.equal(plain[name], flickering[name]) for name in plain)
+    heads = []
+    monkeypatch.setattr(torch.nn.ModuleDict, "__init__", lambda self, of, make=torch.nn.ModuleDict.__init__: (
+        heads.append({name: layer.out_features for name, layer in of.items()}), make(self, of))[1])
+    train(unspoken=True)
+    assert heads[-1]["flicker"] == 3 and len(heads[-1]) == 7
+    train()
+    assert len(heads[-1]) == 6

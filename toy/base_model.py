@@ -15,20 +15,8 @@ from tqdm import tqdm
 import data
 from rollout import decode_cot, sample_cots
 from rules import DIMENSIONS, read_verdicts, well_formed
-from toy.world import (
-    COLOURS,
-    SHAPES,
-    VALUES,
-    annotate,
-    cot_text,
-    mix,
-    prompt_text,
-    random_clip,
-    random_values,
-    random_wish,
-    render_clip,
-    write_mp4,
-)
+from toy.world import COLOURS, SHAPES, VALUES, annotate, cot_text, mix, prompt_text
+from toy.world import random_clip, random_values, random_wish, render_clip, write_mp4
 
 # ---- 1. A tokenizer, a processor and a tiny Qwen3-VL ---------------------------------------------------------
 
@@ -197,6 +185,8 @@ def pretrain_vision(model, seen: list[dict], frames: np.ndarray, steps: int, bat
     visual = model.model.visual
     parts = [{**s, "colour": s["subject"][0], "subject": s["subject"][1]} for s in seen]
     values = {"colour": list(COLOURS), "subject": SHAPES, **VALUES}
+    if "flicker" in seen[0]:  # three levels of it
+        values["flicker"], parts = range(3), [{**s, "flicker": int(3 * s["flicker"])} for s in parts]
     truth = {n: torch.tensor([v.index(s[n]) for s in parts]) for n, v in values.items()}  # (clips,) each
     width = 4 * visual.config.out_hidden_size * (1 + len(visual.config.deepstack_visual_indexes))
     heads = torch.nn.ModuleDict({n: torch.nn.Linear(width, len(v)) for n, v in values.items()})
@@ -218,9 +208,7 @@ def see(visual, frames: np.ndarray) -> torch.Tensor:
     return torch.cat([out.pooler_output, *out.deepstack_features], -1)
 
 
-def language_batch(
-    processor, seen: list[dict], captions: float, slips: float, before: list[int], after: list[int], rng
-):
+def language_batch(processor, seen: list[dict], captions: float, slips: float, before, after, rng, write=cot_text):
     """Clips that exist already -> ids (B, L) of prompt and CoT, and learn (B, L), true on the CoT and its EOS.
 
     Where nothing is asked (a share `captions`) the CoT is a caption: "shown" can only come from the pixels.
@@ -231,7 +219,7 @@ def language_batch(
         wish = mix(rng, random_wish(rng, 0.88 * (rng.random() >= captions)), values, MATCH, MATCH)
         prompt = before + processor.tokenizer(prompt_text(wish))["input_ids"] + after
         verdict = {n: "012"[rng.integers(3)] if rng.random() < slips else v for n, v in annotate(wish, values).items()}
-        rows.append((prompt, data.encode_cot(processor.tokenizer, cot_text(wish, values, verdict))))
+        rows.append((prompt, data.encode_cot(processor.tokenizer, write(wish, values, verdict))))
     ids = torch.full((len(rows), max(len(p) + len(c) for p, c in rows)), processor.tokenizer.pad_token_id)
     learn = torch.zeros(ids.shape, dtype=torch.bool)
     for row, (prompt, cot) in enumerate(rows):
@@ -240,7 +228,7 @@ def language_batch(
     return ids, learn
 
 
-def pretrain_language(model, processor, seen: list[dict], frames, steps: int, batch: int, rng, progress=True) -> float:
+def pretrain_language(model, processor, seen: list[dict], frames, steps, batch, rng, progress=True, write=cot_text):
     """Phase 2: the language model learns to caption, then to judge, from the finished tower's features, computed once.
 
     Trained on prompts from the start and without phase 1, the model copies the asked words into "shown" (right half of
@@ -264,17 +252,15 @@ def pretrain_language(model, processor, seen: list[dict], frames, steps: int, ba
     for step in bar:
         picks, captions = rng.integers(len(seen), size=batch), 1.0 if step < 0.08 * steps else 0.05
         slips = SLIPS if step > 0.8 * steps else 0.0
-        ids, learn = language_batch(
-            processor, [seen[k] for k in picks], captions, slips, one[:cut], one[cut + 1 :], rng
-        )
+        around = one[:cut], one[cut + 1 :]
+        ids, learn = language_batch(processor, [seen[k] for k in picks], captions, slips, *around, rng, write)
         # Up to the video all rows are equal, then positions count on by one: one row's positions serve all. Padding is
         # on the right, where causal attention never looks, so no attention mask is needed either.
         types = (ids[:1] == model.config.video_token_id).int() * 2
         places, _ = model.model.get_rope_index(input_ids=ids[:1], mm_token_type_ids=types, video_grid_thw=grid)
-        hidden = model.model(
-            input_ids=ids, position_ids=places.expand(3, batch, -1), video_grid_thw=grid.repeat(batch, 1),
-            pixel_values_videos=cache[picks].flatten(0, 1),
-        ).last_hidden_state  # (B, L, hidden)
+        given = dict(video_grid_thw=grid.repeat(batch, 1), pixel_values_videos=cache[picks].flatten(0, 1))
+        output = model.model(input_ids=ids, position_ids=places.expand(3, batch, -1), **given)
+        hidden = output.last_hidden_state  # (B, L, hidden)
         target = ids[:, 1:][learn[:, 1:]]  # (C,), all CoT tokens of the batch
         logits = model.lm_head(hidden[:, :-1][learn[:, 1:]])  # (C, vocabulary): the token at i is predicted at i - 1
         loss = torch.nn.functional.cross_entropy(logits, target, reduction="none")  # nats of each CoT token
@@ -287,21 +273,25 @@ def pretrain_language(model, processor, seen: list[dict], frames, steps: int, ba
     return float(np.mean(losses[-20:]))
 
 
-def pretrain(model, processor, seed=0, vision_steps=100, steps=360, batch=32, pool=3000, progress=True) -> float:
-    """Renders a pool of clips and trains both phases on it; returns the last loss in nats a token."""
+def pretrain(model, processor, seed=0, vision_steps=100, steps=360, batch=32, pool=3000, progress=True, unspoken=False,
+             write=cot_text) -> float:
+    """Renders a pool of clips and trains both phases on it; returns the last loss in nats a token.
+
+    unspoken: they flicker. write: (wish, seen, verdicts) -> the CoT that is learned.
+    """
     rng = np.random.default_rng([seed, 99])
-    seen = [random_values(rng) for _ in range(pool)]
+    seen = [random_values(rng) | ({"flicker": rng.random()} if unspoken else {}) for _ in range(pool)]
     bar = tqdm(seen, desc="rendering", disable=not progress)
     frames = np.stack([render_clip(values, rng, np.arange(8) / 2) for values in bar])  # (pool, 8, 64, 64, 3)
     embed = model.model.visual.patch_embed  # a convolution whose stride is its kernel is a matrix product: 3 x faster
     embed.forward = lambda x: torch.nn.functional.linear(x, embed.proj.weight.flatten(1), embed.proj.bias)
     pretrain_vision(model, seen, frames, vision_steps, 2 * batch, rng, progress)
-    loss = pretrain_language(model, processor, seen, frames, steps, batch, rng, progress)
+    loss = pretrain_language(model, processor, seen, frames, steps, batch, rng, progress, write)
     del embed.forward
     return loss
 
 
-def measure(model, processor, seed: int, clips: int = 128, progress=True) -> dict[str, float]:
+def measure(model, processor, seed: int, clips=128, progress=True, max_new_tokens=80) -> dict[str, float]:
     """Valid-format share and sub-dimension accuracy on fresh mp4 clips, beside two baselines that never watch a video.
 
     "always 2" answers "2" everywhere; "2 or N/A" also notices which dimensions the prompt does not mention.
@@ -317,12 +307,11 @@ def measure(model, processor, seed: int, clips: int = 128, progress=True) -> dic
     truth = np.array(truth)  # (clips, 5)
     result = {"always 2": (truth == "2").mean(), "2 or N/A": np.isin(truth, ["2", "N/A"]).mean()}
     for sample in (False, True):
-        starts = tqdm(range(0, clips, 64), desc="measuring", disable=not progress)
         texts = []
-        for k in starts:
+        for k in tqdm(range(0, clips, 64), desc="measuring", disable=not progress):
             batch = inputs[k : k + 64]
             seeds = [[seed * 1000 + k + i] for i in range(len(batch))]
-            cots = sample_cots(model, processor, batch, seeds, max_new_tokens=80, temperature=float(sample))
+            cots = sample_cots(model, processor, batch, seeds, max_new_tokens, temperature=float(sample))
             texts += [decode_cot(processor.tokenizer, cot) for (cot,) in cots]
         name = "sampled" if sample else "greedy"
         right = np.array([[read_verdicts(text).get(n, "") for n in DIMENSIONS] for text in texts]) == truth

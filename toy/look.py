@@ -77,11 +77,9 @@ def main(argv=None) -> None:
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(args.model)
-    rows = []
-    for pair in pairs[: args.show]:
-        videos = show(pair, processor, args.fps, args.max_pixels)
-        rows += [(f"{pathlib.Path(path).name}", video) for path, video in zip(pair.videos, videos)]
-    draw_frames(rows, args.out)
+    shown = [show(pair, processor, args.fps, args.max_pixels) for pair in pairs[: args.show]]
+    names = [pathlib.Path(path).name for pair in pairs[: args.show] for path in pair.videos]
+    draw_frames([*zip(names, sum(shown, []))], args.out)
     print(f"\nframes drawn to {args.out}")
 
 

@@ -7,16 +7,17 @@ is simplified: real H.264 files, the real processor and model classes. The model
 Shapes: F frames, H x W pixels.
 """
 
-import concurrent.futures
-import csv
 import fractions
 import json
 import multiprocessing
 import pathlib
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from plumbing.settings import InputError, write_csv, write_json
 from rules import DIMENSIONS
 
 # ---- 1. The world: what a clip can show, what a prompt can ask for, and the truth about both -----------------
@@ -78,9 +79,26 @@ def annotate(wish: dict, seen: dict) -> dict:
     return verdict
 
 
-def points(verdicts: dict, names=DIMENSIONS) -> int:
-    """Sum of the verdicts, N/A not counted. Human preference in this world: more points win, equal points are a tie."""
-    return sum(int(verdicts[name]) for name in names if verdicts[name] != "N/A")
+def points(verdicts: dict) -> int:
+    """Sum of the verdicts, N/A not counted: what a text states. People agree with it, unless People says otherwise."""
+    return sum(int(verdict) for verdict in verdicts.values() if verdict != "N/A")
+
+
+class People(NamedTuple):
+    """What people mind: the points, or (lab/study/worlds.py) something else than a text states.
+
+    weights: of the DIMENSIONS. unspoken: points that a full flicker costs, a flaw that shows and that no dimension
+    names; with 0 no clip flickers.
+    """
+
+    weights: tuple[float, ...] = (1.0,) * len(DIMENSIONS)
+    unspoken: float = 0.0
+
+    def utility(self, verdicts: dict, seen: dict, names=DIMENSIONS) -> float:
+        """Points as people weigh them, less the flicker's."""
+        weighed = dict(zip(DIMENSIONS, self.weights))
+        rated = sum(weighed[n] * int(verdicts[n]) for n in names if verdicts[n] != "N/A")
+        return rated - self.unspoken * seen.get("flicker", 0)
 
 
 def prompt_text(wish: dict) -> str:
@@ -184,6 +202,9 @@ def render_clip(seen: dict, rng, times=None, size: int = 64, look: str = "clean"
     frames += np.clip(0.5 - edge, 0, 1) * (paint - frames)
 
     frames = _apply_style(frames, seen["style"], rng.uniform(*((0.45, 0.7) if look == "hard" else (0.6, 1.1))), rng)
+    if "flicker" in seen:
+        jumps = 0.45 * seen["flicker"] * np.clip(rng.standard_normal(len(frames), np.float32), -2, 2)
+        frames *= (1 + jumps)[:, None, None, None]
     if look == "old":
         corners = 1 - 0.45 * np.clip(np.hypot(x, y) / 45, 0, 1)[..., None] ** 2
         frames = (20 + 0.85 * frames) * corners + 5 * rng.standard_normal(frames.shape[:3] + (1,), np.float32)
@@ -225,28 +246,31 @@ SPLITS = {
 }
 
 
-def make_pair(rng, tie: bool, max_gap: int, unseen: bool):
-    """-> one wish and two clips whose points are equal if `tie`, else differ by 1 to `max_gap`."""
+TIE = 0.75  # people call a smaller difference "the same"; between points it is 0
+
+
+def make_pair(rng, tie: bool, max_gap: int, unseen: bool, people=People()):
+    """-> one wish and two clips that people call the same if `tie`, else differ by at most `max_gap` for them."""
     while True:
         wish = random_wish(rng, unseen=unseen)
-        a, b = random_clip(rng, wish, unseen), random_clip(rng, wish, unseen)
-        gap = points(annotate(wish, a)) - points(annotate(wish, b))
-        if any(wish.values()) and (gap == 0) == tie and abs(gap) <= max_gap:
-            return wish, a, b
+        clips = [random_clip(rng, wish, unseen) | ({"flicker": rng.random()} if people.unspoken else {}) for _ in "ab"]
+        a, b = (people.utility(annotate(wish, seen), seen) for seen in clips)
+        if any(wish.values()) and (abs(a - b) < TIE) == tie and abs(a - b) <= max_gap:
+            return wish, *clips
 
 
-def _row(kind: str, rng, a: str, b: str, prompt: str, truth: list[dict], fps: int, frames: int) -> dict:
-    """One CSV row in the columns and label words of a public format (docs/data.md); a, b are the paths."""
-
+def _row(kind: str, rng, a: str, b: str, prompt: str, utility, truth: list[dict], fps: int, frames: int) -> dict:
+    """One CSV row in the columns and label words of a public format (docs/data.md). a, b: paths; utility of names."""
     def better(names=DIMENSIONS, words=("A", "same", "B")):
-        return words[1 - int(np.sign(points(truth[0], names) - points(truth[1], names)))]
+        gap = np.subtract(*utility(names))
+        return words[1 - int(np.sign(gap) * (abs(gap) >= TIE))]
 
     if kind == "cold_start":  # the CoTs are sampled from the base model later; 2 % of pairs could not be judged
         label = "invalid" if rng.random() < 0.02 else better()
         return {"videos": str([a, b]), "problem": prompt, "durations": str([frames / fps] * 2), "prompt": prompt,
                 "CoT_A": "", "CoT_B": "", "GSB": label}
     if kind == "genai":
-        tie = "bothbad_vote" if points(truth[0]) <= 3 else "tievote"
+        tie = "bothbad_vote" if utility(DIMENSIONS)[0] <= 3 else "tievote"
         return {"prompt": prompt, "left_model": "toy-old-1", "right_model": "toy-old-2", "left_video": a,
                 "right_video": b, "vote_type": better(words=("leftvote", tie, "rightvote"))}
     if kind == "videogen":
@@ -262,51 +286,41 @@ def _row(kind: str, rng, a: str, b: str, prompt: str, truth: list[dict], fps: in
     return {"video_A": a, "video_B": b, "prompt": prompt, "answer": answer}
 
 
-def _make_split(out: pathlib.Path, seed: int, number: int, split: str, pairs: int, seconds: int) -> str:
+def _make_split(job: tuple) -> str:
     """Writes one split's clips and CSV. -> path of the CSV"""
+    out, seed, number, split, pairs, seconds, people = job
     kind, _, ties, max_gap, unseen, look, fps, crf = SPLITS[split]
     rng, rows, world = np.random.default_rng([seed, number]), [], []  # a random stream of its own
     for k in range(pairs):
         tie = int((k + 1) * ties) > int(k * ties)  # every so many pairs: the share is exact in a small split too
-        wish, *clips = make_pair(rng, tie, max_gap, unseen)
+        wish, *clips = make_pair(rng, tie, max_gap, unseen, people)
         paths = [f"videos/{split}/{k:04d}{side}.mp4" for side in "ab"]
         for path, seen in zip(paths, clips):
             write_mp4(out / path, render_clip(seen, rng, np.arange(seconds * fps) / fps, look=look), fps, crf)
         truth = [annotate(wish, seen) for seen in clips]
-        world.append(json.dumps({"wish": wish, "a": clips[0], "b": clips[1]}) + "\n")
-        rows.append(_row(kind, rng, *paths, prompt_text(wish), truth, fps, seconds * fps))
+        utility = lambda names: [people.utility(v, seen, names) for v, seen in zip(truth, clips)]  # noqa: B023, E731
+        known = {"utility": utility(DIMENSIONS)} if people != People() else {}  # else it is the points
+        world.append(json.dumps({"wish": wish, "a": clips[0], "b": clips[1], **known}) + "\n")
+        rows.append(_row(kind, rng, *paths, prompt_text(wish), utility, truth, fps, seconds * fps))
     (out / f"{split}.truth.jsonl").write_text("".join(world), encoding="utf-8")  # no real CSV tells it; lab/study/
-    with open(out / f"{split}.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(str(out / f"{split}.csv"), list(rows[0]), (row.values() for row in rows))
     return str(out / f"{split}.csv")
 
 
-def make_data(
-    out, seed: int = 0, sizes: dict | None = None, seconds: int = 4, progress=True, processes: int = 1
-) -> dict:
+def make_data(out, seed=0, sizes: dict | None = None, seconds=4, progress=True, processes=1, people=People()) -> dict:
     """Writes <split>.csv and videos/<split>/<row><a|b>.mp4 under `out`. -> {split: path of its CSV}
 
     `sizes` overrides the number of pairs of a split; 0 leaves it out. The result does not depend on `processes`.
+    world.json says whose world it is: seed and people. InputError: people who could never agree on a pair.
     """
-    sizes = {split: settings[1] for split, settings in SPLITS.items()} | (sizes or {})
-    jobs = [
-        (pathlib.Path(out), seed, n, split, sizes[split], seconds) for n, split in enumerate(SPLITS) if sizes[split]
-    ]
-    bar, written = tqdm(total=sum(job[4] for job in jobs), desc="pairs", disable=not progress), {}
-
-    def note(job, path):
-        written[job[3]] = path
-        bar.update(job[4])
-
-    if processes == 1:
-        for job in jobs:
-            note(job, _make_split(*job))
-    else:
-        with concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-            waiting = {pool.submit(_make_split, *job): job for job in sorted(jobs, key=lambda job: -job[4])}
-            for done in concurrent.futures.as_completed(waiting):
-                note(waiting[done], done.result())
-    bar.close()
+    if not all(0 <= w <= 3 for w in people.weights) or max(people.weights) < 0.5 or not 0 <= people.unspoken <= 20:
+        raise InputError("--weights are numbers of 0 to 3, one of them at least .5, and --unspoken is 0 to 20.")
+    out, sizes = pathlib.Path(out), {split: settings[1] for split, settings in SPLITS.items()} | (sizes or {})
+    jobs = [(out, seed, n, split, sizes[split], seconds, people) for n, split in enumerate(SPLITS) if sizes[split]]
+    jobs.sort(key=lambda job: -job[4])  # the largest first
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn) if processes > 1 else ThreadPoolExecutor(1) as pool:
+        paths = list(tqdm(pool.map(_make_split, jobs), desc="splits", total=len(jobs), disable=not progress))
+    write_json(str(out / "world.json"), {"seed": seed, **people._asdict()})
+    written = {job[3]: path for job, path in zip(jobs, paths)}
     return {split: written[split] for split in SPLITS if split in written}
