@@ -244,8 +244,9 @@ def judge(claim: Claim, runs: dict[int, str]) -> dict:
     rows = {name: summary(values) for name, values in parts.items() if values}
     for name, row in rows.items():
         row["verdict"] = verdict(row, claim.margin)
-    decided = weakest([rows[name]["verdict"] for name in claim.decides])
-    return entry(claim) | {"verdict": decided, "parts": rows, "more": more}
+    decided = [rows[name]["verdict"] for name in claim.decides if name in rows]
+    found = weakest(decided) if len(decided) == len(claim.decides) else NOT_RUN
+    return entry(claim) | {"verdict": found, "parts": rows, "more": more}
 
 
 def entry(claim: Claim) -> dict:
@@ -285,7 +286,7 @@ def main(argv=None) -> None:
     runs = {seed: os.path.join(args.runs, f"seed{seed}") for seed in args.seeds}
     path = os.path.join(args.runs, "study.json")
     if args.publish:
-        pages.publish(path)
+        pages.publish(args.runs)
         return
     for run in runs.values():
         for name in ("eval/stage2", "data/test_in_domain.truth.jsonl"):

@@ -183,3 +183,49 @@ def _panel(axis, title, draw, what) -> None:
     draw(axis, what)
     axis.set_title(title, fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+# ---- The second world (worlds.py) ----------------------------------------------------------------------------------
+def worth(axis, found) -> None:
+    """DeScore beside its own text, the coupled and the discriminative model, in each world."""
+    rows = {name: row for name, row in found[10]["parts"].items() if "DeScore -" in name}
+    intervals(axis, rows, [name for name in rows if name in found[10]["decides"] + found[11]["decides"]])
+    axis.set(xlabel="difference of accuracies")
+
+
+def budgets(axis, found) -> None:
+    """Accuracy against FLOPs, a curve for each seed."""
+    for colour, who in zip(COLOURS, ("BT", "coupled")):
+        for k, curve in enumerate(found[9]["more"]["curves"][f"{who}: FLOPs"]):
+            axis.plot(*zip(*curve), ".-", color=colour, linewidth=0.8, label=who if k == 0 else None)
+    axis.set_xscale("symlog", linthresh=1e11)
+    axis.set(xlabel="FLOPs", ylabel="accuracy")
+    axis.legend(fontsize=7, frameon=False)
+
+
+def looks(axis, found) -> None:
+    """What a black clip costs under a kept CoT."""
+    rows = {name: row for name, row in found[12]["parts"].items() if "black clip" in name and "not" not in name}
+    intervals(axis, {name.partition(": ")[2]: row for name, row in rows.items()})
+    axis.set(xlabel="accuracy lost by a black clip, CoT kept")
+
+
+def noise_by_length(axis, found) -> None:
+    curves = found[16]["more"]["cosine"]
+    tokens = [t for t, values in next(iter(curves.values())).items() if values]
+    curves = {name: [row[t] for t in tokens] for name, row in curves.items()}
+    lines(axis, [int(t) for t in tokens], curves, chance=False)
+    axis.set(xlabel="tokens of a CoT", ylabel="cosine of two draws' gradients")
+
+
+def draw_worlds(path: pathlib.Path, result: dict) -> None:
+    """worlds.png: what has been measured."""
+    found = {claim["number"]: claim for claim in result["claims"]}
+    chosen = {"what a head is worth": (worth, 10), "what it costs": (budgets, 9), "when it looks": (looks, 12),
+              "length and noise": (noise_by_length, 16)}
+    panels = {title: draw for title, (draw, number) in chosen.items() if found[number]["parts"]}
+    plt = _plot()
+    figure, axes = plt.subplots(1, max(1, len(panels)), figsize=(6.2 * max(1, len(panels)), 4.2), squeeze=False)
+    for axis, (title, draw) in zip(axes.flat, panels.items()):
+        _panel(axis, title, draw, found)
+    _finish(plt, figure, path)

@@ -13,6 +13,7 @@ Shapes: n decided pairs; rewards (n, 2) of A and B; d draws, P parameters.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 
@@ -24,6 +25,7 @@ import data
 import grpo
 import parallel
 from lab.study.coupled import preference_rewards
+from lab.study.sanity import change_frames
 from layout import lay_out
 from losses import group_advantages
 from model import DeScore, to_device
@@ -73,7 +75,7 @@ def corrupted_texts(path: str, seed: int) -> dict[int, list[list[str]]]:
     texts = {}
     with open(path, encoding="utf-8") as file:
         for line, record in enumerate(map(json.loads, file), 2):
-            for values in record.values():  # JSON has no tuples
+            for values in (record[name] for name in ("wish", "a", "b")):  # JSON has no tuples
                 values["subject"] = values["subject"] and tuple(values["subject"])
             rng, wish = np.random.default_rng([seed, line]), record["wish"]
             seen = [[corrupt(wish, record[side], k, rng) for side in "ab"] for k in range(MOST_WRONG + 1)]
@@ -98,22 +100,25 @@ def cots_of(pair, other_texts, tokenizer) -> list[list[list[int]]]:
     return rows
 
 
-def score_set(models: dict[str, DeScore], pairs: list, texts: dict | None, chunk: int = 32) -> dict:
+def score_set(models: dict, pairs: list, texts: dict | None, chunk=32, asked=("stage2",), change="") -> dict:
     """Rewards of every model for every kind of CoT: {"kinds": names, "rewards": {model: (n, 2, kinds)}}.
 
-    A clip is decoded and encoded once for all models. Corrupted CoTs are shown to stage 2's model alone; for the others
-    the last axis ends before them.
+    A clip is decoded and encoded once for all models. Corrupted CoTs are shown to the models `asked` alone; for the
+    others the last axis ends before them. change: what is done to the frames (sanity.FRAMES); the CoTs stay.
     """
     kinds = ["own", "absent", "swapped"] + [f"wrong {k}" for k in range(MOST_WRONG + 1)] * bool(texts)
     first = next(iter(models.values()))
     rewards = {name: [] for name in models}
     for start in tqdm(range(0, len(pairs), chunk), desc="pairs / 32"):
         part = pairs[start : start + chunk]
-        prefixes = first.encode([video for pair in part for video in pair.videos],
-                                [pair.prompt for pair in part for _ in pair.videos])
+        videos = [video for pair in part for video in pair.videos]
+        if change:
+            sampled = [(path, data.sample_frames(path, first.settings.get("fps", 2.0))) for path in videos]
+            videos = [dataclasses.replace(v, frames=change_frames(v.frames, change, path)) for path, v in sampled]
+        prefixes = first.encode(videos, [pair.prompt for pair in part for _ in pair.videos])
         rows = [cots_of(pair, texts and texts[pair.line], first.processor.tokenizer) for pair in part]
         for name, model in models.items():
-            end = len(kinds) if name == "stage2" else 3
+            end = len(kinds) if name in asked else 3
             found = rewards_for(model, prefixes, [row[:end] for both in rows for row in both])  # (2 * chunk, end)
             rewards[name] += found.reshape(len(part), 2, -1).tolist()
     return {"kinds": kinds, "labels": [pair.label for pair in pairs], "rewards": rewards}

@@ -1,7 +1,7 @@
 """The study's tables: study.json -> RUNS/study.md, and, with --publish, study.json and the marked parts of PAGES.
 
 A page holds no number of its own: what stands between `<!-- FROM STUDY: name -->` and `<!-- END -->` is a table of
-TABLES, made from lab/study/study.json; a test makes it anew and compares.
+TABLES, made from lab/study/study.json (FROM WORLDS: worlds.json); a test makes it anew and compares.
 """
 
 import json
@@ -18,7 +18,7 @@ from plumbing.settings import InputError, write_json
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PAGES = ("README.md", "lab/study/README.md", "lab/study/ladder.md")
-MARK = re.compile(r"(<!-- FROM STUDY: (\w+) -->\n)(.*?)(<!-- END -->)", flags=re.DOTALL)
+MARK = re.compile(r"(<!-- FROM (STUDY|WORLDS): (\w+) -->\n)(.*?)(<!-- END -->)", flags=re.DOTALL)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -181,17 +181,32 @@ def minutes(result: dict) -> str:
     return table(["task", "minutes, mean", "runs", "commit"], [*rows, ["all", f"{total:.0f} in sum", "", ""]])
 
 
+def rules(result: dict) -> str:
+    """The second world's claims: rule, and of how many seeds the verdict is."""
+    rows = [[str(c["number"]), c["claim"], c["rule"], f"{c['seeds']} of {c['planned']}", c["verdict"]]
+            for c in sorted(result["claims"], key=lambda claim: claim["number"])]
+    return table(["", "claim", "rule", "seeds", "verdict"], rows)
+
+
+def cells(result: dict) -> str:
+    """How much of the second world has run, at what cost, and which code ran."""
+    done = result["cells"]
+    commits = ", ".join(done["commits"]) or "none"
+    return f"{done['done']} of {done['planned']} cells, {done['core_hours']:.1f} core-hours; commits: {commits}.\n"
+
+
 TABLES = {"verdicts": verdicts, "parts": parts, "many": many, "ladder": ladder, "paradigms": paradigms,
           "gradients": gradients, "training": training, "drift": drift, "errors": errors, "runs": runs,
           "minutes": minutes}
+OF_WORLDS = {"rules": rules, "cells": cells}
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # 3. Files
 # ---------------------------------------------------------------------------------------------------------------
-def filled(page: str, result: dict) -> str:
-    """A page with its marked parts made anew."""
-    return MARK.sub(lambda m: f"{m[1]}{TABLES[m[2]](result)}{m[4]}", page)
+def filled(page: str, result: dict, source="STUDY") -> str:
+    """A page with its marked parts from one of the two sources made anew."""
+    return MARK.sub(lambda m: f"{m[1]}{(TABLES | OF_WORLDS)[m[3]](result)}{m[5]}" if m[2] == source else m[0], page)
 
 
 def write(folder: str, result: dict) -> None:
@@ -203,17 +218,22 @@ def write(folder: str, result: dict) -> None:
     print(f"\n{verdicts(result)}\n{folder}/study.md, study.json, {', '.join(names)}")
 
 
-def publish(path: str) -> None:
-    """lab/study/study.json, PAGES, lab/study/study.png and lab/study/ladder.png from a study.json."""
-    result = read(path)
-    if result is None:
-        raise InputError(f"{path}: no such file; run `make study` first.")
-    if any(claim.get("trial") for claim in result["claims"]):
-        raise InputError(f"{path}: holds trials (--steps); only whole runs are published.")
-    write_json(str(ROOT / "lab/study/study.json"), result)
-    for page in PAGES:
-        text = (ROOT / page).read_text(encoding="utf-8")
-        (ROOT / page).write_text(filled(text, result), encoding="utf-8")
-    figures.draw_together(ROOT / "lab/study/study.png", result)
-    figures.draw_together(ROOT / "lab/study/ladder.png", result, ("the ladder", "4 reward drift"))
-    print(f"wrote lab/study/study.json, {', '.join(PAGES)}, lab/study/study.png and lab/study/ladder.png")
+def publish(folder: str) -> None:
+    """lab/study/study.json, PAGES and the figures from FOLDER/study.json; from FOLDER/worlds.json what is the second
+    world's. Whichever is there."""
+    found = {name: result for name in ("study", "worlds") if (result := read(f"{folder}/{name}.json"))}
+    if not found:
+        raise InputError(f"{folder}: holds no study.json or worlds.json; run `make study` first.")
+    for name, result in found.items():
+        if result.get("trial") or any(claim.get("trial") for claim in result["claims"]):
+            raise InputError(f"{folder}/{name}.json: holds trials (--steps); only whole runs are published.")
+        write_json(str(ROOT / f"lab/study/{name}.json"), result)
+        for page in PAGES:
+            text = (ROOT / page).read_text(encoding="utf-8")
+            (ROOT / page).write_text(filled(text, result, name.upper()), encoding="utf-8")
+    if "study" in found:
+        figures.draw_together(ROOT / "lab/study/study.png", found["study"])
+        figures.draw_together(ROOT / "lab/study/ladder.png", found["study"], ("the ladder", "4 reward drift"))
+    if "worlds" in found:
+        figures.draw_worlds(ROOT / "lab/study/worlds.png", found["worlds"])
+    print(f"wrote {', '.join(f'lab/study/{name}.json' for name in found)}, {', '.join(PAGES)} and the figures")
