@@ -72,6 +72,21 @@ def write_best_and_worst(path: str, groups: dict[str, list[tuple[float, str]]]) 
     print(f"{len(rows)} pairs of {len(groups)} prompts -> {path}")
 
 
+def rewards_of(s: Settings, items: list[Item], ranks) -> tuple[dict, list[dict], object]:
+    """COLLECTIVE: thinks and scores, resumable in --out -> ({item.key: record}, what was skipped, the engine)."""
+    writable([s.out])
+    require_same_settings(s.out, s, evaluate.MADE_WITH, WORDING, ranks)
+    workers, thoughts, skipped = Workers(s, ranks), None, []
+    if s.think:
+        thoughts, skipped = workers.think(items, s.out, s.thoughts)
+    if s.score_from[0] == "text":
+        rewards, unscored = text_rewards(thoughts), []
+    else:
+        rewards, unscored = workers.score(items, thoughts, s.out)
+    write_skipped(s.out, skipped + unscored, ranks)
+    return rewards, skipped + unscored, workers.engine
+
+
 def main(argv=None) -> None:
     """Thinks and scores as evaluate.py does, then ranks per prompt."""
     s = parse(Settings, __doc__, argv)
@@ -79,24 +94,15 @@ def main(argv=None) -> None:
     evaluation_flags(s)
     ranks = parallel.start(s.seed)
     s = evaluate.resolve(s, ranks)
-    writable([s.out])
-    items, workers, thoughts, skipped = read_videos(s), Workers(s, ranks), None, []
-    require_same_settings(s.out, s, evaluate.MADE_WITH, WORDING, ranks)
-    if s.think:
-        thoughts, skipped = workers.think(items, s.out, s.thoughts)
-    if s.score_from[0] == "text":
-        rewards = text_rewards(thoughts)
-    else:
-        rewards, unscored = workers.score(items, thoughts, s.out)
-        skipped += unscored
-    write_skipped(s.out, skipped, ranks)
+    items = read_videos(s)
+    rewards, skipped, engine = rewards_of(s, items, ranks)
     if ranks.is_main:
         groups = ranking(items, rewards)
         write_ranking(os.path.join(s.out, "best_of.csv"), groups)
         print(f"{len(groups)} prompts, {len(items)} videos, {len(skipped)} skipped -> {s.out}/best_of.csv")
         if s.make_pairs:
             write_best_and_worst(s.make_pairs, groups)
-    ranks.finish(workers.engine)
+    ranks.finish(engine)
 
 
 if __name__ == "__main__":

@@ -75,25 +75,37 @@ def videofeedback2_row(row: dict) -> tuple[str, str, int]:
     return video, prompt, int(float(scores[-1]))
 
 
-def videofeedback2(args, tally: Tally) -> list[Pair]:
-    """Pairs inside a prompt whose alignment scores differ by --min-gap or more; --ties adds those with equal scores.
+def numbered(path: str):
+    """(name, row) of each row of a JSON file."""
+    return ((f"row {number}", row) for number, row in enumerate(read_json(path), 1))
 
-    A and B are drawn by hash, so that "A is better" is no hint. --per-prompt bounds how often a prompt comes.
-    """
-    videos, prompts, seen = Videos(args.videos, args.check_videos), {}, set()
-    for number, row in enumerate(read_json(args.json), 1):
+
+def scored_videos(named, read, videos: Videos, tally: Tally):
+    """Yields (path, prompt, score) of each row that can be used, a video once. read(row) -> (listed, prompt, score)."""
+    seen = set()
+    for name, row in named:
         tally.read += 1
         try:
-            listed, prompt, score = videofeedback2_row(row)
+            listed, prompt, score = read(row)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             told = isinstance(error, ValueError)
-            tally.drop(str(error) if told else "row without the published fields", f"row {number}")
+            tally.drop(str(error) if told else "row without the published fields", name)
             continue
         path, why_not = videos.find(listed)
         if path is None or path in seen:
             tally.drop(why_not or "video listed twice", listed)
             continue
         seen.add(path)
+        yield path, prompt, score
+
+
+def videofeedback2(args, tally: Tally) -> list[Pair]:
+    """Pairs inside a prompt whose alignment scores differ by --min-gap or more; --ties adds those with equal scores.
+
+    A and B are drawn by hash, so that "A is better" is no hint. --per-prompt bounds how often a prompt comes.
+    """
+    videos, prompts = Videos(args.videos, args.check_videos), {}
+    for path, prompt, score in scored_videos(numbered(args.json), videofeedback2_row, videos, tally):
         prompts.setdefault(prompt, []).append((path, score))
     pairs, ties, close = [], 0, 0
     for prompt, scored in prompts.items():
@@ -106,7 +118,7 @@ def videofeedback2(args, tally: Tally) -> list[Pair]:
                 found.append(Pair(one[0], two[0], prompt, label))
         found.sort(key=lambda pair: share_of(os.path.basename(pair.video_a) + os.path.basename(pair.video_b)))
         pairs += found[: args.per_prompt or None]
-    print(f"  {len(seen)} videos of {len(prompts)} prompts; {ties} pairs with equal scores"
+    print(f"  {sum(map(len, prompts.values()))} videos of {len(prompts)} prompts; {ties} pairs with equal scores"
           f"{'' if args.ties else ' (left out; --ties keeps them)'}, {close} closer than --min-gap {args.min_gap:g}")
     return pairs
 
@@ -149,9 +161,8 @@ def mj_bench_video(args, tally: Tally) -> list[Pair]:
     irrelevant; `deal_preference`) and datas/test.json of the authors' github.com/aiming-lab/MJ-Video.
     """
     videos, pairs = Videos(args.videos, args.check_videos), []
-    for number, row in enumerate(read_json(args.json), 1):
+    for name, row in numbered(args.json):
         tally.read += 1
-        name = f"row {number}"
         try:
             if row.get("discard"):
                 tally.drop("the authors marked it `discard`", name)
@@ -259,7 +270,10 @@ def convert(args) -> None:
         raise InputError(f"--val-share {args.val_share}: must lie between 0 and 1.")
     if getattr(args, "min_gap", 1) <= 0 or getattr(args, "per_prompt", 0) < 0:
         raise InputError("--min-gap must be above 0, and --per-prompt 0 or more.")
-    known = {plain(row["prompt"]) for path in args.exclude for _, row in open_table(path, ("prompt",))[1]}
+    known = set()
+    for path in args.exclude:
+        column = "problem" if "problem" in open_table(path)[0] else "prompt"  # stage 2's name for it
+        known |= {plain(row[column]) for _, row in open_table(path, (column,))[1]}
     tally = Tally()
     print(f"{args.command}: licence {LICENCES[args.command]}")
     pairs = COMMANDS[args.command](args, tally)

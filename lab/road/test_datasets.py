@@ -6,7 +6,9 @@ import sys
 import pytest
 
 import data
+import evaluate
 from lab.road import datasets
+from plumbing import report
 from plumbing.formats import open_table
 from tests.conftest import refuses
 
@@ -183,6 +185,31 @@ def test_mj_bench_video_has_another_polarity_and_three_of_our_dimensions(tmp_pat
         assert line in told
     convert(tmp_path, "mj-bench-video", "--overall", "--overwrite", rows=rows[:1])
     assert data.read_pairs(str(tmp_path / "out.csv"))[0].label == -1
+
+
+def test_mj_bench_video_is_evaluated_under_its_name(tmp_path, tiny_clips, tiny_model_dir, monkeypatch, capsys):
+    """From the published columns to a report: the CSV has the name that `--benchmark` looks for in --root."""
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+    rows = []
+    for k, better in enumerate(("Video 1 better", "Video 2 better", "Same")):
+        for side in (0, 1):
+            files(tmp_path / "videos", f"{k}_{side}.mp4", content=open(tiny_clips[2 * k + side], "rb").read())
+        label = {"object": 1, "actions": 2, "location": 0}
+        rows.append({"caption": f"Dog {k % 2}.", "video_0_path": f"{k}_0.mp4", "video_1_path": f"{k}_1.mp4",
+                     "video_0_label": label, "video_1_label": label, "category_preference": {"Alignment": better},
+                     "overall_preference": better})
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    flags = ["--model", tiny_model_dir, "--benchmark", "mj-bench-video", "--root", tmp_path, "--out", tmp_path / "o",
+             "--no-think"]
+    refuses(capsys, evaluate.main, *flags, says="holds none of mj-bench-video.csv (docs/benchmarks.md)")
+    datasets.main(["mj-bench-video", "--json", str(tmp_path / "test.json"), "--videos", str(tmp_path / "videos"),
+                   "--out", str(tmp_path / "mj-bench-video.csv")])
+    evaluate.main([str(flag) for flag in flags])
+    numbers = json.loads((tmp_path / "o" / "report.json").read_text())
+    assert (numbers["benchmark"], numbers["pairs"], numbers["human_ties"]) == ("mj-bench-video", 3, 1)
+    rewards = {row["path"]: float(row["reward"]) for _, row in open_table(str(tmp_path / "o" / "scores.csv"))[1]}
+    right = [rewards["videos/0_0.mp4"] > rewards["videos/0_1.mp4"], rewards["videos/1_1.mp4"] > rewards["videos/1_0.mp4"]]
+    assert numbers["accuracy_without_ties"] == sum(right) / 2
 
 
 def test_rapidata_s_votes(tmp_path, capsys):

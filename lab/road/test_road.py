@@ -25,10 +25,11 @@ def test_every_command_of_the_page_can_be_run_here(line):
 def test_the_page_is_the_whole_road():
     text = "\n".join(LINES)
     steps = ("hf download", "lab.road.datasets", "collect_cots.py", "lab.road.annotate", "cold_start.py", "grpo.py",
-             "evaluate.py")
+             "evaluate.py", "--benchmark mj-bench-video", "lab.road.pointwise")
     places = [text.index(step) for step in steps]
     assert places == sorted(places)
     assert set(datasets.COMMANDS) == set(re.findall(r"lab\.road\.datasets (\S+)", text))
+    assert {"v1", "v2"} == set(re.findall(r"lab\.road\.videoscore (\S+)", text))
 
 
 def test_comments_and_continued_lines():
