@@ -23,6 +23,7 @@ import concurrent.futures
 import dataclasses
 import hmac
 import ipaddress
+import json
 import math
 import os
 import socket
@@ -33,6 +34,7 @@ import traceback
 import torch
 
 import data
+from lab.clients import unirl
 from lab.serve.uploads import check_fields, decode_base64, open_file, open_images, read_form, read_json, require_text
 from model import DeScore
 from phases import require_short
@@ -124,7 +126,12 @@ class RewardServer:
                 raise InputError("the multipart form is broken.") from error
             return read_form(form)
         body = await request.read()
-        return await asyncio.to_thread(read_json, body)
+        return await asyncio.to_thread(unirl.fields_of if request.path == "/score" else read_json, body)
+
+    async def score_for_unirl(self, request):
+        """POST /score: the same, in the form of UniRL's reward service."""
+        answer = await self.compute(request)
+        return web.json_response(unirl.reply_of(json.loads(answer.body)), status=answer.status)
 
     async def judge(self, upload, prompt: str, source_fps: float):
         """One video: opened, queued, scored. Returns (reward, CoT), or the exception that is its answer."""
@@ -198,7 +205,8 @@ class RewardServer:
         status = f"{stuck} decoders stand still" if stuck else "ok"
         if self.task.done():
             status = "the scoring task has ended"
-        return web.json_response({"status": status}, status=200 if status == "ok" else 503)
+        rewards = {unirl.NAME: [status]}  # UniRL looks here for the rewards that are served
+        return web.json_response({"status": status, "rewards": rewards}, status=200 if status == "ok" else 503)
 
     async def metrics(self, request):
         """GET /metrics, in Prometheus' text form."""
@@ -248,8 +256,8 @@ def make_app(model: DeScore, s: Settings, token: str = ""):
         return response
 
     app = web.Application(middlewares=[guard], client_max_size=int(s.max_mb * 1e6))
-    app.add_routes([web.post("/compute", server.compute), web.get("/health", server.health),
-                    web.get("/metrics", server.metrics)])
+    app.add_routes([web.post("/compute", server.compute), web.post("/score", server.score_for_unirl),
+                    web.get("/health", server.health), web.get("/metrics", server.metrics)])
     app.cleanup_ctx.append(server.run_beside)
     return app
 
