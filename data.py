@@ -120,7 +120,7 @@ def sample_steps(seconds: float, fps: float) -> list[int]:
     Example: sample_steps(1.5, 2.0) == [0, 1, 2, 2]. InputError beyond MAX_FRAMES.
     """
     if seconds * fps > MAX_FRAMES:
-        raise InputError(f"{seconds:.0f} s at {fps} fps is over {MAX_FRAMES} frames; cut it or lower --fps.")
+        raise InputError(f"{seconds:.6g} s at {fps} fps is over {MAX_FRAMES} frames; cut it or lower --fps.")
     steps = list(range(max(1, int(np.ceil(seconds * fps - 1e-6)))))
     return steps + steps[-1:] * (len(steps) % 2)
 

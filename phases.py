@@ -20,6 +20,7 @@ from transformers import AutoProcessor
 import data
 from model import DeScore
 from plumbing import decoder
+from plumbing.hub import local_folder
 from plumbing.jobs import Item, Phase, task_seed
 from plumbing.settings import READERS, InputError, arg
 from plumbing.vllm_engine import require_room
@@ -80,7 +81,7 @@ class Workers:
     def open_engine(self):
         """COLLECTIVE: vLLM starts on all ranks together. The engine's .processor turns videos and prompts into ids."""
         if self.engine is None:
-            settings, processor = self.settings, AutoProcessor.from_pretrained(self.settings.model)
+            settings, processor = self.settings, AutoProcessor.from_pretrained(local_folder(self.settings.model))
             share = self.scores and settings.engine == "transformers"
             self.engine = make_engine(
                 settings.engine, settings.model, processor, self.ranks, self.open_model().backbone if share else None,

@@ -15,6 +15,7 @@ from transformers import AutoConfig, GenerationConfig, LogitsProcessor, LogitsPr
 import data
 from plumbing.adapters import base_of
 from plumbing.checkpoint import load_backbone
+from plumbing.hub import local_folder
 from plumbing.settings import InputError, arg
 from plumbing.vllm_engine import VLLMEngine
 
@@ -172,7 +173,7 @@ def make_engine(
     prompt + CoT tokens that vLLM takes at most. `vllm`: memory (its share of the GPU), tp (ranks that hold one engine
     together), sleeps (between calls: there is a trainer). InputError: flags that do not go together.
     """
-    on_cpu = ranks.device.type == "cpu"
+    on_cpu, path = ranks.device.type == "cpu", local_folder(path)
     if name == "vllm":
         tp = vllm.get("tp", 1)
         if tp < 1 or ranks.world % tp:

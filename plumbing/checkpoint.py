@@ -87,7 +87,7 @@ def open_model(
     name, path = path, local_folder(path, revision)
     has_head = os.path.isfile(os.path.join(path, SETTINGS_FILE))
     # Of a folder its own name only: what is saved may be given away, and is to tell nothing of this machine.
-    base = os.path.basename(os.path.abspath(path)) if os.path.isdir(name) else name
+    base = os.path.basename(os.path.abspath(path)) if os.path.isdir(name) else name.partition("@")[0]
     settings = trained_settings(path) if has_head else {"base_model": base}
     if not has_head and not new_head:
         raise InputError(f"{path}: is no folder here with a {SETTINGS_FILE}, so no reward head; give one that "

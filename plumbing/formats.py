@@ -48,7 +48,7 @@ def open_table(path: str, need: tuple[str, ...] = ()):
 
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            columns = next(filter(None, csv.reader(file, strict=True)), [])
+            columns = [name.strip() for name in next(filter(None, csv.reader(file, strict=True)), [])]
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: is not CSV in UTF-8 ({error}); save it as UTF-8.") from error
     if twice := sorted({column for column in columns if column and columns.count(column) > 1}):

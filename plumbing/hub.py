@@ -12,7 +12,13 @@ from plumbing.settings import InputError, atomic_write, flag_of
 
 
 def local_folder(path: str, revision: str | None = None) -> str:
-    """A folder as it is; for "name/repo", its snapshot in the hub's cache, fetched if need be. InputError: neither."""
+    """A folder as it is; for "name/repo" or "name/repo@revision", its snapshot in the hub's cache, fetched if need be.
+
+    InputError: neither.
+    """
+    if revision is None and not os.path.isdir(path):
+        path, _, revision = str(path).partition("@")
+        revision = revision or None
     if os.path.isdir(path):
         if revision is not None:
             raise InputError(f"{path}: is a folder here, and has no revision {revision}; leave that out.")

@@ -13,7 +13,8 @@ import typing
 
 import numpy as np
 
-from plumbing.settings import InputError, first_line, write_json, write_jsonl
+from plumbing.hub import local_folder
+from plumbing.settings import InputError, write_json, write_jsonl
 from plumbing.video import Unsupported
 
 
@@ -171,12 +172,7 @@ def fingerprint(model: str) -> str:
     are read once for it, several at a time: they will be read again, then from memory, when the model is opened.
     """
     if not os.path.isdir(model):
-        from transformers.utils import cached_file
-
-        try:  # .../snapshots/COMMIT/config.json; from the cache where there is no network
-            return f"{model} at {os.path.basename(os.path.dirname(cached_file(model, 'config.json')))}"
-        except (OSError, ValueError) as error:
-            raise InputError(f"{model}: is no folder, nor a model on the hub ({first_line(error)}).") from error
+        return f"{model} at {os.path.basename(local_folder(model))}"  # .../snapshots/COMMIT
     patterns = ("*.safetensors", "*/*.safetensors", "*config.json", "descore.json", "tokenizer.json", "*.jinja")
     paths = [path for p in patterns for path in sorted(glob.glob(os.path.join(glob.escape(model), p)))]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # hashing works outside Python's lock

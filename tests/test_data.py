@@ -225,6 +225,9 @@ def test_frames_in_memory_that_are_no_pictures_are_refused(frames, says):
     for source_fps in (None, 0, -1.0, float("nan"), float("inf"), "8", 10**400):
         with pytest.raises(InputError, match="source_fps"):
             data.to_video(np.zeros((2, 32, 32, 3), np.uint8), 2.0, 4096, source_fps)
+    for source_fps in (1e-300, 5e-324):  # a sentence, not 300 digits of seconds
+        with pytest.raises(InputError, match=r"^(2e\+300|inf) s at 2\.0 fps is over 512 frames.{,60}$"):
+            data.to_video(np.zeros((2, 32, 32, 3), np.uint8), 2.0, 4096, source_fps)
 
 
 def test_frames_in_memory_of_any_kind_are_the_same_frames():

@@ -56,6 +56,12 @@ def test_format_details(tmp_path):
     assert pair.label == 1 and pair.extra == {"A_model": "gen2", "B_model": "pika"}
 
 
+def test_blanks_around_a_column_s_name_do_not_count(tmp_path):
+    (tmp_path / "a.csv").write_text("path_A, path_B ,\tprompt, TA\na.mp4,b.mp4,a cat,B\n")
+    (pair,) = data.read_pairs(str(tmp_path / "a.csv"))
+    assert (pair.video_b, pair.prompt, pair.label) == (str(tmp_path / "b.mp4"), "a cat", -1)
+
+
 def test_same_is_a_tie_and_invalid_is_dropped(tmp_path, capsys):
     """docs/differences.md, row 9: `same` must not be read as `invalid`."""
     rows = [{**FORMATS["cold start"][0], "GSB": label} for label in ("same", "invalid", "A")]
@@ -116,6 +122,7 @@ GOOD = "a.mp4,b.mp4,a cat,A\n"
     (HEAD + GOOD + "a.mp4,b.mp4,a cat, running,A\n", "line 3: has 5 cells, but the header 4"),
     (HEAD + "a.mp4,b.mp4,a cat\n", "line 2: has 3 cells, but the header 4"),
     ("path_A,path_B,prompt,TA,TA\na.mp4,b.mp4,a cat,A,B\n", "has the column TA 2 times"),
+    ("path_A,path_B,prompt,TA, prompt\na.mp4,b.mp4,a cat,A,a dog\n", "has the column prompt 2 times"),
     (HEAD + GOOD + 'a.mp4,b.mp4,"a cat,A\n' + GOOD, "the record after line 2 is not CSV"),  # never closed
     (HEAD + 'a.mp4,b.mp4,"a cat,A\n' + GOOD + 'a.mp4,b.mp4,a cat",A\n', "line 2: a quote opens in it and closes 1"),
     (HEAD + GOOD + 'a.mp4,b.mp4,"a cat,A\na.mp4,b.mp4,a cat",A\n', "line 3: a quote opens in it and closes 1"),

@@ -67,19 +67,23 @@ def test_a_name_that_no_cache_has(cache, capsys):
     refuses(capsys, evaluate.main, "--model", "someone/else", "--video", "a.mp4", "--prompt", "a", says=says)
     with pytest.raises(InputError, match="hf download someone/descore --revision v9"):
         DeScore.from_pretrained("someone/descore", revision="v9")
+    with pytest.raises(InputError, match="hf download someone/descore --revision v9"):
+        DeScore.from_pretrained("someone/descore@v9")
     with pytest.raises(InputError, match="no folder here, nor a name/repo of the hub; see what there is with: ls r/s"):
         DeScore.from_pretrained("r/s/model")
     with pytest.raises(InputError, match="has no revision v1"):
         DeScore.from_pretrained(str(cache), revision="v1")
 
 
-def test_a_script_takes_a_name(cache, tiny_clips, tmp_path):
+def test_a_script_takes_a_name_and_a_revision(cache, tiny_clips, tmp_path):
     a, b = (os.path.abspath(path) for path in tiny_clips[:2])
     pairs = write_csv(tmp_path / "pairs.csv", ["path_A", "path_B", "prompt", "TA"], [[a, b, "a red circle rises", "A"]])
-    run("evaluate.py", "--model", "someone/descore", "--data", pairs, "--out", tmp_path / "out",
+    run("evaluate.py", "--model", "someone/descore@v1", "--data", pairs, "--out", tmp_path / "out",
         "--max-new-tokens", 6, env={"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"})
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert "descore" in json.dumps(report) and COMMITS[0] not in json.dumps(report)
+    assert "descore@v1" in json.dumps(report) and COMMITS[1] not in json.dumps(report)
+    made = json.loads((tmp_path / "out" / "settings.json").read_text())["made_with"]["model"]
+    assert made == f"someone/descore@v1 at {COMMITS[1]}"  # another commit of the same name is another model
 
 
 # ---------------------------------------------------------------------------------------------------------------

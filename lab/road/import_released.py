@@ -32,7 +32,7 @@ def import_released(path: str) -> DeScore:
     backbone = load_backbone(path, torch.float32)
     processor = AutoProcessor.from_pretrained(path)
     row = processor.tokenizer.get_added_vocab().get("<Reward>")
-    model = DeScore(backbone, processor, {"base_model": str(path)})
+    model = DeScore(backbone, processor, {"base_model": os.path.basename(os.path.abspath(path))})
     if len(weights) != 1 or weights[0].shape != model.head.weight.shape or row is None:
         raise InputError(
             f"{path}: needs one rm_head.weight of shape {tuple(model.head.weight.shape)} and a <Reward> token."

@@ -31,6 +31,7 @@ def test_import_of_a_released_checkpoint(model, prefixes, processor, tmp_path):
     torch.save({"model": {"base_model.model.rm_head.weight": model.head.weight.data}}, f"{folder}/rm_head.pth")
     import_released.main(["--dir", folder, "--out", str(tmp_path / "ours")])
     ours = DeScore.from_pretrained(str(tmp_path / "ours"))
+    assert ours.settings["base_model"] == "released"  # a name: the folder may be given away
     assert torch.allclose(ours(batch).rewards, expected, atol=1e-5)
     assert row in rollout.banned_tokens(ours.processor.tokenizer, row + 1)
     assert row not in data.encode_text(ours.processor.tokenizer, "<Reward>")

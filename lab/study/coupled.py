@@ -12,6 +12,7 @@ import os
 
 import grpo
 from plumbing.checkpoint import SETTINGS_FILE
+from plumbing.hub import local_folder
 from plumbing.settings import arg, cli, parse
 from rollout import decode_cot
 from rules import RolloutReward, format_reward, length_reward, overall_score
@@ -56,7 +57,7 @@ def main(argv=None) -> None:
     """As grpo.main: reads the data, opens the model, trains, saves."""
     settings = parse(Settings, __doc__, argv)
     ranks, pairs = grpo.begin(settings)
-    from_base = not os.path.isfile(os.path.join(settings.model, SETTINGS_FILE))
+    from_base = not os.path.isfile(os.path.join(local_folder(settings.model), SETTINGS_FILE))
     model = grpo.open_policy(settings, ranks, new_head=from_base)
     if from_base and settings.bt_coef == 0:  # its score is in the text, and nothing trains the head
         model.settings["score"] = "text"

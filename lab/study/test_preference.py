@@ -11,6 +11,7 @@ from lab.study import coupled
 from plumbing import logs
 from tests.conftest import refuses
 from tests.test_answers import cot
+from tests.test_hub import cache, lora_dir  # noqa: F401
 
 
 def stating(score, good=True):
@@ -63,6 +64,15 @@ def test_from_a_base_model_on_pairs_without_verdicts(world, base_dir, tmp_path, 
     evaluate.main([*map(str, say), "--score-from", "text"])
     assert (tmp_path / "e/text/report.json").exists()
     refuses(capsys, grpo.main, *flags, "--overwrite", "--data", world["train_rl"], says="descore.json")
+
+
+def test_from_a_descore_of_the_hub(cache, world, tmp_path):  # noqa: F811
+    """By its name: it has a head, so this is no base model, and the checkpoint does not say that its score is text."""
+    flags = ["--model", "someone/descore@v1", "--out", tmp_path, "--rollouts", "2", "--batch-pairs", "1",
+             "--mini-pairs", "1", "--max-new-tokens", "4", "--workers", "0", "--max-steps", "1"]
+    coupled.main([*map(str, flags), "--data", world["train_cold_start"]])
+    saved = json.loads((tmp_path / "model/descore.json").read_text())
+    assert "score" not in saved and "@" not in str(saved.get("base_model"))
 
 
 def test_rules_still_want_verdicts(world, tiny_model_dir, tmp_path, capsys):
