@@ -15,12 +15,11 @@ import os
 
 import numpy as np
 import torch
-from transformers import AutoProcessor
 
 import data
 from model import DeScore
 from plumbing import decoder
-from plumbing.hub import local_folder
+from plumbing.checkpoint import read_processor
 from plumbing.jobs import Item, Phase, task_seed
 from plumbing.settings import READERS, InputError, arg
 from plumbing.vllm_engine import require_room
@@ -81,7 +80,7 @@ class Workers:
     def open_engine(self):
         """COLLECTIVE: vLLM starts on all ranks together. The engine's .processor turns videos and prompts into ids."""
         if self.engine is None:
-            settings, processor = self.settings, AutoProcessor.from_pretrained(local_folder(self.settings.model))
+            settings, processor = self.settings, read_processor(self.settings.model)
             share = self.scores and settings.engine == "transformers"
             self.engine = make_engine(
                 settings.engine, settings.model, processor, self.ranks, self.open_model().backbone if share else None,

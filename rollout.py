@@ -10,11 +10,11 @@ Who calls it: collect_cots.py (stage 0), grpo.py (stage 2), phases.py (evaluatio
 import dataclasses
 
 import torch
-from transformers import AutoConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 import data
 from plumbing.adapters import base_of
-from plumbing.checkpoint import load_backbone
+from plumbing.checkpoint import load_backbone, read_config
 from plumbing.hub import local_folder
 from plumbing.settings import InputError, arg
 from plumbing.vllm_engine import VLLMEngine
@@ -179,7 +179,7 @@ def make_engine(
         if tp < 1 or ranks.world % tp:
             raise InputError(f"--engine-tp {tp} does not divide the {ranks.world} ranks.")
         vllm |= {"dtype": "float32" if on_cpu else "bfloat16", "on_cpu": on_cpu}
-        text = AutoConfig.from_pretrained(path).text_config
+        text = read_config(path).text_config
         banned = banned_tokens(processor.tokenizer, text.vocab_size)
         limit = min(max_model_len, text.max_position_embeddings)
         return VLLMEngine(path, processor, banned, seed + ranks.rank // tp, limit, **vllm)

@@ -3,13 +3,11 @@
 import contextlib
 import copy
 import glob
-import inspect
 import json
 import os
 import shutil
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -93,11 +91,7 @@ def open_model(
         raise InputError(f"{path}: is no folder here with a {SETTINGS_FILE}, so no reward head; give one that "
                          "cold_start.py wrote.")
     backbone = empty_backbone(path, dtype, merged) if empty else load_backbone(path, dtype, merged)
-    try:
-        processor = AutoProcessor.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: the processor's files are missing or broken ({first_line(error)}).") from error
-    model = cls(backbone, processor, settings)
+    model = cls(backbone, read_processor(path), settings)
     if empty:
         model.weights = Weights(path, backbone)
         model.query = nn.Parameter(model.weights[EMBEDDING].to(dtype).float().mean(dim=0))
@@ -173,16 +167,6 @@ def write_tensors(path: str, named_tensors, write=True) -> None:
         write_json(os.path.join(path, "model.safetensors.index.json"), index)
 
 
-def require_transformers() -> None:
-    """InputError for a transformers whose Qwen3-VL takes no `mm_encoder_outputs` (5.17 and before).
-
-    It would be swallowed by **kwargs, and the model would train and score without seeing the video.
-    """
-    if "mm_encoder_outputs" not in inspect.signature(transformers.Qwen3VLModel.forward).parameters:
-        raise InputError(f"transformers {transformers.__version__}: its Qwen3-VL would not see the video; 5.18 or "
-                         "newer is needed: pip install -r requirements.txt.")
-
-
 def load_backbone(path: str, dtype: torch.dtype, merged: bool | None = None) -> Qwen3VLForConditionalGeneration:
     """The Qwen3-VL in a folder (or on the hub), every weight accounted for. Raises InputError otherwise.
 
@@ -208,9 +192,18 @@ def load_backbone(path: str, dtype: torch.dtype, merged: bool | None = None) -> 
     return backbone
 
 
+def read_processor(path: str):
+    """The processor in a folder, or of a name/repo; InputError if its files are missing or broken."""
+    try:
+        return AutoProcessor.from_pretrained(local_folder(path))
+    except (OSError, ValueError, TypeError) as error:  # TypeError: a tokenizer file is not there
+        raise InputError(f"{path}: the processor's files are missing or broken ({first_line(error)}); copy them from "
+                         "the base model.") from error
+
+
 def read_config(path: str):
-    """config.json of a Qwen3-VL; InputError for anything else."""
-    require_transformers()
+    """config.json of a Qwen3-VL, in a folder or of a name/repo; InputError for anything else."""
+    path = local_folder(path)
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

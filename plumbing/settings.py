@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -53,6 +54,11 @@ def parse(settings_class, doc: str, argv=None):
     settings = settings_class(**vars(parser.parse_args(argv)))
     for field in dataclasses.fields(settings_class):
         check_range(field, getattr(settings, field.name))
+    for flag, package in (("engine", "vllm"), ("reader", "decord")):  # before hours of work that would need it
+        if getattr(settings, flag, None) == package and importlib.util.find_spec(package) is None:
+            where = "requirements-vllm.txt" if package == "vllm" else "requirements.txt"
+            raise InputError(f"--{flag} {package}: {package} is not installed; pip install -r {where}, or leave the "
+                             "flag out.")
     if hasattr(settings, "reader"):  # in the environment, so that loader workers read as this process does
         os.environ["DESCORE_READER"] = settings.reader
     return settings

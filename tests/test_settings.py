@@ -1,6 +1,8 @@
 """Flags: every number has bounds, and what lies outside is refused in one sentence before anything is opened."""
 
 import dataclasses
+import importlib.util
+import os
 import typing
 
 import pytest
@@ -42,6 +44,33 @@ def test_every_number_has_bounds_that_its_default_keeps(settings_class):
 ])
 def test_a_number_out_of_range_is_one_sentence(script, flags, says, capsys):
     refuses(capsys, script.main, *flags, says=says)
+
+
+@pytest.mark.parametrize("version", ["4.46.3", "5.17.0"])
+def test_an_old_transformers_is_one_sentence_in_every_script(tmp_path, version):
+    """Told by what is installed, before it is imported: the oldest have no Qwen3-VL and would end in a traceback."""
+    installed = tmp_path / f"transformers-{version}.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: transformers\nVersion: {version}\n")
+    for script in ("grpo.py", "toy"):
+        done = run(script, env={"PYTHONPATH": str(tmp_path)}, check=False)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert done.stderr.startswith(f"error: transformers {version}: ")
+        assert done.stderr.endswith("is needed: pip install -r requirements.txt\n")
+    (tmp_path / "theirs.py").write_text("import model")
+    done = run(tmp_path / "theirs.py", env={"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}, check=False)
+    assert done.returncode == 1 and f"ImportError: transformers {version}: " in done.stderr
+
+
+@pytest.mark.parametrize("script, flags", [
+    (collect_cots, ["--engine", "vllm"]), (grpo, ["--engine", "vllm"]), (evaluate, ["--engine", "vllm"]),
+    (cold_start, ["--reader", "decord"])])
+def test_a_package_that_is_not_there_is_told_at_once(script, flags, capsys, monkeypatch):
+    """Before --data is looked at, which is not there either, or a model of minutes is opened."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == flags[1] else find(name))
+    told = refuses(capsys, script.main, "--data", "none.csv", "--model", "x", *flags, says=f"{' '.join(flags)}: ")
+    assert "is not installed; pip install -r requirements" in told
 
 
 def test_settings_and_flags():

@@ -74,9 +74,9 @@ def main(argv=None) -> None:
     print(f"{args.data}: {len(pairs)} pairs, {sum(p.label == 0 for p in pairs)} ties, "
           f"{sum(p.cot_a is not None for p in pairs)} with CoTs, "
           f"{sum(p.annotation_a is not None for p in pairs)} with annotations")
-    from transformers import AutoProcessor
+    from plumbing.checkpoint import read_processor  # here: whoever misspells a flag need not wait for transformers
 
-    processor = AutoProcessor.from_pretrained(args.model)
+    processor = read_processor(args.model)
     shown = [show(pair, processor, args.fps, args.max_pixels) for pair in pairs[: args.show]]
     names = [pathlib.Path(path).name for pair in pairs[: args.show] for path in pair.videos]
     draw_frames([*zip(names, sum(shown, []))], args.out)

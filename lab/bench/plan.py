@@ -69,10 +69,12 @@ LARGE_TOWER = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "dee
 
 def model_config(name: str):
     """The Qwen3-VL configuration of a name in SIZES, of a folder, or of a hub name."""
-    from transformers import AutoConfig, Qwen3VLConfig
+    from transformers import Qwen3VLConfig
+
+    from plumbing.checkpoint import read_config
 
     if name not in SIZES:
-        return AutoConfig.from_pretrained(name)
+        return read_config(name)
     s = SIZES[name]
     text = {"hidden_size": s.hidden, "num_hidden_layers": s.layers, "num_attention_heads": s.heads,
             "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": s.intermediate, "vocab_size": 151936}

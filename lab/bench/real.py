@@ -28,7 +28,6 @@ import zlib
 
 import numpy as np
 import torch
-from transformers import AutoProcessor
 
 import cold_start
 import data
@@ -102,7 +101,7 @@ class RandomWeights:
 def random_model(folder: str, dtype: torch.dtype) -> DeScore:
     """A DeScore of the size that config.json says, empty until `load_empty`; no file with weights is read."""
     backbone = checkpoint.empty_backbone(folder, dtype)
-    model = DeScore(backbone, AutoProcessor.from_pretrained(folder))
+    model = DeScore(backbone, checkpoint.read_processor(folder))
     model.weights = RandomWeights(backbone)
     model.query = torch.nn.Parameter(model.weights[checkpoint.EMBEDDING].to(dtype).float().mean(dim=0))
     return model.eval()

@@ -8,10 +8,9 @@ import os
 import pickle
 
 import torch
-from transformers import AutoProcessor
 
 from model import DeScore
-from plumbing.checkpoint import load_backbone
+from plumbing.checkpoint import load_backbone, read_processor
 from plumbing.settings import InputError, cli, first_line
 
 
@@ -30,7 +29,7 @@ def import_released(path: str) -> DeScore:
     state = state.get("model", state)
     weights = [v for k, v in state.items() if k in ("rm_head.weight", "base_model.model.rm_head.weight")]
     backbone = load_backbone(path, torch.float32)
-    processor = AutoProcessor.from_pretrained(path)
+    processor = read_processor(path)
     row = processor.tokenizer.get_added_vocab().get("<Reward>")
     model = DeScore(backbone, processor, {"base_model": os.path.basename(os.path.abspath(path))})
     if len(weights) != 1 or weights[0].shape != model.head.weight.shape or row is None:
