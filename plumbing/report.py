@@ -119,8 +119,10 @@ def markdown(judged: list[Agreement], videoalign: bool) -> str:
         f"{first['pairs']} pairs of {first['prompts']} prompts, {first['human_ties']} human ties; left out: "
         f"{first['skipped_pairs']} pairs ({first['skipped_videos']} videos could not be read).\n",
         accuracy_table(judged, videoalign),
-        "Without ties: human ties are dropped. With ties: |margin| <= threshold is a predicted tie; the threshold is\n"
-        "tuned on these pairs, as in published tables; cross-fitted: on the other half. Intervals: by prompt.\n",
+        "Without ties: of the pairs that people decided, the share whose better video has the higher reward; .5 is\n"
+        "chance. With ties: the share right where |margin| <= threshold counts as a tie; it is never below the share\n"
+        "of human ties. The threshold is tuned on these pairs, as in published tables; cross-fitted: on the other\n"
+        "half. Calibration error: how far said chances of winning are from won ones. Intervals: 95 %, by prompt.\n",
         "## Published results (the paper's Table 1; not measured here)\n",
         published(first),
     ]
@@ -142,7 +144,7 @@ def published(ours: dict) -> str:
     """Table 1 with ours below it, in the columns of the benchmark that was run; for other data only a scale."""
     head = ["model", "source", "in-domain w/ ties", "GenAI w/", "GenAI w/o", "VideoGen w/", "VideoGen w/o"]
     rows = [[name, "published", *map(shown, values)] for name, values in PUBLISHED.items()]
-    if ours["benchmark"]:
+    if ours["benchmark"] in COLUMNS:  # others have no column there
         mine = ["-"] * 5
         for column, key in zip(COLUMNS[ours["benchmark"]], ("accuracy_with_ties", "accuracy_without_ties")):
             if column is not None:
