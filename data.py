@@ -72,7 +72,7 @@ def read_pairs(csv_path: str, dimension: str = "TA", video_root: str | None = No
     if invalid := len(records) - len(pairs):
         print(f"{csv_path}: left out {invalid} lines labelled invalid", file=sys.stderr)
     if not pairs:
-        raise InputError(f"{csv_path}: holds no usable pair.")
+        raise InputError(f"{csv_path}: holds no usable pair, only a header or rows labelled invalid.")
     return pairs
 
 
@@ -331,7 +331,7 @@ class EncodedPairs(torch.utils.data.Dataset):
             videos = [self.sample(path) for path in pair.videos]
             return pair, [encode_prompt(self.processor, video, pair.prompt) for video in videos]
         except InputError as error:
-            return InputError(f"line {pair.line}: {error}")
+            return InputError(f"line {pair.line}: {error} (--skip-bad-videos leaves it out)")
 
 
 def take(dataset: torch.utils.data.Dataset, order: list[int], workers: int = 0):

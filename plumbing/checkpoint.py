@@ -67,11 +67,27 @@ def write_model(model, path: str, write=True) -> None:
 
 def trained_settings(path: str) -> dict:
     """descore.json of a checkpoint, folder or name/repo: sizes, how training sampled frames, the rewards' scale."""
+    folder = local_folder(path)
+    require_head(path, folder)
     try:
-        with open(os.path.join(local_folder(path), SETTINGS_FILE), encoding="utf-8") as file:
+        with open(os.path.join(folder, SETTINGS_FILE), encoding="utf-8") as file:
             return json.load(file)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: is no DeScore checkpoint ({error}); give a folder that training wrote") from error
+        raise InputError(f"{path}: its {SETTINGS_FILE} is damaged ({first_line(error)}); copy it anew.") from error
+
+
+def require_head(path: str, folder: str) -> None:
+    """InputError for a folder without a reward head: a base model, or what lies around the model."""
+    if os.path.isfile(os.path.join(folder, SETTINGS_FILE)):
+        return
+    inside = os.path.join(path, "model")
+    if os.path.isfile(os.path.join(inside, SETTINGS_FILE)):
+        fix = f"give {inside}"
+    elif os.path.isfile(os.path.join(folder, "config.json")):
+        fix = f"train one: python cold_start.py --model {path} --data PAIRS.csv --out OUT, and give OUT/model"
+    else:
+        fix = "give OUT/model of cold_start.py or grpo.py"
+    raise InputError(f"{path}: has no {SETTINGS_FILE}, so no reward head; {fix}.")
 
 
 def open_model(
@@ -87,9 +103,8 @@ def open_model(
     # Of a folder its own name only: what is saved may be given away, and is to tell nothing of this machine.
     base = os.path.basename(os.path.abspath(path)) if os.path.isdir(name) else name.partition("@")[0]
     settings = trained_settings(path) if has_head else {"base_model": base}
-    if not has_head and not new_head:
-        raise InputError(f"{path}: is no folder here with a {SETTINGS_FILE}, so no reward head; give one that "
-                         "cold_start.py wrote.")
+    if not new_head:
+        require_head(name, path)
     backbone = empty_backbone(path, dtype, merged) if empty else load_backbone(path, dtype, merged)
     model = cls(backbone, read_processor(path), settings)
     if empty:
@@ -193,7 +208,8 @@ def load_backbone(path: str, dtype: torch.dtype, merged: bool | None = None) -> 
 
 
 def read_processor(path: str):
-    """The processor in a folder, or of a name/repo; InputError if its files are missing or broken."""
+    """The processor of a Qwen3-VL, a folder or name/repo; InputError if its files are missing or broken."""
+    read_config(path)  # what is no Qwen3-VL at all is said so
     try:
         return AutoProcessor.from_pretrained(local_folder(path))
     except (OSError, ValueError, TypeError) as error:  # TypeError: a tokenizer file is not there

@@ -42,21 +42,35 @@ def open_table(path: str, need: tuple[str, ...] = ()):
                         _refuse_swallowed(where, row)
                         yield line, dict(zip(columns, row))
         except UnicodeDecodeError as error:
-            raise InputError(f"{path}: is not UTF-8 text ({error.reason}); save it as UTF-8.") from error
+            raise not_utf8(path) from error
         except csv.Error as error:
             raise InputError(f"{path}: the record after line {line} is not CSV ({error}).") from error
 
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             columns = [name.strip() for name in next(filter(None, csv.reader(file, strict=True)), [])]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: is not CSV in UTF-8 ({error}); save it as UTF-8.") from error
+    except UnicodeDecodeError as error:
+        raise not_utf8(path) from error
+    except csv.Error as error:
+        raise InputError(f"{path}: its header is not CSV ({error}).") from error
+    if not columns:
+        raise InputError(f"{path}: is empty; a header and rows are needed (docs/data.md has one of each format).")
+    if len(columns) == 1 and (other := next((mark for mark in ";\t" if mark in columns[0]), None)):
+        raise InputError(f"{path}: its cells are separated by {other!r}; save it with commas.")
     if twice := sorted({column for column in columns if column and columns.count(column) > 1}):
         raise InputError(f"{path}: has the column {twice[0]} {columns.count(twice[0])} times; rename or remove one.")
     lacking = [column for column in need if column not in columns]
     if lacking:
         raise InputError(f"{path}: has no column {', '.join(lacking)}; its columns: {columns}.")
     return columns, records()
+
+
+def not_utf8(path: str) -> InputError:
+    """What to type for a text file in another encoding; spreadsheets write two others."""
+    with open(path, "rb") as file:
+        mark = file.read(2)
+    guess = "UTF-16" if mark in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
+    return InputError(f"{path}: is not UTF-8; if it is {guess}: iconv -f {guess} -t UTF-8 {path} > utf8.csv")
 
 
 VIDEO = re.compile(r"\.(mp4|m4v|mov|mkv|webm|avi|gif)\b", re.IGNORECASE)

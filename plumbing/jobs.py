@@ -144,7 +144,7 @@ class Phase:
     def refuse(self, item: Item, error: InputError) -> None:
         """A bad item: left out and listed with --skip-bad-videos, else the end, with its line named."""
         if not self.skip:
-            raise InputError(f"line {item.line}: {error}") from error
+            raise InputError(f"line {item.line}: {error} (--skip-bad-videos leaves it out)") from error
         unsupported = isinstance(error, Unsupported)
         self.skipped.append({**item._asdict(), "error": str(error), "unsupported": unsupported})
         self.bar.update(1)

@@ -54,8 +54,9 @@ def parse(settings_class, doc: str, argv=None):
     settings = settings_class(**vars(parser.parse_args(argv)))
     for field in dataclasses.fields(settings_class):
         check_range(field, getattr(settings, field.name))
-    for flag, package in (("engine", "vllm"), ("reader", "decord")):  # before hours of work that would need it
-        if getattr(settings, flag, None) == package and importlib.util.find_spec(package) is None:
+    for flag, package in (("engine", "vllm"), ("reader", "decord")):  # asked for: before the hours that come first
+        asked = getattr(settings, flag, None) == package != getattr(settings_class, flag)
+        if asked and importlib.util.find_spec(package) is None:
             where = "requirements-vllm.txt" if package == "vllm" else "requirements.txt"
             raise InputError(f"--{flag} {package}: {package} is not installed; pip install -r {where}, or leave the "
                              "flag out.")

@@ -9,6 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import evaluate
 import grpo
 from layout import lay_out
 from model import DeScore
@@ -130,7 +131,17 @@ def test_loading_is_strict(tiny_model_dir, base_dir, tmp_path):
 
 def test_a_directory_that_is_no_checkpoint_is_one_sentence(tmp_path, world, capsys):
     flags = ["--model", tmp_path, "--data", world["train_rl"], "--batch-pairs", 2, "--mini-pairs", 2]
-    refuses(capsys, grpo.main, *flags, "--out", tmp_path / "out", says="no reward head")
+    refuses(capsys, grpo.main, *flags, "--out", tmp_path / "out", says="no reward head; give OUT/model of")
+
+
+def test_the_wrong_folder_says_what_to_type(base_dir, tiny_model_dir, tmp_path, world, capsys):
+    """A base model where a DeScore is needed, and --out of a stage in place of its model."""
+    for script, data_flag in ((grpo, world["train_rl"]), (evaluate, world["test_in_domain"])):
+        flags = ["--data", data_flag, "--out", tmp_path / "out"]
+        train = f"so no reward head; train one: python cold_start.py --model {base_dir} --data PAIRS.csv --out OUT"
+        refuses(capsys, script.main, "--model", base_dir, *flags, says=train)
+        shutil.copytree(tiny_model_dir, tmp_path / "stage1" / "model", dirs_exist_ok=True)
+        refuses(capsys, script.main, "--model", tmp_path / "stage1", *flags, says=f"give {tmp_path}/stage1/model")
 
 
 def test_an_empty_model_is_read_part_by_part_and_equals_the_whole(model, tiny_model_dir, tmp_path):

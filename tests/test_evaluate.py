@@ -82,7 +82,7 @@ def test_bad_input_ends_with_one_sentence_and_exit_code_2(tmp_path, pairs_csv, t
         (["--data", "none.csv", *model], "none.csv: no such file"),
         (["--data", pairs_csv, *model, "--dimension", "VQ"], "no label column VQ"),
         (["--data", pairs_csv], "give --model"),
-        (["--data", pairs_csv, "--model", str(tmp_path)], "no DeScore checkpoint"),
+        (["--data", pairs_csv, "--model", str(tmp_path)], "has no descore.json, so no reward head"),
         (["--model", str(tmp_path)], "give --data"),
         (["--model", str(tmp_path), "--video", "x.mp4"], "--prompt"),
         (["--benchmark", "genai-bench", *model], "--root"),

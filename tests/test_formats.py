@@ -1,6 +1,8 @@
 """Every published CSV format, and every kind of bad file: one sentence that names the line."""
 
 import json
+import subprocess
+
 import pytest
 
 import data
@@ -54,6 +56,33 @@ def test_format_details(tmp_path):
     assert pair.annotation_a == TRUTH and pair.annotation_b["style"] == "0"  # 0 and "0" are the same verdict
     (pair,) = data.read_pairs(write_rows(tmp_path / "c.csv", [FORMATS["videogen"][0]]), dimension="Overall")
     assert pair.label == 1 and pair.extra == {"A_model": "gen2", "B_model": "pika"}
+
+
+@pytest.mark.parametrize("raw, says", [
+    (b"", "is empty; a header and rows are needed"), (b"\n\n", "is empty; a header"),
+    (b"path_A,path_B,prompt,TA\n", "holds no usable pair, only a header"),
+    ("path_A,path_B,prompt,TA\na.mp4,b.mp4,un café,A\n".encode("latin-1"), "iconv -f WINDOWS-1252 -t UTF-8 "),
+    (b"path_A,path_B,prompt,TA\n" + b"a.mp4,b.mp4,a cat,A\n" * 9999 + b"a.mp4,b.mp4,\xe9,A\n", "iconv -f WINDOWS"),
+    ("path_A,path_B,prompt,TA\na.mp4,b.mp4,un café,A\n".encode("utf-16"), "iconv -f UTF-16 -t UTF-8 "),
+    (b"path_A;path_B;prompt;TA\na.mp4;b.mp4;a cat;A\n", "separated by ';'"),
+    (b"path_A\tpath_B\tprompt\tTA\na.mp4\tb.mp4\ta cat\tA\n", r"separated by '\\t'"),
+])
+def test_a_file_that_a_spreadsheet_wrote_otherwise_says_what_to_type(tmp_path, raw, says):
+    """Far behind the header, too, where the reader has long begun."""
+    path = tmp_path / "a.csv"
+    path.write_bytes(raw)
+    with pytest.raises(InputError, match=says):
+        data.read_pairs(str(path))
+
+
+def test_what_it_says_to_type_is_right(tmp_path):
+    for name, encoding in (("a.csv", "cp1252"), ("b.csv", "utf-16")):
+        text = "path_A,path_B,prompt,TA\na.mp4,b.mp4,un “café”,A\n"
+        (tmp_path / name).write_bytes(text.encode(encoding))
+        with pytest.raises(InputError) as told:
+            data.read_pairs(str(tmp_path / name))
+        subprocess.run(["bash", "-c", str(told.value).split(": ")[-1]], cwd=tmp_path, check=True)
+        assert data.read_pairs(str(tmp_path / "utf8.csv"))[0].prompt == "un “café”"
 
 
 def test_blanks_around_a_column_s_name_do_not_count(tmp_path):

@@ -68,7 +68,8 @@ class Settings:
 def cut_copy(s: Settings, folder: str) -> None:
     """DIR without its weights, config.json with the layers asked for."""
     if not s.model or not os.path.isfile(os.path.join(s.model, "config.json")):
-        raise InputError(f"--model {s.model}: no config.json in it; give a folder of a published Qwen3-VL.")
+        raise InputError(f"--model {s.model}: no config.json in it; give a folder of a published Qwen3-VL: "
+                         "hf download Qwen/Qwen3-VL-8B-Instruct --local-dir DIR")
     shutil.copytree(s.model, folder, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin", ".*"), dirs_exist_ok=True)
     path = os.path.join(folder, "config.json")
     with open(path, encoding="utf-8") as file:

@@ -84,6 +84,8 @@ def rewards_of(s: Settings, items: list[Item], ranks) -> tuple[dict, list[dict],
     else:
         rewards, unscored = workers.score(items, thoughts, s.out)
     write_skipped(s.out, skipped + unscored, ranks)
+    if not rewards:
+        raise InputError(f"{s.data}: no video has a reward; see {s.out}/skipped.jsonl.")
     return rewards, skipped + unscored, workers.engine
 
 

@@ -8,7 +8,7 @@ import data
 import evaluate
 from lab.post_training import best_of
 from plumbing import jobs
-from tests.conftest import write_csv
+from tests.conftest import refuses, write_csv
 from tests.test_evaluate import FEW
 
 
@@ -36,6 +36,15 @@ def test_best_and_worst_leaves_out_what_has_no_order(tmp_path):
     best_of.write_best_and_worst(str(tmp_path / "dpo.csv"), groups)
     lines = (tmp_path / "dpo.csv").read_text().splitlines()
     assert len(lines) == 2 and lines[1].endswith("two,A,2.0,1.0")
+
+
+def test_no_clip_that_can_be_read(tmp_path, tiny_model_dir, capsys):
+    (tmp_path / "a.mp4").write_bytes(b"no video")
+    videos = write_csv(tmp_path / "videos.csv", ["path", "prompt"], [["a.mp4", "a prompt"]])
+    flags = ["--model", tiny_model_dir, "--no-think", "--data", videos, "--out", tmp_path / "o"]
+    refuses(capsys, best_of.main, *flags, says="is broken or not a video (Invalid data found when processing input). "
+            "(--skip-bad-videos leaves it out)")
+    refuses(capsys, best_of.main, *flags, "--skip-bad-videos", says="no video has a reward; see")
 
 
 def test_a_replaced_clip_is_ranked_anew(tmp_path, tiny_model_dir, tiny_clips):

@@ -359,6 +359,7 @@ def test_bad_flags(capsys, wan_dir, tmp_path):
     refuses(capsys, wan.main, *grpo, "--frames", "80", says="--frames must be 4 n + 1")
     refuses(capsys, wan.main, *grpo, says="holds nothing")
     refuses(capsys, wan.main, *grpo[:-1], "nowhere.txt", says="nowhere.txt")
+    refuses(capsys, wan.main, *grpo[:-1], "pairs.csv", says="is a CSV")  # whose header would be a prompt
 
 
 @pytest.mark.parametrize("package", ["diffusers", "ftfy"])

@@ -290,9 +290,7 @@ def take_step(wan: Wan, optimizer, ranks) -> float:
     return norm
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The script
-# ---------------------------------------------------------------------------------------------------------------
+# ---- The script -----------------------------------------------------------------------------------------------
 def check(s: Settings, ranks) -> None:
     """InputError for flags that make no sense, before anything large is read."""
     require(s, method="grpo or dpo", data="prompts or pairs", out="a folder")
@@ -309,6 +307,8 @@ def read_items(s: Settings) -> list:
     if s.method == "dpo":
         items = [pair for pair in data.read_pairs(s.data) if pair.label]
     else:
+        if s.data.endswith(".csv"):  # its header would be the first prompt
+            raise InputError(f"{s.data}: is a CSV; --method grpo takes a text file, one prompt a line.")
         try:
             with open(s.data, encoding="utf-8") as file:
                 items = [line.strip() for line in file if line.strip()]
@@ -329,7 +329,7 @@ def open_pipeline(path: str, dtype: torch.dtype):
     try:
         return WanPipeline.from_pretrained(path, dtype={"vae": torch.float32, "default": dtype})
     except (OSError, ValueError) as error:
-        raise InputError(f"--wan {path}: cannot be opened ({first_line(error)}).") from error
+        raise InputError(f"--wan {path}: cannot be opened ({first_line(error)}); hf download {Settings.wan}") from error
 
 
 def main(argv=None) -> None:

@@ -273,7 +273,10 @@ def convert(args) -> None:
     known = set()
     for path in args.exclude:
         column = "problem" if "problem" in open_table(path)[0] else "prompt"  # stage 2's name for it
-        known |= {plain(row[column]) for _, row in open_table(path, (column,))[1]}
+        prompts = {plain(row[column]) for _, row in open_table(path, (column,))[1]}
+        if not prompts:
+            raise InputError(f"--exclude {path}: holds no prompt.")
+        known |= prompts
     tally = Tally()
     print(f"{args.command}: licence {LICENCES[args.command]}")
     pairs = COMMANDS[args.command](args, tally)

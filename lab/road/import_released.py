@@ -25,7 +25,8 @@ def import_released(path: str) -> DeScore:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise InputError(f"{file}: missing, or more than plain tensors ({first_line(error)}).") from error
+        raise InputError(f"{file}: missing, or more than plain tensors ({first_line(error)}); --dir needs a checkpoint "
+                         "of the authors' code, with config.json and rm_head.pth.") from error
     state = state.get("model", state)
     weights = [v for k, v in state.items() if k in ("rm_head.weight", "base_model.model.rm_head.weight")]
     backbone = load_backbone(path, torch.float32)

@@ -138,8 +138,6 @@ def main(argv=None) -> None:
     if lacking and not s.skip_bad_videos:
         raise InputError(f"{s.scores}: has no reward for {lacking[0]} ({len(lacking)} lack one).")
     kept = [key for key in truth if key in given]
-    if not kept:
-        raise InputError(f"{s.data}: no video has a reward; see {s.out}/skipped.jsonl.")
     prompts = np.array([prompt for _, prompt in kept])
     rows = measure(np.array([truth[key] for key in kept]), np.array([given[key] for key in kept]), prompts)
     if ranks.is_main:
