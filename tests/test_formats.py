@@ -127,7 +127,7 @@ def test_bad_csv_names_the_place(tmp_path):
     with pytest.raises(InputError, match="UTF-8"):
         data.read_pairs(str(tmp_path / "latin.csv"))
     (tmp_path / "empty.csv").write_text("")
-    with pytest.raises(InputError, match="known formats"):
+    with pytest.raises(InputError, match="is empty"):
         data.read_pairs(str(tmp_path / "empty.csv"))
 
 
