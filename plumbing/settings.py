@@ -54,12 +54,6 @@ def parse(settings_class, doc: str, argv=None):
     settings = settings_class(**vars(parser.parse_args(argv)))
     for field in dataclasses.fields(settings_class):
         check_range(field, getattr(settings, field.name))
-    for flag, package in (("engine", "vllm"), ("reader", "decord")):  # asked for: before the hours that come first
-        asked = getattr(settings, flag, None) == package != getattr(settings_class, flag)
-        if asked and importlib.util.find_spec(package) is None:
-            where = "requirements-vllm.txt" if package == "vllm" else "requirements.txt"
-            raise InputError(f"--{flag} {package}: {package} is not installed; pip install -r {where}, or leave the "
-                             "flag out.")
     if hasattr(settings, "reader"):  # in the environment, so that loader workers read as this process does
         os.environ["DESCORE_READER"] = settings.reader
     return settings
@@ -130,7 +124,12 @@ class CommonSettings:
 
 # ---- 2. Flags that are missing or contradict each other: refused before anything is read, built or sampled ----
 def require(settings, **wanted: str) -> None:
-    """InputError for a flag that was not given; wanted: {its name: what it should be}."""
+    """InputError for a flag that was not given (wanted: {its name: what it should be}), or whose package is missing."""
+    for flag, package in (("engine", "vllm"), ("reader", "decord")):
+        if getattr(settings, flag, None) == package and importlib.util.find_spec(package) is None:
+            where = "requirements-vllm.txt" if package == "vllm" else "requirements.txt"
+            raise InputError(f"--{flag} {package}: {package} is not installed; pip install -r {where}, or leave the "
+                             "flag out.")
     for name, what in wanted.items():
         if getattr(settings, name) is None:
             raise InputError(f"{flag_of(name)} is missing; give {what} (--help shows all flags).")
@@ -163,6 +162,7 @@ def collecting_flags(s) -> None:
 
 def evaluation_flags(s) -> None:
     """Evaluation: one thing to judge, and what it needs."""
+    require(s)
     problems = {
         "give --data FILE or --benchmark NAME": not (s.video or s.data or s.benchmark),
         "--data and --benchmark exclude each other": s.data and s.benchmark,
