@@ -1,21 +1,17 @@
-"""A training run: whose --out it is, which steps are left, what follows a step, checkpoints, Ctrl-C.
+"""A training run: whose --out it is, which steps are left, what follows a step, Ctrl-C.
 
-A checkpoint holds the trained weights, the optimizer's states, the random states and the step. Rates and other settings
-are not in it: those are the command's, and `claim_run` decides which of them may differ from the run's first command.
+Rates and other settings are not in a checkpoint (plumbing/resume.py): those are the command's, and `claim_run` decides
+which of them may differ from the run's first command.
 """
 
 import dataclasses
 import glob
 import hashlib
-import json
 import os
-import pickle
-import random
 import shutil
 import signal
 import sys
 import time
-import warnings
 
 import numpy as np
 import torch
@@ -23,7 +19,8 @@ import torch
 from plumbing.hub import write_card
 from plumbing.checkpoint import save_model
 from plumbing.jobs import task_seed
-from plumbing.logs import Log, draw_curves, read_metrics, reward_scale
+from plumbing.logs import Log, draw_curves, read_metrics, read_numbers, reward_scale
+from plumbing.resume import Background, checkpoints_of, load_checkpoint, read_json, save_checkpoint
 from plumbing.settings import InputError, flag_of, write_json, write_jsonl
 
 # What a run writes into --out; --overwrite removes this and nothing else.
@@ -38,7 +35,7 @@ MAY_CHANGE = {
     "max_length", "skip_bad_videos",  # limits that an error in mid-training asks to change
     "data", "val", "video_root", "frame_cache",  # where files lie; that --data holds the same pairs is checked below
     "out", "val_every", "save_every", "keep", "resume", "overwrite",  # what is written, and how often
-    "workers", "micro_pairs", "micro_rollouts", "gradient_checkpointing", "rows_per_batch",  # speed, memory: same sums
+    "workers", "micro_pairs", "micro_rollouts", "rows_per_batch", "gradient_checkpointing", "compile",  # speed, memory
     "engine", "engine_memory", "engine_tp", "engine_max_len", "shard_ranks", "cpu_offload",  # who computes, and where
 }
 DRAWS = "task_seed"  # how order and masks are drawn: by other code than the first half's, pairs would come twice
@@ -61,7 +58,7 @@ def claim_run(settings, ranks) -> None:
 
 
 def _claim(settings, ranks):
-    out, saved = settings.out, _checkpoints(settings.out)
+    out, saved = settings.out, checkpoints_of(settings.out)
     if settings.resume and settings.overwrite:
         raise InputError("--resume goes on with the run in --out, --overwrite removes it; give one of them.")
     if settings.overwrite:
@@ -83,7 +80,7 @@ def _claim(settings, ranks):
 def _compare(out, now, newest, ranks):
     """InputError if a setting differs that must not; says and keeps what else differs from the run's settings.json."""
     try:
-        before = _read_json(out, "settings.json")
+        before = read_json(out, "settings.json")
     except (OSError, ValueError) as error:
         raise InputError(f"{out}/settings.json: is missing or damaged; --overwrite starts anew.") from error
     if before.get("draws") != DRAWS:
@@ -98,7 +95,7 @@ def _compare(out, now, newest, ranks):
     if told := {name: values for name, values in changed.items() if name not in ("resume", "overwrite", "out")}:
         for name, (old, new) in told.items():
             ranks.print(f"{flag_of(name)} was {old}, from here on {new}")
-        change = {"after_step": _read_json(newest, "step.json")["step"], **told}
+        change = {"after_step": read_json(newest, "step.json")["step"], **told}
         write_jsonl(os.path.join(out, "changes.jsonl"), [change], add=True)
 
 
@@ -120,7 +117,6 @@ def _remove_run(settings):
         shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
 
-# ---- 1. The loop's frame --------------------------------------------------------------------------------------
 def divide(num_pairs: int, settings, ranks) -> tuple[int, int]:
     """(updates per epoch, pairs per update on each rank). The last, incomplete batch of an epoch is left out."""
     micro_pairs = getattr(settings, "micro_pairs", 1)  # pairs per forward; stage 2 has one pair, that is 2 G CoTs
@@ -160,6 +156,7 @@ class Run:
         self.warmup_steps = position.get("warmup_steps", self.warmup_steps)
         self.first = position["step"]
         self.log, self.stop, self.began = Log(settings.out, ranks, position), StopSignal(), time.time()
+        self.background = Background()  # writes checkpoints
 
     def draws(self):
         """Yields (epoch, this rank's indices of pairs) for each step that is left."""
@@ -172,8 +169,10 @@ class Run:
         """Yields the numbers of the steps that are left, the first being 1, with a progress bar; starts the clock."""
         left = range(self.first + 1, self.total + 1)
         for step in self.ranks.progress(left, desc=self.name, initial=self.first, total=self.total):
+            self.background.look()
             self.began = time.time()
             yield step
+        self.background.wait()
 
     def seconds(self) -> float:
         """Since this step began."""
@@ -191,12 +190,14 @@ class Run:
         self.stopping, s = self.ranks.sum({"stop": self.stop.requested})["stop"] > 0, self.settings
         if self.stopping or self.is_due(step, s.save_every):
             more = {"metrics": metrics, "warmup_steps": self.warmup_steps}
-            save_checkpoint(s.out, step, self.model, self.optimizer, self.ranks, s.keep, more)
+            begin = self.background.begin
+            save_checkpoint(s.out, step, self.model, self.optimizer, self.ranks, s.keep, more, begin)
 
     def finish_step(self, step: int, metrics: dict[str, float], line: str) -> None:
         """Logs the step; after Ctrl-C ends the run. `line` is what the screen shows."""
         self.log.step(step, metrics, f"step {step:5d}/{self.total}  {line}  {self.seconds():.1f} s")
         if self.stopping:
+            self.background.wait()
             self.ranks.print(f"stopped after step {step}; the same command with --resume goes on")
             raise KeyboardInterrupt
 
@@ -216,12 +217,15 @@ def save_run(model, settings, ranks, panels: dict[str, list[str]], title: str) -
     ranks.print(f"wrote {settings.out}/model, metrics.jsonl and curves.png")
 
 
-def require_finite(value: float, what: str, rows: list[dict], settings, ranks) -> None:
-    """InputError if `value` is inf or nan, before any weight is touched; OUT/not_finite.jsonl then holds the rows.
+def require_finite(found: list[tuple], what: str, settings, ranks) -> None:
+    """InputError for the first value that is inf or nan, before any weight is touched; OUT/not_finite.jsonl then holds
+    its rows. The last checkpoint stays good.
 
-    rows: what this rank fed to the model, each with at least its "line" in the CSV. The last checkpoint stays good.
+    found: (value, rows); rows: what this rank fed to the model for it, each with at least its "line" in the CSV.
     """
-    if np.isfinite(value):
+    values = read_numbers([value for value, _ in found])
+    value, rows = next(((v, rows) for v, (_, rows) in zip(values, found) if not np.isfinite(v)), (None, None))
+    if rows is None:
         return
     path = os.path.join(settings.out, f"not_finite.rank{ranks.rank}.jsonl" if ranks.rank else "not_finite.jsonl")
     write_jsonl(path, rows)
@@ -248,123 +252,3 @@ class StopSignal:
         if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, not this process, decides how long a step may still take
             text += " (torchrun kills after 30 s by default; longer steps need torchrun --shutdown-timeout SECONDS)"
         print("\n" + text, file=sys.stderr, flush=True)
-
-
-# ---- 2. Checkpoints -------------------------------------------------------------------------------------------
-def save_checkpoint(out: str, step: int, model, optimizer, ranks, keep: int = 2, more: dict | None = None) -> None:
-    """COLLECTIVE: writes OUT/checkpoints/step-N. Complete or absent: it gets its name only when all of it is on disk.
-
-    Weights and optimizer go through torch.distributed.checkpoint, so another number of ranks can load them. The last
-    `keep` stay. more: what step.json is to hold beside step and world.
-    """
-    import torch.distributed.checkpoint as dcp
-
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process: said on every save
-    folder = os.path.join(out, "checkpoints", f"step-{step:06d}")
-    temporary = folder + ".tmp"
-    if ranks.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.makedirs(temporary)
-    ranks.barrier()
-    # Tensors only, so without the optimizer's rates: those are settings, and a resumed run's are its own command's.
-    weights, adam = _training_state(model, optimizer)
-    state = {"model": weights, "optimizer": adam["state"]}
-    dcp.save(state, checkpoint_id=os.path.join(temporary, "state"), no_dist=ranks.world == 1)
-    torch.save(_random_state(ranks.device), os.path.join(temporary, f"random-{ranks.rank}.pt"))
-    ranks.barrier()
-    if ranks.is_main:
-        write_json(os.path.join(temporary, "step.json"), {"step": step, "world": ranks.world, **(more or {})})
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(temporary, folder)
-        for old in _checkpoints(out)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
-    ranks.barrier()
-
-
-def load_checkpoint(out: str, model, optimizer, ranks) -> dict:
-    """COLLECTIVE: loads the newest complete checkpoint under OUT in place; the optimizer keeps its own rates.
-
-    Returns its step.json, {"step": 0} if there is none. With another number of ranks it goes on, but not bit for bit.
-    """
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
-
-    if not _checkpoints(out):
-        return {"step": 0}
-    folder = _checkpoints(out)[-1]
-    _refuse_foreign_index(os.path.join(folder, "state", ".metadata"))
-    weights, adam = _training_state(model, optimizer)
-    state = {"model": weights, "optimizer": adam["state"]}
-    dcp.load(state, checkpoint_id=os.path.join(folder, "state"), no_dist=ranks.world == 1)
-    set_state_dict(
-        model, optimizer, model_state_dict=weights, optim_state_dict=adam,
-        options=StateDictOptions(ignore_frozen_params=True, strict=False))  # frozen weights are not in the checkpoint
-    position = _read_json(folder, "step.json")
-    if position["world"] == ranks.world:
-        states = torch.load(os.path.join(folder, f"random-{ranks.rank}.pt"), weights_only=True)
-        _set_random_state(states, ranks.device)
-    ranks.print(f"resumed from {folder}")
-    return position
-
-
-def _training_state(model, optimizer):
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
-
-    return get_state_dict(model, optimizer, options=StateDictOptions(ignore_frozen_params=True))
-
-
-def _read_json(folder, name):
-    with open(os.path.join(folder, name), encoding="utf-8") as file:
-        return json.load(file)
-
-
-def _random_state(device):
-    """Numbers and tensors only, so that `weights_only=True` reads it: nothing in a checkpoint can run as code."""
-    name, keys, *rest = np.random.get_state()
-    state = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_random_state(state, device):
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-class _Index(pickle.Unpickler):
-    """Reads the index that torch.distributed.checkpoint pickles, and nothing that could run as code."""
-
-    KNOWN = {
-        "torch.distributed.checkpoint.metadata": {
-            "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex",
-            "StorageMeta", "_MEM_FORMAT_ENCODING"},
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.serialization": {"_get_layout"},
-        "torch": {"Size", "float32", "bfloat16"},
-        "pathlib": {"PosixPath"}, "pathlib._local": {"PosixPath"},
-    }
-
-    def find_class(self, module, name):
-        if name not in self.KNOWN.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}")
-        return super().find_class(module, name)
-
-
-def _refuse_foreign_index(path):
-    """InputError before torch unpickles an index that holds more than names, sizes and places of tensors."""
-    try:
-        with open(path, "rb") as file:
-            _Index(file).load()
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path}: is damaged, or no checkpoint of this code ({error}).") from error
-
-
-def _checkpoints(out):
-    folder = os.path.join(out, "checkpoints")
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    steps = sorted((int(name[5:]), name) for name in names if name.startswith("step-") and name[5:].isdigit())
-    return [os.path.join(folder, name) for _, name in steps]  # by number: "step-1000000" sorts before "step-999999"

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -13,7 +14,8 @@ import torch
 import cold_start
 import data
 import parallel
-from plumbing import training
+from model import DeScore
+from plumbing import resume, training
 from plumbing.logs import read_metrics
 from plumbing.training import StopSignal
 from tests.conftest import ROOT
@@ -69,12 +71,12 @@ def test_sigterm_to_the_whole_group_ends_the_run_after_its_step(workers, world, 
 def test_what_is_not_finite_is_kept_with_its_rows(tmp_path):
     stage, ranks = cold_start.Settings(data="pairs.csv", out=str(tmp_path)), parallel.Ranks()
     rows = [{"line": 12, "prompt": "a cat"}, {"line": 3, "prompt": "a dog"}]
-    training.require_finite(1.5, "loss", rows, stage, ranks)
+    training.require_finite([(1.5, rows)], "loss", stage, ranks)
     assert not os.listdir(tmp_path)
     with pytest.raises(
         data.InputError, match="pairs.csv: the gradient norm is nan at line 3, 12 .*not_finite.jsonl"
     ):
-        training.require_finite(float("nan"), "gradient norm", rows, stage, ranks)
+        training.require_finite([(1.0, [{"line": 9}]), (float("nan"), rows)], "gradient norm", stage, ranks)
     assert [json.loads(line) for line in open(tmp_path / "not_finite.jsonl")] == rows
 
 
@@ -82,20 +84,20 @@ def test_checkpoints_on_disk_are_bounded(model, tmp_path):
     model.make_trainable("head", vision=False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     for step in range(1, 5):
-        training.save_checkpoint(str(tmp_path), step, model, optimizer, parallel.Ranks(), keep=2)
+        resume.save_checkpoint(str(tmp_path), step, model, optimizer, parallel.Ranks(), keep=2)
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-000003", "step-000004"]
 
 
 def test_a_kill_while_saving_leaves_the_checkpoint_before(model, tmp_path, monkeypatch):
     model.make_trainable("head", vision=False)
     optimizer, ranks = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), parallel.Ranks()
-    training.save_checkpoint(str(tmp_path), 1, model, optimizer, ranks)
+    resume.save_checkpoint(str(tmp_path), 1, model, optimizer, ranks)
     for breaks in ("torch.save", "os.rename", "json.dump"):
         with monkeypatch.context() as patch, pytest.raises(BaseException):  # the library wraps some of them
             patch.setattr(breaks, lambda *_, **__: (_ for _ in ()).throw(InterruptedError))
-            training.save_checkpoint(str(tmp_path), 2, model, optimizer, ranks)
-        assert training.load_checkpoint(str(tmp_path), model, optimizer, ranks)["step"] == 1
-    training.save_checkpoint(str(tmp_path), 2, model, optimizer, ranks)  # what the kill left is no obstacle
+            resume.save_checkpoint(str(tmp_path), 2, model, optimizer, ranks)
+        assert resume.load_checkpoint(str(tmp_path), model, optimizer, ranks)["step"] == 1
+    resume.save_checkpoint(str(tmp_path), 2, model, optimizer, ranks)  # what the kill left is no obstacle
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-000001", "step-000002"]
 
 
@@ -107,8 +109,103 @@ def test_the_newest_checkpoint_is_loaded(model, tmp_path, steps):
     for step in steps:
         with torch.no_grad():
             model.query.fill_(float(step))
-        training.save_checkpoint(str(tmp_path), step, model, optimizer, ranks)
+        resume.save_checkpoint(str(tmp_path), step, model, optimizer, ranks)
     with torch.no_grad():
         model.query.fill_(0.0)
-    assert training.load_checkpoint(str(tmp_path), model, optimizer, ranks)["step"] == steps[-1]
+    assert resume.load_checkpoint(str(tmp_path), model, optimizer, ranks)["step"] == steps[-1]
     assert torch.equal(model.query, torch.full_like(model.query, steps[-1]))
+
+
+def test_what_is_written_is_what_was_there_when_it_was_saved(model, tmp_path, monkeypatch):
+    """Beside the training: the step returns while the file is not there yet, and later updates do not reach it."""
+    model.make_trainable("head", vision=False)
+    optimizer, ranks = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), parallel.Ranks()
+    background, go, real = resume.Background(), threading.Event(), os.rename
+    monkeypatch.setattr(os, "rename", lambda *names: go.wait(60) and real(*names))
+    with torch.no_grad():
+        model.query.fill_(1.0)
+    resume.save_checkpoint(str(tmp_path), 1, model, optimizer, ranks, begin=background.begin)
+    with torch.no_grad():
+        model.query.fill_(2.0)
+    background.look()  # not done, and no error
+    assert not resume.checkpoints_of(str(tmp_path))
+    go.set()
+    background.wait()
+    assert resume.load_checkpoint(str(tmp_path), model, optimizer, ranks)["step"] == 1
+    assert torch.equal(model.query, torch.ones_like(model.query))
+
+
+def test_a_second_save_waits_for_the_first():
+    background, order = resume.Background(), []
+    background.begin(lambda: (time.sleep(0.2), order.append("first")))
+    background.begin(lambda: order.append("second"))
+    background.wait()
+    assert order == ["first", "second"]
+
+
+STAGE_1 = ["--workers", "0", "--batch-pairs", "2", "--epochs", "9", "--mask-probability", "1", "--save-every", "1",
+           "--lr", "1e-3", "--lora-r", "4", "--no-train-vision"]
+SLOW = """
+import os, sys, time
+import cold_start
+from plumbing.settings import cli
+rename = os.rename
+def slow(old, new):  # the disk hangs at the third checkpoint, when all of it is written but its name
+    if str(new).endswith("step-000003"):
+        time.sleep(600)
+    rename(old, new)
+os.rename = slow
+cli(lambda: cold_start.main(sys.argv[1:]))
+"""
+
+
+def test_a_kill_in_the_middle_of_a_write_beside_the_training(world, base_dir, tmp_path):
+    """kill -9 while step 3 is written and step 4 waits for it: the checkpoint of step 2 is whole, and the run that
+    goes on from there ends as the one that nobody killed, which saved only at its end: to the bit."""
+    flags = ["--model", base_dir, "--data", world["train_cold_start"], *STAGE_1, "--max-steps", "5"]
+    cold_start.main([*flags, "--out", str(tmp_path / "whole"), "--save-every", "0"])
+    cut = tmp_path / "cut"
+    command = [sys.executable, "-c", SLOW, *flags, "--out", str(cut)]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while len(read_metrics(str(cut))) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    held = sorted(os.listdir(cut / "checkpoints"))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert held == ["step-000001", "step-000002", "step-000003.tmp"] and len(read_metrics(str(cut))) == 3
+    cold_start.main([*flags, "--out", str(cut), "--resume"])
+    assert sorted(os.listdir(cut / "checkpoints")) == ["step-000004", "step-000005"]  # what the kill left is gone
+    one, two = (DeScore.from_pretrained(str(tmp_path / name / "model")).state_dict() for name in ("whole", "cut"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    a, b = (read_metrics(str(tmp_path / name)) for name in ("whole", "cut"))
+    assert [line["step"] for line in b] == [1, 2, 3, 4, 5]
+    assert [line["loss"] for line in a] == [line["loss"] for line in b]
+
+
+FULL = """
+import resource, sys
+import cold_start
+from plumbing.settings import cli
+def main():
+    begin = cold_start.train
+    def train(*arguments):  # from here on no file may be over 200 kB, as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+        return begin(*arguments)
+    cold_start.train = train
+    cold_start.main(sys.argv[1:])
+cli(main)
+"""
+
+
+def test_a_disk_that_takes_no_more_is_one_sentence(world, base_dir, tmp_path):
+    """Said at the next step, though a thread met it; what was logged stays, and no half checkpoint has a name."""
+    flags = ["--model", base_dir, "--data", world["train_cold_start"], *STAGE_1, "--train", "full"]
+    command = [sys.executable, "-c", FULL, *flags, "--max-steps", "9", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    lines = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert len(lines) == 1 and "step-000001: could not be written (" in lines[0] and "is the disk full" in lines[0]
+    assert [line["step"] for line in read_metrics(str(tmp_path))] == [1] or len(read_metrics(str(tmp_path))) == 2
+    assert os.listdir(tmp_path / "checkpoints") == ["step-000001.tmp"]
