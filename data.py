@@ -16,7 +16,7 @@ import sys
 import numpy as np
 import torch
 
-from plumbing.decoder import LIMIT, detach
+from plumbing.decoder import CORES, LIMIT, detach
 from plumbing.formats import read_records
 from plumbing.settings import InputError
 from plumbing.video import FrameCache, from_memory, open_clip, resize
@@ -334,8 +334,9 @@ class EncodedPairs(torch.utils.data.Dataset):
             return InputError(f"line {pair.line}: {error} (--skip-bad-videos leaves it out)")
 
 
-def take(dataset: torch.utils.data.Dataset, order: list[int], workers: int = 0):
-    """Yields dataset[i] for i in `order`, read ahead by `workers` processes (0: in this one). Raises InputError."""
+def take(dataset: torch.utils.data.Dataset, order: list[int], workers: int | None = 0):
+    """Yields dataset[i] for i in `order`, read ahead by processes (0: none; None: by the cores). Raises InputError."""
+    workers = min(8, max(2, CORES - 2)) if workers is None else workers
     # A loader draws a seed when it starts: from a generator of its own, or a resumed run has other dropout masks.
     own = torch.Generator()
     loader = torch.utils.data.DataLoader(

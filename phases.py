@@ -11,7 +11,6 @@ collect_cots.py needs the first phase, evaluate.py both. k: CoTs per video.
 
 import dataclasses
 import hashlib
-import os
 
 import numpy as np
 import torch
@@ -26,8 +25,6 @@ from plumbing.vllm_engine import require_room
 from rollout import EngineSettings, decode_cot, make_engine
 from rules import overall_score
 
-# This rank's share of the cores. Read now: vLLM changes LOCAL_WORLD_SIZE when it starts.
-THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 MAX_PROMPT = 5_000  # tokens: no video generator reads more, and the cost of attention grows with the square
 
 
@@ -101,7 +98,7 @@ class Workers:
         (None: all); limit: tokens that prompt and CoT may have together (None: as many as they are).
         """
         prefixes = {}
-        with decoder.threads(THREADS) as pool:
+        with decoder.threads(decoder.CORES) as pool:
             for item, video in [(item, pool.submit(self.frames, item)) for item in batch]:
                 try:
                     require_short(item.prompt, processor.tokenizer)

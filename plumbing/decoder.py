@@ -20,6 +20,9 @@ import time
 from plumbing.settings import InputError
 
 LIMIT = 120.0  # seconds for a clip: 4 minutes of 720p take about 5 on one core, of 4K nine times that
+# This rank's share of the cores. Read at the start: vLLM changes LOCAL_WORLD_SIZE.
+_ALL = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = max(1, _ALL // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 _idle: dict[int, list] = {}  # {process id: its decoders that wait}; a forked loader worker starts its own
 _busy: set = set()
 
