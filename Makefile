@@ -46,7 +46,7 @@ test-lab: setup
 
 # On a machine with a CUDA GPU; all other tests hide it
 test-gpu: setup
-	DESCORE_TEST_GPU=1 $(PY) -m pytest -m gpu tests
+	DESCORE_TEST_GPU=1 $(PY) -m pytest -m gpu $(wildcard tests lab)
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -116,10 +116,10 @@ def judge(rollouts, tokenizer, settings):
     rollouts.advantages = group_advantages(rollouts.totals())
 
 
-def run(*command, env=None, ranks=1, check=True):
-    """Runs one of our scripts as a user would. Returns the finished process."""
-    start = [sys.executable, *([] if str(command[0]).endswith(".py") or ranks > 1 else ["-m"])]
-    if ranks > 1:
+def run(*command, env=None, ranks=0, check=True):
+    """Runs one of our scripts as a user would, with `ranks` under torchrun. Returns the finished process."""
+    start = [sys.executable, *([] if str(command[0]).endswith(".py") or ranks else ["-m"])]
+    if ranks:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     done = subprocess.run(
         [*start, *map(str, command)],

@@ -6,8 +6,6 @@ own. Tolerances are of the norm of what is compared; bf16 has 8 bits, so one rou
 
 import dataclasses
 import json
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -23,8 +21,10 @@ from layout import lay_out
 from losses import bt_loss
 from model import DeScore, to_device
 from plumbing import logs
+from plumbing.adapters import gather_full
 from rollout import TransformersEngine, sample_cots
 from tests.conftest import ROOT, judge, run
+from tests.kills import kill_all
 
 CUDA = torch.cuda.is_available()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU: make test-gpu")]
@@ -32,7 +32,7 @@ CLOSE = 0.05
 
 
 def gradients(model):
-    return {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
+    return {name: gather_full(p.grad).float().cpu() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def require_close(found, expected, bound=CLOSE):
@@ -51,16 +51,29 @@ def on_cpu():
     return ranks
 
 
+@pytest.fixture(params=["autocast", "FSDP2", "FSDP2 and --cpu-offload"])
+def on_gpu(request):
+    """(ranks, how to shard) on the card: alone, or FSDP2 on a mesh of one, as torchrun --nproc_per_node 1 makes it."""
+    ranks, sharded = parallel.Ranks(), "FSDP2" in request.param
+    if sharded:
+        backends = "cpu:gloo,cuda:nccl" if CUDA else "gloo"
+        torch.distributed.init_process_group(backends, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    ranks.sharded = sharded
+    yield ranks, {"cpu_offload": "offload" in request.param}
+    if sharded:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("train", ["lora", "full"])
-def test_stage_1_has_the_cpu_s_gradients(world, tiny_model_dir, on_cpu, train):
+def test_stage_1_has_the_cpu_s_gradients(world, tiny_model_dir, on_cpu, on_gpu, train):
     items = [data.EncodedPairs(data.read_pairs(world["train_cold_start"]), DeScore.from_pretrained(
         tiny_model_dir).processor)[i] for i in range(2)]
     found = []
-    for ranks in (on_cpu, parallel.Ranks()):
+    for ranks, how in ((on_cpu, {}), on_gpu):
         torch.manual_seed(0)
         model = DeScore.from_pretrained(tiny_model_dir)
         model.make_trainable(train, vision=True, lora_r=4, lora_dropout=0.0, lm_head=False)
-        model = parallel.shard(model, ranks).train()
+        model = parallel.shard(model, ranks, **how).train()
         with ranks.autocast():
             bt_loss(*cold_start.score_pairs(model, items)).backward()
         found.append(gradients(model))
@@ -69,11 +82,11 @@ def test_stage_1_has_the_cpu_s_gradients(world, tiny_model_dir, on_cpu, train):
 
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("train", ["lora", "full"])
-def test_stage_2_has_the_cpu_s_gradients(world, tiny_model_dir, on_cpu, train, size):
-    """One pair with G = 3, its CoTs one or three at a time."""
+def test_stage_2_has_the_cpu_s_gradients(world, tiny_model_dir, on_cpu, on_gpu, train, size):
+    """One pair with G = 3, its CoTs one or three at a time; then the update, whose norms are the CPU's too."""
     settings = grpo.Settings(rollouts=3, batch_pairs=1, mini_pairs=1, micro_rollouts=size, kl_coef=0.01, bt_coef=0.5)
-    found = []
-    for ranks in (on_cpu, parallel.Ranks()):
+    found, norms = [], []
+    for ranks, how in ((on_cpu, {}), on_gpu):
         torch.manual_seed(0)
         model = DeScore.from_pretrained(tiny_model_dir)
         pair, prefixes = data.EncodedPairs(data.read_pairs(world["train_rl"]), model.processor)[0]
@@ -81,12 +94,14 @@ def test_stage_2_has_the_cpu_s_gradients(world, tiny_model_dir, on_cpu, train, s
         rollouts = grpo.PairRollouts(pair, prefixes, cots, advantages=torch.tensor([[1.0, -0.5, -0.5], [0.2, -1, 0.8]]))
         model.make_trainable(train, vision=False, lora_r=4, lora_dropout=0.0)
         reference = DeScore.from_pretrained(tiny_model_dir).requires_grad_(False) if train == "full" else None
-        model = parallel.shard(model, ranks).train()
-        reference = reference and parallel.shard(reference, ranks)
+        model = parallel.shard(model, ranks, **how).train()
+        reference = reference and parallel.shard(reference, ranks, frozen=True, **how)
         grpo.backward_pair(model, reference, rollouts, settings, ranks, {"tokens": rollouts.num_tokens, "bt": 3},
                            logs.Sums())
         found.append(gradients(model))
+        norms.append(parallel.take_step(model, parallel.make_optimizer(model, settings), [], settings, ranks))
     require_close(found[1], found[0])
+    assert norms[1] == pytest.approx(norms[0], rel=CLOSE)
 
 
 def test_a_cot_does_not_depend_on_its_batch_mates(world, tiny_model_dir):
@@ -115,19 +130,22 @@ def stage_2_flags(world, model, out, *more):
             "9", "--epochs", "9", "--max-steps", "4", "--save-every", "1", "--workers", "0", *more]
 
 
-def test_the_pipeline_runs_and_a_killed_run_goes_on(world, tiny_model_dir, tmp_path):
+@pytest.mark.parametrize("sharded", [[], ["--shard-ranks", "1"], ["--cpu-offload"]])
+def test_the_pipeline_runs_and_a_killed_run_goes_on(world, tiny_model_dir, tmp_path, sharded):
     """Stage 1, stage 2 killed in the middle and resumed, evaluation: all on the card. Same sums as without the kill."""
+    ranks, torchrun = (1, ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]) if sharded else (0, [])
     run("cold_start.py", "--model", tiny_model_dir, "--data", world["train_cold_start"], "--mask-probability", "1",
-        "--batch-pairs", "2", "--max-steps", "2", "--workers", "0", "--out", str(tmp_path / "one"))
+        "--batch-pairs", "2", "--max-steps", "2", "--workers", "0", "--out", str(tmp_path / "one"), *sharded,
+        ranks=ranks)
     start = str(tmp_path / "one" / "model")
-    run(*stage_2_flags(world, start, tmp_path / "whole"))
-    process = subprocess.Popen([sys.executable, *stage_2_flags(world, start, tmp_path / "cut")], cwd=ROOT)
+    run(*stage_2_flags(world, start, tmp_path / "whole", *sharded), ranks=ranks)
+    command = stage_2_flags(world, start, tmp_path / "cut", *sharded)
+    process = subprocess.Popen([sys.executable, *torchrun, *command], cwd=ROOT, start_new_session=True)
     deadline = time.time() + 120
     while not (tmp_path / "cut/checkpoints/step-000002").is_dir() and time.time() < deadline:
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    run(*stage_2_flags(world, start, tmp_path / "cut"), "--resume")
+    kill_all(process)
+    run(*command, "--resume", ranks=ranks)
     whole, cut = (logs.read_metrics(str(tmp_path / name)) for name in ("whole", "cut"))
     assert [row["step"] for row in whole] == [row["step"] for row in cut] == [1, 2, 3, 4]
     for name in ("rollout_reward", "bt_loss", "grad_norm_llm"):

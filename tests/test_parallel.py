@@ -97,6 +97,19 @@ def test_two_ranks_equal_one_in_stage_2(world, tiny_model_dir, tmp_path):
     assert all(torch.equal(b[name], c[name]) for name in b)
 
 
+@pytest.mark.parametrize("flag", [["--shard-ranks", "1"], ["--cpu-offload"]])
+def test_a_shard_of_one_equals_one_process(world, base_dir, tmp_path, flag):
+    """torchrun with one process: FSDP2 on a mesh of one, as on one GPU whose weights wait in the host's memory."""
+    flags = ["--model", base_dir, "--data", world["train_cold_start"], "--batch-pairs", "2", "--lr", "1e-3",
+             "--workers", "0", "--mask-probability", "1", "--lora-r", "4", "--lora-dropout", "0", "--max-steps", "2"]
+    cold_start.main([*flags, "--out", str(tmp_path / "plain")])
+    done = run("cold_start.py", *flags, "--out", tmp_path / "sharded", *flag, ranks=1)
+    plain, sharded = (logs.read_metrics(str(tmp_path / name)) for name in ("plain", "sharded"))
+    same_metrics(plain, sharded, ["loss", "grad_norm_llm", "grad_norm_vision", "grad_norm_head"], 1e-4)
+    a, b = (DeScore.from_pretrained(str(tmp_path / name / "model")).state_dict() for name in ("plain", "sharded"))
+    assert all(torch.allclose(a[name], b[name], atol=2e-4) for name in a), done.stderr[-2000:]
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(world, base_dir, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "cold_start.py", "--model", base_dir, "--data", world["train_cold_start"],
