@@ -22,10 +22,10 @@ from layout import lay_out
 from losses import bt_loss, btt_loss, draw_cot_mask
 from metrics import accuracy_without_ties
 from model import DeScore, to_device
-from plumbing import checkpoint, logs
+from plumbing import checkpoint, gpu, logs
 from plumbing.jobs import fitting_pairs, readable_pairs, task_seed
 from plumbing.settings import CommonSettings, InputError, arg, cli, parse, require
-from plumbing.training import Run, claim_run, require_finite, save_run
+from plumbing.training import Run, claim_run, save_run
 
 
 @dataclasses.dataclass
@@ -106,11 +106,6 @@ def validate(model, dataset, settings, ranks) -> float:
     return accuracy_without_ties(labels, margins)
 
 
-def rows_of(items) -> list[dict]:
-    """The pairs of items as dictionaries, for the file that tells what was not finite."""
-    return [dataclasses.asdict(pair) for pair, _ in items]
-
-
 def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
     """The loop of stage 1; the steps are those of the docstring at the top."""
     optimizer = parallel.make_optimizer(model, settings)
@@ -133,7 +128,7 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
             items = batch[i : i + settings.micro_pairs]
             with ranks.autocast():
                 reward_a, reward_b = score_pairs(model, items)  # 3 forward both videos: (B,), (B,)
-            label = torch.tensor([pair.label for pair, _ in items], device=reward_a.device)  # (B,) +1, -1 or 0
+            label = torch.tensor([pair.label for pair, _ in items]).to(reward_a.device, non_blocking=True)  # (B,) ±1, 0
             # 4 The denominator is the whole batch's, over all micro-batches and ranks.
             if settings.loss == "btt":
                 loss = btt_loss(reward_a, reward_b, label, denominator=settings.batch_pairs)
@@ -142,12 +137,12 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
                 chosen = torch.where(label > 0, reward_a, reward_b)
                 rejected = torch.where(label > 0, reward_b, reward_a)
                 loss = bt_loss(chosen, rejected, denominator=settings.batch_pairs)
-            require_finite(loss.item(), "loss", rows_of(items), settings, ranks)
+            sums.losses.append((loss.detach(), [dataclasses.asdict(pair) for pair, _ in items]))
             parallel.backward(loss, ranks)  # 5 backward
             logs.log_scores(sums, loss, reward_a, reward_b, label, [not pair.cot_a for pair, _ in items])
         parallel.set_learning_rate(optimizer, step, run.warmup_steps)
-        norms = parallel.take_step(model, optimizer, rows_of(batch), settings, ranks)  # clip and update, once per batch
-        metrics = logs.cold_start_metrics(ranks.sum(sums), settings) | norms  # 6 log
+        norms = parallel.take_step(model, optimizer, sums.losses, settings, ranks)  # clip and update, once per batch
+        metrics = logs.cold_start_metrics(ranks.sum(sums.totals()), settings) | norms  # 6 log
         metrics |= {"lr": optimizer.param_groups[0]["lr"], "epoch": step / run.steps_per_epoch}
         metrics |= {"wait_share": waited / run.seconds(), "step_seconds": run.seconds()}
         run.save(step, metrics)
@@ -192,18 +187,17 @@ def main(argv=None) -> None:
     # new_head: the base model has none, so query and head start from scratch; stage 2 will insist on them.
     model = checkpoint.open_on_rank(DeScore, settings.model, dtype, ranks, new_head=True)
     fit = model.processor, settings, ranks, data.sequence_lengths
-    pairs = fitting_pairs(pairs, *fit)  # before hours of training
-    val_pairs = fitting_pairs(val_pairs, *fit) if val_pairs else []
+    pairs, longest = fitting_pairs(pairs, *fit)  # before hours of training
+    val_pairs = fitting_pairs(val_pairs, *fit)[0] if val_pairs else []
     model.settings.update(fps=settings.fps, max_pixels=settings.max_pixels)
     lora = settings.lora_r, settings.lora_alpha, settings.lora_dropout
     # lm_head maps hidden states to words: this stage's loss asks for none, so no gradient would reach it.
     model.make_trainable(settings.train, settings.train_vision, *lora, lm_head=False)
-    if settings.gradient_checkpointing:
-        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    gpu.prepare(model, settings, ranks, lambda: longest)
     for part, parameters in model.parameter_groups().items():
         ranks.print(f"trained {part}: {sum(p.numel() for p in parameters):,} parameters")
     parallel.shard(model, ranks, settings.shard_ranks, settings.cpu_offload)
-    parallel.seed_dropout(ranks)
+    torch.manual_seed(settings.seed + ranks.rank)  # dropout: LoRA had to start alike on all ranks, masks need not
     train(model, pairs, val_pairs, settings, ranks)
     save_run(model, settings, ranks, logs.COLD_START_PANELS, "Stage 1: cold start")
     ranks.finish()

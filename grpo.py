@@ -29,10 +29,10 @@ import parallel
 from layout import lay_out
 from losses import bt_loss, group_advantages, grpo_loss, kl_to_reference
 from model import DeScore, to_device
-from plumbing import checkpoint, logs
-from plumbing.jobs import readable_pairs, task_seed
+from plumbing import checkpoint, gpu, logs
+from plumbing.jobs import lengths_of, readable_pairs, task_seed
 from plumbing.settings import CommonSettings, annotated_pairs, arg, cli, grpo_flags, parse
-from plumbing.training import Run, claim_run, require_finite, save_run
+from plumbing.training import Run, claim_run, save_run
 from prefix_once import Past, lay_out_behind
 from rollout import EngineSettings, decode_cot, make_engine
 from rules import RolloutReward, rollout_reward
@@ -204,9 +204,9 @@ def update(model, reference, optimizer, mini: list[PairRollouts], settings, rank
     counts, sums = denominators(mini, settings, ranks), logs.Sums()
     for rollouts in mini:
         backward_pair(model, reference, rollouts, settings, ranks, counts, sums)
-    norms = parallel.take_step(model, optimizer, [r.record() for r in mini], settings, ranks)
-    ratio_max = max(ranks.gather_objects([sums.pop("ratio_max")]))
-    return {**ranks.sum(sums), "ratio_max": ratio_max, **norms}
+    norms, totals = parallel.take_step(model, optimizer, sums.losses, settings, ranks), sums.totals()
+    ratio_max = max(ranks.gather_objects([totals.pop("ratio_max")]))
+    return {**ranks.sum(totals), "ratio_max": ratio_max, **norms}
 
 
 def backward_pair(model, reference, rollouts: PairRollouts, settings, ranks, counts, sums) -> None:
@@ -223,9 +223,9 @@ def backward_pair(model, reference, rollouts: PairRollouts, settings, ranks, cou
         old = output.log_probs.detach() if settings.on_policy else part.old.flatten(0, 1)  # log π_old (N, T)
         grpo, kl, bt = losses_of(output, old, mask, part, settings, counts)
         loss = grpo + settings.kl_coef * kl + settings.bt_coef * bt  # Eq. 7 and Eq. 10
-        require_finite(loss.item(), "loss", [part.record()], settings, ranks)
+        sums.losses.append((loss.detach(), [part.record()]))
         parallel.backward(loss, ranks)
-        sums.add(grpo_loss=grpo.item(), kl=kl.item(), bt_loss=bt.item())
+        sums.add(grpo_loss=grpo, kl=kl, bt_loss=bt)
         logs.log_update(sums, output, mask, old, part, settings, counts)
     past.backward(cut)  # and goes on from there, for all parts together
 
@@ -327,13 +327,13 @@ def open_policy(settings: Settings, ranks, new_head: bool = False) -> DeScore:
     model.settings.update(fps=settings.fps, max_pixels=settings.max_pixels)
     # The vision tower is frozen (paper). No dropout: π_θ must equal π_old at the first update, or the ratio is not 1.
     model.make_trainable(settings.train, False, settings.lora_r, settings.lora_alpha, lora_dropout=0.0)
-    if settings.gradient_checkpointing:
-        model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
 def run(model: DeScore, pairs, settings: Settings, ranks, rewards=None) -> None:
     """COLLECTIVE: adds reference and engine, trains, saves. rewards: as in `train`."""
+    gpu.prepare(model, settings, ranks, lambda: max(
+        lengths_of(pairs, model.processor, settings, ranks, data.sequence_lengths).values()))
     reference = None
     if settings.kl_coef > 0 and settings.train == "full":  # with LoRA the reference is the model without its adapter
         # new_head: the policy's has been checked, and the reference gives no rewards
@@ -341,7 +341,7 @@ def run(model: DeScore, pairs, settings: Settings, ranks, rewards=None) -> None:
             DeScore, settings.model, parallel.load_dtype("lora", ranks), ranks, new_head=True)
         reference.eval().requires_grad_(False)
         parallel.shard(reference, ranks, settings.shard_ranks, settings.cpu_offload, frozen=True)
-    own = model.backbone if ranks.world == 1 else None  # under FSDP the transformers engine needs an unsharded copy
+    own = None if ranks.sharded else model.backbone  # under FSDP the transformers engine needs an unsharded copy
     engine = make_engine(
         settings.engine, settings.model, model.processor, ranks, own, settings.seed, settings.engine_max_len,
         settings.rows_per_batch, memory=settings.engine_memory, tp=settings.engine_tp,

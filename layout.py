@@ -41,6 +41,7 @@ def lay_out(backbone, prefixes: list[dict], cots: list[list[list[int]]]) -> dict
             query follows the last token whatever it is, so a CoT cut off at the limit needs no special case.
     Returns:
         input_ids (S, L); query_mask (S, L) bool; position_ids (3, S, L); pixel_values_videos, video_grid_thw;
+        frames: patches of each time step, Python integers: the vision tower looks inside of one;
         spans: per row (P, [(start, length), ...]), Python integers: where each CoT with its query begins, and how many
         positions it has. What no span covers is padding;
         query_index (N,): where the queries are in the flattened S x L; cot_index (N, T): where the position that
@@ -80,10 +81,11 @@ def lay_out(backbone, prefixes: list[dict], cots: list[list[list[int]]]) -> dict
         cot_index[i, :n] = s * length + torch.tensor([prompt - 1, *range(start, start + n - 1)])[:n]
         cot_mask[i, :n] = 1
         query_mask[s, start + n] = True
+    grid = torch.cat([prefix["video_grid_thw"] for prefix in prefixes])
     return {
         "input_ids": input_ids, "query_mask": query_mask, "position_ids": position_ids, "spans": spans,
         "pixel_values_videos": torch.cat([prefix["pixel_values_videos"] for prefix in prefixes]),
-        "video_grid_thw": torch.cat([prefix["video_grid_thw"] for prefix in prefixes]),
+        "video_grid_thw": grid, "frames": [h * w for steps, h, w in grid.tolist() for _ in range(steps)],
         "query_index": torch.tensor([s * length + start + n for s, _, start, n in places]),
         "cot_index": cot_index, "cot_ids": cot_ids, "cot_mask": cot_mask,
     }

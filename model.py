@@ -26,21 +26,18 @@ from layout import lay_out
 from losses import token_log_probs
 from plumbing.adapters import inject_lora
 from plumbing.checkpoint import QUERY_AND_HEAD, open_model, write_model
+from plumbing.gpu import LOGIT_CHUNK
 from plumbing.settings import InputError
 from prefix_once import SHARED_PREFIX, Past
 from rollout import TransformersEngine, decode_cot
 
 # LoRA on the LLM's linear layers; not on lm_head, the embeddings or the vision tower (whose layers have other names).
 LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
-LOGIT_CHUNK = 256  # positions whose (chunk, V) logits exist at a time: 0.16 GB in fp32 at V = 151,936
 
 
 @dataclasses.dataclass
 class Output:
-    """What one forward gives.
-
-    rewards (N,) fp32; log_probs (N, T) fp32, 0 at padding, or None if not asked for.
-    """
+    """What one forward gives: rewards (N,) fp32; log_probs (N, T) fp32, 0 at padding, or None if not asked for."""
 
     rewards: torch.Tensor
     log_probs: torch.Tensor | None
@@ -108,9 +105,10 @@ class DeScore(nn.Module):
     def _hidden(self, embeds, batch, video_features=None, keep=None):
         """Rows with their videos -> last hidden states (S * L, D), and what the tower saw."""
         if video_features is None:
+            # On the host: each layer of the tower reads these ends, three times, and would wait for the GPU.
+            ends = torch.tensor([0, *batch["frames"]]).cumsum(0)
             video_features = self.backbone.model.get_video_features(
-                batch["pixel_values_videos"], batch["video_grid_thw"], return_dict=True
-            )
+                batch["pixel_values_videos"], batch["video_grid_thw"], return_dict=True, video_cu_seqlens=ends)
         # `spans` and `keep` are no arguments of transformers: its models hand keywords they do not know down to each
         # layer's attention function, here prefix_once.attention, which reads who sees whom from them. No mask then:
         # with None (and spans), that function runs each part causally, and padding is in no part. keep is a function,
@@ -307,6 +305,7 @@ def part_of(name: str) -> str:
 
 
 def to_device(batch: dict, device) -> dict:
-    """Moves a batch's tensors; the spans stay Python integers."""
-    moved = {key: value.to(device, non_blocking=True) for key, value in batch.items() if key != "spans"}
-    return {**moved, "spans": batch["spans"]}
+    """Moves a batch's tensors, to a GPU from pinned memory, where Python need not wait; what is Python's stays."""
+    pin = torch.Tensor.pin_memory if torch.device(device).type == "cuda" else lambda value: value
+    return {key: pin(value).to(device, non_blocking=True) if torch.is_tensor(value) else value
+            for key, value in batch.items()}

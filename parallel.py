@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from plumbing.adapters import gather_full, merge_lora
 from plumbing.checkpoint import load_empty
+from plumbing.logs import read_numbers
 from plumbing.settings import InputError
 from plumbing.training import require_finite
 
@@ -40,6 +41,7 @@ class Ranks:
         self.accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[group])
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self.sharded = self.world > 1  # or `start` says so
 
     def print(self, *what) -> None:
         """Prints on rank 0, above a progress bar if there is one."""
@@ -74,7 +76,7 @@ class Ranks:
 
     def autocast(self):
         """bf16 compute for one GPU without FSDP. Under FSDP its own policy casts; on CPU all is fp32."""
-        if self.device.type == "cuda" and self.world == 1:
+        if self.device.type == "cuda" and not self.sharded:
             return torch.autocast("cuda", dtype=torch.bfloat16)
         return contextlib.nullcontext()
 
@@ -95,21 +97,17 @@ class Ranks:
 def start(seed: int, cpu_offload: bool = False, shard_ranks: int = 0) -> Ranks:
     """COLLECTIVE: starts the process group, finds the device, seeds all generators alike on all ranks.
 
-    InputError for flags of sharding where there is one process: they would do nothing.
+    InputError for flags of sharding without torchrun. With it, one process is a shard of one, for --cpu-offload.
     """
     ranks = Ranks(cpu_offload)
-    if ranks.world == 1 and (cpu_offload or shard_ranks):
+    ranks.sharded = dist.is_initialized() and bool(ranks.world > 1 or cpu_offload or shard_ranks)
+    if not ranks.sharded and (cpu_offload or shard_ranks):
         flag = "--cpu-offload" if cpu_offload else "--shard-ranks"
-        raise InputError(f"{flag}: one process shards nothing; start several with torchrun, or leave the flag out.")
+        raise InputError(f"{flag}: one process shards nothing; start with torchrun, or leave the flag out.")
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     return ranks
-
-
-def seed_dropout(ranks: Ranks) -> None:
-    """From here on each rank draws its own dropout masks. After the model is built: LoRA must start alike on all."""
-    torch.manual_seed(torch.initial_seed() + ranks.rank)
 
 
 # ---- 2. FSDP2: the model cut into shards, one block at a time ------------------------------------------------
@@ -127,7 +125,7 @@ def shard(model, ranks: Ranks, shard_ranks: int = 0, cpu_offload: bool = False, 
     memory while sampling.
     compute_dtype: bfloat16 on GPUs, else as the weights; tests ask for bfloat16 on a CPU.
     """
-    if ranks.world == 1:
+    if not ranks.sharded:
         load_empty(model, model, ranks.device)
         return model.to(ranks.device)
     from torch.distributed import device_mesh, fsdp
@@ -179,20 +177,25 @@ def clip_gradients(model, max_norm: float) -> dict[str, float]:
     constant factor, not a changing one. In stage 2, where the paper has its 1.0, the head hardly counts either way.
     Returns the norms before clipping, with their "total"; check it with `require_finite` before the update.
     """
-    norms = {}
+    norms, parts = {}, {}
     for part, parameters in model.parameter_groups().items():
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norms[part] = float(gather_full(torch.nn.utils.get_total_norm(gradients))) if gradients else 0.0
-        for gradient in gradients:
-            gradient.mul_(min(1.0, max_norm / (norms[part] + 1e-6)))
+        parts[part] = [p.grad for p in parameters if p.grad is not None]
+        # torch's own choice for shards would be one by one: a kernel, and some Python, for each of 250 adapters.
+        many = torch.cuda.is_available() or None
+        norms[part] = gather_full(torch.nn.utils.get_total_norm(parts[part], foreach=many)) if parts[part] else 0.0
+    norms = dict(zip(norms, read_numbers(list(norms.values()))))
+    for part, gradients in parts.items():
+        torch._foreach_mul_(gradients, min(1.0, max_norm / (norms[part] + 1e-6)))
     return {**norms, "total": sum(norm**2 for norm in norms.values()) ** 0.5}
 
 
-def take_step(model, optimizer, rows: list[dict], settings, ranks: Ranks) -> dict[str, float]:
+def take_step(model, optimizer, losses: list[tuple], settings, ranks: Ranks) -> dict[str, float]:
     """COLLECTIVE: the update, after the last backward. Returns the gradient norms before clipping, for the log.
 
-    rows: what this rank fed to the model; InputError names them if a gradient is not finite, and no weight is touched.
+    losses: (loss, rows) of this rank's forwards, looked at here, once a step: each look waits for the GPU. InputError
+    names the rows if a loss or gradient is not finite, and no weight is touched.
     """
+    require_finite(losses, "loss", settings, ranks)
     if ranks.world > 1:  # query and head are whole on every rank: averaged, as FSDP did all other gradients
         for parameter in (model.query, model.head.weight):
             if parameter.grad is None:
@@ -200,7 +203,7 @@ def take_step(model, optimizer, rows: list[dict], settings, ranks: Ranks) -> dic
             dist.all_reduce(parameter.grad)
             parameter.grad /= ranks.world
     norms = clip_gradients(model, settings.max_grad_norm)
-    require_finite(norms["total"], "gradient norm", rows, settings, ranks)
+    require_finite([(norms["total"], [row for _, rows in losses for row in rows])], "gradient norm", settings, ranks)
     optimizer.step()
     optimizer.zero_grad()
     return {f"grad_norm_{part}": norm for part, norm in norms.items()}
@@ -232,7 +235,8 @@ def make_optimizer(model, settings) -> torch.optim.AdamW:
         {"params": parameters, "lr": 0.0, "base_lr": settings.lr if rates[part] is None else rates[part]}
         for part, parameters in model.parameter_groups().items()
     ]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=settings.weight_decay)
+    fused = torch.cuda.is_available()  # left to itself torch takes FSDP2's shards one by one, ten kernels each
+    return torch.optim.AdamW(groups, betas=(0.9, 0.999), weight_decay=settings.weight_decay, fused=fused)
 
 
 def set_learning_rate(optimizer, step: int, warmup_steps: int) -> None:

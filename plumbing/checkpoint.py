@@ -125,7 +125,7 @@ def open_on_rank(cls, path: str, dtype: torch.dtype, ranks, new_head=False):
     """A DeScore to train, for parallel.shard: empty if it will be sharded. On a GPU all is computed in bf16, fp32
     masters too, so the LoRA of earlier stages stands beside its base there; on a CPU it is in the weights."""
     merged = ranks.device.type == "cpu"
-    return open_model(cls, path, dtype=dtype, new_head=new_head, empty=ranks.world > 1, merged=merged)
+    return open_model(cls, path, dtype=dtype, new_head=new_head, empty=ranks.sharded, merged=merged)
 
 
 @torch.no_grad()

@@ -225,20 +225,24 @@ def readable_pairs(pairs: list, settings, ranks, sample_frames) -> list:
     return _checked(kept, records, what, "no pair is left with two readable videos.", settings, ranks)
 
 
-def fitting_pairs(pairs: list, processor, settings, ranks, sequence_lengths) -> list:
-    """COLLECTIVE: the pairs whose sequences fit into --max-length, so that training need not stop half-way.
+def lengths_of(pairs: list, processor, settings, ranks, sequence_lengths) -> dict[int, int]:
+    """COLLECTIVE: line -> tokens of the pair's longer sequence. InputError names the line."""
+    lengths = []
+    for pair in ranks.progress(ranks.share(pairs), desc="checking lengths"):
+        try:
+            lengths.append((pair.line, max(sequence_lengths(processor, pair, settings.fps, settings.max_pixels))))
+        except InputError as error:
+            raise InputError(f"line {pair.line}: {str(error).removeprefix(f'line {pair.line}: ')}") from error
+    return dict(sorted(ranks.gather_objects(lengths)))
+
+
+def fitting_pairs(pairs: list, processor, settings, ranks, sequence_lengths) -> tuple[list, int]:
+    """COLLECTIVE: (the pairs whose sequences fit into --max-length, tokens of the longest): so training need not stop.
 
     An InputError that names the first line that does not; with --skip-bad-videos such pairs are left out and listed.
     """
-    long = []
-    for pair in ranks.progress(ranks.share(pairs), desc="checking lengths"):
-        try:
-            length = max(sequence_lengths(processor, pair, settings.fps, settings.max_pixels))
-        except InputError as error:
-            raise InputError(f"line {pair.line}: {str(error).removeprefix(f'line {pair.line}: ')}") from error
-        if length > settings.max_length:
-            long.append((pair.line, length))
-    long = dict(sorted(ranks.gather_objects(long)))
+    lengths = lengths_of(pairs, processor, settings, ranks, sequence_lengths)
+    long = {line: length for line, length in lengths.items() if length > settings.max_length}
     if long and not settings.skip_bad_videos:
         line, length = next(iter(long.items()))
         raise InputError(f"line {line}: {length} tokens of video, prompt and CoT exceed --max-length "
@@ -247,7 +251,8 @@ def fitting_pairs(pairs: list, processor, settings, ranks, sequence_lengths) -> 
     records = [{"line": line, "reason": f"{length} tokens"} for line, length in long.items()]
     kept = [pair for pair in pairs if pair.line not in long]
     none = f"no pair fits into --max-length {settings.max_length}."
-    return _checked(kept, records, f"{len(long)} pairs over --max-length", none, settings, ranks)
+    kept = _checked(kept, records, f"{len(long)} pairs over --max-length", none, settings, ranks)
+    return kept, max(length for line, length in lengths.items() if line not in long)
 
 
 def _checked(kept, records, what, none, settings, ranks):

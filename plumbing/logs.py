@@ -38,12 +38,32 @@ class Log:
         write_jsonl(self.path, [{"step": step, "seconds": seconds, **metrics}], add=True)
 
 
-class Sums(dict):
-    """Sums of numbers by name, over the forwards of a step."""
+class Sums:
+    """Numbers by name from the forwards of a step, tensors among them, added up once it is over.
 
-    def add(self, **values: float) -> None:
+    To read a tensor is to wait for all that its GPU still has to do, and the GPU then waits for what Python asks next.
+    losses: (loss, rows of the CSV) of each forward, for `require_finite`.
+    """
+
+    def __init__(self):
+        self.values, self.losses = {}, []
+
+    def add(self, **values) -> None:
         for name, value in values.items():
-            self[name] = self.get(name, 0.0) + float(value)
+            self.values.setdefault(name, []).append(value.detach() if torch.is_tensor(value) else value)
+
+    def totals(self) -> dict[str, float]:
+        """Each name's sum, but of "ratio_max" the largest: ONE wait."""
+        found = iter(read_numbers([value for values in self.values.values() for value in values]))
+        found = {name: [next(found) for _ in values] for name, values in self.values.items()}
+        return {name: max(values) if name == "ratio_max" else sum(values) for name, values in found.items()}
+
+
+def read_numbers(values: list) -> list[float]:
+    """Numbers, tensors of one number among them -> floats, with one wait for the GPU."""
+    tensors = [value.double() for value in values if torch.is_tensor(value)]
+    read = iter(torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).tolist() if tensors else [])
+    return [next(read) if torch.is_tensor(value) else float(value) for value in values]
 
 
 def mean_and_std(total: float, squares: float, count: float) -> dict[str, float]:
@@ -110,7 +130,7 @@ def log_scores(sums: Sums, loss, reward_a, reward_b, label, masks) -> None:
     """What a forward adds to the step's log."""
     margins = (reward_a - reward_b) * label  # (B,): r_w - r_l, and 0 for a human tie
     both = torch.cat([reward_a, reward_b])
-    sums.add(loss=loss.item(), correct=(margins > 0).sum(), decided=(label != 0).sum(), margin=margins.sum())
+    sums.add(loss=loss, correct=(margins > 0).sum(), decided=(label != 0).sum(), margin=margins.sum())
     sums.add(reward=both.sum(), square=(both**2).sum(), masked=sum(masks))
 
 
@@ -164,7 +184,7 @@ def log_update(sums: Sums, output, mask, old, rollouts, settings, counts) -> Non
     advantages = rollouts.advantages.flatten().to(mask.device)
     clipped = clipped_tokens(log_probs, old, advantages, mask, settings.clip_low, settings.clip_high)
     sums.add(clip_share=clipped / counts["tokens"])
-    sums["ratio_max"] = max(sums.get("ratio_max", 1.0), policy_ratio(log_probs, old, mask).max().item())
+    sums.add(ratio_max=policy_ratio(log_probs, old, mask).max())
     if gap is not None:
         sums.add(engine_gap=(gap.abs() * mask).sum() / counts["tokens"])
 

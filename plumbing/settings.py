@@ -32,6 +32,9 @@ def arg(default, help_text: str, choices=None, above=None, at_least=None, at_mos
     return dataclasses.field(default=default, metadata={"help": help_text, "choices": choices, "bounds": bounds})
 
 
+parsed = None  # the last command line, for `cli`
+
+
 def parse(settings_class, doc: str, argv=None):
     """Command line -> an instance of the dataclass. `doc` is the script's docstring.
 
@@ -51,7 +54,8 @@ def parse(settings_class, doc: str, argv=None):
         if kind is bool:
             more = {"action": argparse.BooleanOptionalAction}
         parser.add_argument(flag_of(field.name), default=field.default, help=text, **more)
-    settings = settings_class(**vars(parser.parse_args(argv)))
+    global parsed
+    parsed = settings = settings_class(**vars(parser.parse_args(argv)))
     for field in dataclasses.fields(settings_class):
         check_range(field, getattr(settings, field.name))
     if hasattr(settings, "reader"):  # in the environment, so that loader workers read as this process does
@@ -78,11 +82,20 @@ def check_range(field: dataclasses.Field, value) -> None:
             raise InputError(f"{flag_of(field.name)} {number}: must be {wanted}, and finite.")
 
 
+LESS_MEMORY = ("micro_pairs", "micro_rollouts", "rows_per_batch", "batch_size", "max_new_tokens", "max_pixels")
+
+
 def cli(main) -> None:
-    """Runs a script's main(). Bad input: one sentence, exit code 2. Ctrl-C: exit code 130. A bug: a traceback."""
+    """Runs a script's main(). Bad input, or a full GPU: one sentence, exit code 2. Ctrl-C: 130. A bug: a traceback."""
     try:
         main()
-    except InputError as error:
+    except (InputError, RuntimeError) as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; this file works without torch
+            flags = [f"{flag_of(name)} (now {getattr(parsed, name)})" for name in LESS_MEMORY if hasattr(parsed, name)]
+            also = "--gradient-checkpointing, or " * (getattr(parsed, "gradient_checkpointing", True) is not True)
+            error = f"the GPU's memory is full ({first_line(error)}); give {also}a lower {', '.join(flags)}."
+        elif not isinstance(error, InputError):
+            raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -101,12 +114,16 @@ class CommonSettings:
     skip_bad_videos: bool = arg(False, "leave out pairs with an unreadable video; OUT/skipped.jsonl lists them")
     fps: float = arg(2.0, "sampled frames per second (paper: 2)", above=0)
     reader: str = arg("pyav", "of video files; decord (the paper's) takes plain ones of constant rate", READERS)
-    workers: int = arg(2, "processes that decode ahead; 0: decode in this one", at_least=0)
+    workers: int | None = arg(None, "processes that decode ahead; 0: decode in this one; default: 2 to 8, by this "
+                                    "rank's cores", at_least=0)
     frame_cache: str | None = arg(None, "folder that keeps sampled frames, so that later epochs need not decode")
     # model and optimisation
     lora_r: int = arg(64, "LoRA rank, with --train lora (paper, stage 1: 64)", at_least=1)
     lora_alpha: int = arg(128, "LoRA alpha; the update is scaled by alpha / r (paper, stage 1: 128)", at_least=1)
-    gradient_checkpointing: bool = arg(True, "recompute activations in backward: less memory, a third more time")
+    gradient_checkpointing: bool | None = arg(None, "recompute activations in backward: less memory, a third more "
+                                                    "time; default: on, but where a GPU holds the plan without")
+    compile: bool | None = arg(None, "compile mlp, norms and rotary embedding; default: on a GPU (its first steps take "
+                                     "a minute longer)")
     max_steps: int | None = arg(None, "stop after this many steps, if --epochs gives as many", at_least=1)
     lr_head: float | None = arg(None, "learning rate of query and head; default --lr (paper: the same)", at_least=0)
     max_grad_norm: float = arg(

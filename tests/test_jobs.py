@@ -118,7 +118,7 @@ def test_lengths_are_known_before_training(world, processor, tmp_path):
     long = [line for line, length in lengths.items() if length > middle]
     settings = cold_start.Settings(out=str(tmp_path), max_length=middle, max_pixels=4096)
     ranks = parallel.Ranks()
-    check = lambda s: jobs.fitting_pairs(pairs, processor, s, ranks, data.sequence_lengths)  # noqa: E731
+    check = lambda s: jobs.fitting_pairs(pairs, processor, s, ranks, data.sequence_lengths)[0]  # noqa: E731
     with pytest.raises(InputError, match=f"line {long[0]}: {lengths[long[0]]} tokens .* --max-length {middle} "):
         check(settings)
     assert [pair.line for pair in check(dataclasses.replace(settings, skip_bad_videos=True))] == [

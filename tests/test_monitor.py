@@ -25,7 +25,7 @@ def test_stage_1_metrics_by_hand():
     r_a, r_b, label = torch.tensor([2.0, 0.0, 1.0]), torch.tensor([1.0, 3.0, 1.0]), torch.tensor([1, 1, 0])
     for part, hidden in ((slice(0, 2), [True, False]), (slice(2, 3), [False])):
         logs.log_scores(sums, loss, r_a[part], r_b[part], label[part], hidden)
-    metrics = logs.cold_start_metrics(sums, cold_start.Settings(batch_pairs=3))
+    metrics = logs.cold_start_metrics(sums.totals(), cold_start.Settings(batch_pairs=3))
     assert metrics == pytest.approx({
         "loss": 0.5,  # each forward's loss has the batch's denominator already: they add up
         "accuracy": 1 / 2, "margin": (1 - 3) / 2,
@@ -52,7 +52,7 @@ def test_the_gap_to_the_engine_does_not_cancel():
     output = SimpleNamespace(log_probs=old, rewards=torch.tensor([1.0, 0.0, 0.0, 2.0]))
     sums = Sums()
     logs.log_update(sums, output, mask, old, two_rollouts(), grpo.Settings(), {"tokens": 7, "bt": 2})
-    assert sums["engine_gap"] == pytest.approx(0.5)
+    assert sums.totals()["engine_gap"] == pytest.approx(0.5)
 
 
 def test_samples_are_the_first_videos_best_and_worst_with_its_own_truth(tmp_path):

@@ -177,7 +177,8 @@ def update_once(world, rollouts: grpo.PairRollouts, settings: grpo.Settings) -> 
         rollouts.old, _ = grpo.log_probs_now(world.model, rollouts, settings, world.ranks)
     counts, sums = {"tokens": rollouts.num_tokens, "bt": settings.rollouts}, Sums()
     grpo.backward_pair(world.model, world.reference, rollouts, settings, world.ranks, counts, sums)
-    return sums["grpo_loss"] + settings.kl_coef * sums["kl"] + settings.bt_coef * sums["bt_loss"]
+    totals = sums.totals()
+    return totals["grpo_loss"] + settings.kl_coef * totals["kl"] + settings.bt_coef * totals["bt_loss"]
 
 
 def update_rows(world, rollouts: grpo.PairRollouts, settings: grpo.Settings, packed: bool) -> float:

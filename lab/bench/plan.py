@@ -6,38 +6,24 @@
 
 import dataclasses
 
-import torch
 
-from model import LOGIT_CHUNK
+from plumbing.gpu import ROOM, Load, count_parameters, plan_memory
 from plumbing.settings import InputError, arg, cli, parse
 
 
 @dataclasses.dataclass
-class Plan:
+class Plan(Load):
     """Memory per GPU and time per step, by arithmetic alone: nothing is loaded but a config.json."""
 
     plan: str = arg("8B", "2B, 4B, 8B, 32B: the sizes of Qwen3-VL-...-Instruct; or a model's folder or hub name")
     table: bool = arg(False, "all sizes and stages on four machines; --plan, --stage, --train, --gpus are not read")
-    stage: int = arg(2, "1: cold start, 2: RL", choices=[1, 2])
-    train: str = arg("full", "what of the LLM is trained", choices=["lora", "full", "head"])
-    train_vision: bool = arg(True, "stage 1 trains the vision tower")
-    lora_r: int = arg(64, "LoRA rank", at_least=1)
-    gpus: int = arg(8, "number of GPUs", at_least=1)
-    shard_ranks: int = arg(0, "GPUs that share one copy of the weights; 0: all", at_least=0)
     gpu_gb: float = arg(80.0, "memory of one GPU, 10^9 bytes", above=0)
     tflops: float = arg(989.0, "a GPU's dense bf16 rate, 10^12 operations per second (H100 SXM: 989)", above=0)
     bandwidth: float = arg(3.35, "a GPU's memory bandwidth, 10^12 bytes per second (H100 SXM: 3.35)", above=0)
     utilisation: float = arg(
         0.4, "share of both rates that is reached: an assumption, not a measurement", above=0, at_most=1)
-    video_tokens: int = arg(
-        2048, "prompt and video tokens (5 s at 2 fps and 448 x 448: 5 x 196, plus the text)", at_least=1)
-    cot_tokens: int = arg(1024, "tokens of a CoT (at most 4,096)", at_least=1)
-    rollouts: int = arg(8, "G, CoTs per video in stage 2", at_least=1)
-    micro_rollouts: int = arg(2, "stage 2: CoTs of each video in one forward and backward", at_least=1)
     batch_pairs: int | None = arg(
         None, "pairs per step over all GPUs; default the paper's: 32 in stage 1, 128 in 2", at_least=1)
-    gradient_checkpointing: bool = arg(True, "recompute activations in backward")
-    kl: bool = arg(True, "stage 2 holds a reference for the KL term")
     engine: str = arg("vllm", "who samples; transformers: by the weights trained", choices=["transformers", "vllm"])
     engine_memory: float = arg(0.4, "share of the GPU that vLLM may use while it samples", above=0, at_most=1)
     rows_per_batch: int = arg(64, "CoTs the transformers engine samples at a time", at_least=1)
@@ -81,83 +67,6 @@ def model_config(name: str):
     tower = LARGE_TOWER if s.large_tower else SMALL_TOWER
     vision = {**tower, "num_heads": 16, "out_hidden_size": s.hidden, "num_position_embeddings": 2304}
     return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=s.tied)
-
-
-def count_parameters(config, lora_r: int) -> dict[str, int]:
-    """Parameters of the LLM, of one of its blocks, of what lies outside all blocks, of vision, and of the adapters."""
-    from transformers import Qwen3VLForConditionalGeneration
-
-    with torch.device("meta"):  # not accelerate's init_empty_weights: it would count tied embeddings twice
-        backbone = Qwen3VLForConditionalGeneration._from_config(config)
-    size = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-    layers, visual = backbone.model.language_model.layers, backbone.model.visual
-    linear = [m for layer in layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
-    counts = {"vision": size(visual), "llm": size(backbone) - size(visual), "block": size(layers[0])}
-    counts["root"] = size(backbone) - size(layers) - size(visual.blocks)
-    return counts | {"lora": sum(lora_r * (m.in_features + m.out_features) for m in linear)}
-
-
-def block_bytes(text, prefix: int = 0, cot: int = 0) -> float:
-    """Bytes that backward keeps per token inside ONE text block, in bf16 compute: counted tensor by tensor.
-
-    Of a whole row, or with `cot` of CoTs of so many tokens behind prefixes that were read before: each has a copy of
-    the prefix's keys and values in front of its own.
-    """
-    wide, narrow = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
-    plain = 16 * text.hidden_size + 12 * wide + 10 * narrow + 8 * text.intermediate_size
-    return plain + (4 * narrow * (prefix + cot) / cot if cot else 0)
-
-
-def plan_memory(config, s: Plan, n: dict[str, int] | None = None) -> dict[str, float]:
-    """Bytes on one GPU, by use. `n`: what `count_parameters` gives, if it is known.
-
-    States are exact, activations are counted (`block_bytes`), gathered weights are estimates from above.
-    """
-    n, text, vision = n or count_parameters(config, s.lora_r), config.text_config, config.vision_config
-    gpus = s.shard_ranks or s.gpus
-    full, train_vision = s.train == "full", s.stage == 1 and s.train_vision
-    trained = {"lora": n["lora"], "full": n["llm"], "head": 0}[s.train] + train_vision * n["vision"]
-    frozen = n["llm"] + n["vision"] + (s.train == "lora") * n["lora"] - trained
-    memory = {
-        "weights: trained fp32, frozen bf16 (fp32 with full)": (4 * trained + (4 if full else 2) * frozen) / gpus,
-        "gradients, fp32": 4 * trained / gpus,
-        "AdamW, two fp32 moments": 8 * trained / gpus,
-    }
-    if s.stage == 2 and s.kl and full:
-        memory["reference, bf16"] = 2 * (n["llm"] + n["vision"]) / gpus
-    if gpus == 1:
-        memory["bf16 copies of the trained weights (autocast)"] = 2 * trained
-    else:  # a block, the next one on its way, and what lies outside the blocks; the gradients of a block and of those
-        memory["gathered weights, bf16"] = 2 * (2 * n["block"] + n["root"])
-        memory["gathered gradients, bf16 and fp32"] = 6 * (n["block"] + n["root"]) if full else 0
-    layers, width = text.num_hidden_layers, 2 * text.hidden_size  # width: bytes of a bf16 hidden state
-    stream = 0
-    if gpus == 1 and full:  # autocast over fp32 weights keeps the residual stream in fp32
-        stream, width = 10 * text.hidden_size, 2 * width
-
-    def kept(*parts):  # by forwards of (tokens, bytes inside a block); recomputing, inside one block at a time
-        between = sum(tokens * layers * width for tokens, _ in parts)
-        inside = [tokens * (inside + stream) for tokens, inside in parts]
-        return between + max(inside) if s.gradient_checkpointing else layers * sum(inside)
-
-    if s.stage == 1:
-        memory["activations of one pair"] = kept((2 * (s.video_tokens + s.cot_tokens + 1), block_bytes(text)))
-    else:
-        cots, cot = 2 * min(s.micro_rollouts, s.rollouts), s.cot_tokens + 1
-        behind = cots * cot, block_bytes(text, s.video_tokens, cot)
-        memory["activations of a pair's prefixes and a part of its CoTs"] = kept(
-            (2 * s.video_tokens, block_bytes(text)), behind)
-        states = 2 * text.num_key_value_heads * text.head_dim * layers * 2 * s.video_tokens  # keys and values
-        memory["the prefixes' keys and values and their gradients, bf16"] = 2 * 2 * states
-        memory["what the tower saw of the pair, bf16"] = 2 * 2 * s.video_tokens * text.hidden_size * (
-            1 + len(vision.deepstack_visual_indexes))
-        memory["logits of one chunk, fp32, with gradient"] = 3 * 4 * LOGIT_CHUNK * text.vocab_size
-    if train_vision:
-        patches = 2 * s.video_tokens * vision.spatial_merge_size**2
-        within = 2 * (8 * vision.hidden_size + 2 * vision.intermediate_size)
-        in_tower = 2 * vision.depth * vision.hidden_size + within if s.gradient_checkpointing else vision.depth * within
-        memory["activations of the vision tower"] = patches * in_tower
-    return memory
 
 
 def plan_time(config, s: Plan) -> dict[str, float]:
@@ -212,7 +121,7 @@ def judge(memory: dict[str, float], s: Plan, parameters: int, text) -> Verdict:
     transformers samples by the trainer's weights and needs a cache only.
     """
     room, total = s.gpu_gb * 1e9, sum(memory.values())
-    verdict = Verdict(total, total < 0.95 * room, None, True)
+    verdict = Verdict(total, total < ROOM * room, None, True)
     if s.stage == 2:
         gone = ("gathered", "activations", "logits", "prefixes", "tower saw")
         states = total - sum(size for use, size in memory.items() if any(word in use for word in gone))

@@ -40,6 +40,7 @@ from lab.bench.cases import forward_flops, measure, with_peak
 from losses import bt_loss, group_advantages
 from model import DeScore
 from plumbing import checkpoint
+from plumbing.gpu import Load, compile_parts, plan_memory
 from plumbing.settings import InputError, arg, cli, parse
 
 CASES = ("stage1-lora", "stage2-lora", "stage2-full")
@@ -59,6 +60,7 @@ class Settings:
     cot_tokens: int = arg(0, "C, tokens per CoT; 0: as many as the prefix, P : C = 1 : 1", at_least=0)
     micro_rollouts: int = arg(2, "stage 2: CoTs of each video at a time", at_least=1)
     gradient_checkpointing: bool = arg(True, "recompute activations in backward")
+    compile: bool | None = arg(None, "compile mlp, norms and rotary embedding; default: on a GPU")
     bf16: bool = arg(False, "on a CPU compute in bf16 as GPUs do (autocast), with frozen weights in bf16")
     repeats: int = arg(1, "timed rounds after the first", at_least=1)
     seed: int = arg(0, "decides weights, clip and CoTs", at_least=0)
@@ -112,9 +114,10 @@ def load(folder: str, s: Settings, ranks, train: str, stage: int) -> DeScore:
     """The model as cold_start.py and grpo.py make it on one rank, with random weights."""
     dtype = torch.bfloat16 if s.bf16 and train != "full" else parallel.load_dtype(train, ranks)
     model = random_model(folder, dtype)
-    model.make_trainable(train, vision=stage == 1)
+    model.make_trainable(train, vision=stage == 1, lora_dropout=0.05 if stage == 1 else 0.0)
     if s.gradient_checkpointing:
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    compile_parts(model, s.compile, ranks.device)
     return parallel.shard(model, ranks).train()
 
 
@@ -140,7 +143,7 @@ def stage_1(model, item, settings: cold_start.Settings, ranks):
             chosen, rejected = cold_start.score_pairs(model, [item])
         loss = bt_loss(chosen, rejected)
         parallel.backward(loss, ranks)
-        norms = parallel.take_step(model, optimizer, cold_start.rows_of([item]), settings, ranks)
+        norms = parallel.take_step(model, optimizer, [(loss, [vars(item[0])])], settings, ranks)
         return {"loss": loss.item(), **in_short(norms)}
 
     return update
@@ -176,11 +179,11 @@ def update_flops(model, prefixes, cots, stage: int, train: str) -> float:
 
 def planned_gb(folder: str, s: Settings, stage: int, train: str, prefix: int, cot: int) -> float:
     """The plan's memory on one GPU, 10^9 bytes."""
-    sizes = plan.Plan(
-        plan=folder, stage=stage, train=train, gpus=1, video_tokens=prefix, cot_tokens=cot, rollouts=s.rollouts,
-        gradient_checkpointing=s.gradient_checkpointing,
+    sizes = Load(
+        stage=stage, train=train, gpus=1, video_tokens=prefix, cot_tokens=cot, rollouts=s.rollouts,
+        micro_rollouts=s.micro_rollouts, gradient_checkpointing=s.gradient_checkpointing,
     )
-    return sum(plan.plan_memory(plan.model_config(folder), sizes).values()) / 1e9
+    return sum(plan_memory(plan.model_config(folder), sizes).values()) / 1e9
 
 
 def run_case(case: str, folder: str, s: Settings, ranks, rate: float | None) -> dict:

@@ -7,6 +7,7 @@ import types
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextDecoderLayer
 
@@ -17,7 +18,8 @@ import grpo
 import parallel
 from lab.bench import plan, real
 from model import DeScore
-from plumbing import settings, training
+from plumbing import gpu, settings, training
+from plumbing.adapters import cast_input
 from prefix_once import Past
 from plumbing.settings import evaluation_flags, grpo_flags, collecting_flags
 from tests.conftest import ROOT
@@ -173,16 +175,18 @@ def test_plan_counts_what_training_holds(base_dir):
     assert round((sizes["llm"] + sizes["vision"]) / 1e9, 2) == 8.77
 
 
-@pytest.mark.parametrize("behind", [False, True])
-def test_plan_counts_what_a_block_keeps_for_backward(behind):
-    """The bytes that one real text block saves per token, as autograd's own hooks see them: within 5 %.
-
-    Of a prefix of 256 tokens, which is kept, and of 4 CoTs of 64 behind it."""
-    text = plan.model_config("8B").text_config
+@pytest.fixture
+def text():
+    """A small LLM's configuration."""
+    found = plan.model_config("8B").text_config
     sizes = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64,
              "intermediate_size": 1536}
-    text.update({**sizes, "_attn_implementation": "shared_prefix"})
-    block, past = Qwen3VLTextDecoderLayer(text, 0).bfloat16(), Past()
+    found.update({**sizes, "_attn_implementation": "shared_prefix"})
+    return found
+
+
+def kept_bytes(block, states, **more) -> float:
+    """What a block's forward keeps for its backward, as autograd's own hooks see it, per token."""
     weights, saved = {parameter.data_ptr() for parameter in block.parameters()}, {}
 
     def note(tensor):
@@ -190,18 +194,35 @@ def test_plan_counts_what_a_block_keeps_for_backward(behind):
             saved[tensor.untyped_storage().data_ptr()] = tensor, tensor.untyped_storage().nbytes()
         return tensor
 
-    states = torch.randn(1, 256, 512, dtype=torch.bfloat16, requires_grad=True)
-    rotary = torch.randn(1, 256, 64).bfloat16()
-    whole = {"spans": [(256, [])], "keep": past.keep}
-    cots = {"spans": [(256, [(64 * i, 64) for i in range(4)])], "past": past}
-    if behind:
-        with torch.no_grad():
-            block(states, position_embeddings=(rotary, rotary), attention_mask=None, position_ids=None, **whole)
+    rotary = torch.randn(1, states.shape[1], 64).bfloat16()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        more = cots if behind else whole
         block(states, position_embeddings=(rotary, rotary), attention_mask=None, position_ids=None, **more)
-    measured = sum(size for _, size in saved.values()) / 256
-    assert plan.block_bytes(text, 256, 64 if behind else 0) == pytest.approx(measured, rel=0.05)
+    return sum(size for _, size in saved.values()) / states.shape[1]
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_plan_counts_what_a_block_keeps_for_backward(text, behind):
+    """Of a prefix of 256 tokens, which is kept, and of 4 CoTs of 64 behind it: within 5 %."""
+    block, past = Qwen3VLTextDecoderLayer(text, 0).bfloat16(), Past()
+    states = torch.randn(1, 256, 512, dtype=torch.bfloat16, requires_grad=True)
+    measured = kept_bytes(block, states, spans=[(256, [])], keep=past.keep)
+    if behind:
+        measured = kept_bytes(block, states, spans=[(256, [(64 * i, 64) for i in range(4)])], past=past)
+    assert gpu.block_bytes(text, 256, 64 if behind else 0) == pytest.approx(measured, rel=0.05)
+
+
+def test_plan_counts_what_lora_s_dropout_keeps(text):
+    """To the byte, but that a CPU's masks have two bytes and a GPU's one; without dropout LoRA keeps less than full."""
+    found, states = [], torch.randn(1, 256, 512, dtype=torch.bfloat16, requires_grad=True)
+    for dropout in (0.0, 0.05):
+        block = Qwen3VLTextDecoderLayer(text, 0).bfloat16().requires_grad_(False)
+        inject_adapter_in_model(LoraConfig(r=4, lora_dropout=dropout, target_modules=r".*_proj"), block)
+        for layer in block.modules():
+            layer._cast_input_dtype = cast_input
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(kept_bytes(block.train(), states, spans=[(256, [])]))
+    more = gpu.block_bytes(text, dropout=True) - gpu.block_bytes(text)
+    assert found[1] - found[0] == more + 5 * 512 + 512 + 1536 and found[0] < gpu.block_bytes(text)
 
 
 def test_plan_moves_the_right_way(capsys):
