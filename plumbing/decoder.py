@@ -84,10 +84,12 @@ def detach(_worker: int = 0) -> None:
     (torch's own check of that comes only when the item that it is at is done.)
     """
     os.setsid()
-    _end_with_parent()
+    end_with_parent()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """From here on this process ends within a second of its parent."""
+
     def watch(parent):
         while os.getppid() == parent:  # an orphan gets another one
             time.sleep(1)
@@ -106,7 +108,7 @@ def _start():
 
 def serve() -> None:
     """The other process: one call after the other from stdin, until that is closed."""
-    _end_with_parent()
+    end_with_parent()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends it, in the middle of C code too
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer

@@ -5,8 +5,10 @@ import hashlib
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import data
 import toy.world
 from rules import DIMENSIONS, extract_answer, read_verdicts, well_formed
 from tests.conftest import ROOT, refuses
+from tests.kills import alive, family
 from toy import __main__ as command_line
 
 RED_CIRCLE = {"subject": ("red", "circle"), "dynamics": "moving left", "camera": "still", "environment": "night",
@@ -209,3 +212,19 @@ def test_flicker_is_seen_and_nothing_else_changes():
     "--unspoken", "-1"], ["--weights", *["nan"] * 5]])
 def test_people_who_could_never_decide_a_pair_are_refused(flags, tmp_path, capsys):
     refuses(capsys, command_line.main, "data", "--out", tmp_path, *flags, says="--weights are numbers of 0 to 3")
+
+
+def test_no_process_that_renders_outlives_a_killed_parent(tmp_path):
+    script = "import sys, toy.world as w; w.make_data(sys.argv[1], sizes=dict.fromkeys(w.SPLITS, 400), processes=2)"
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT) as parent:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("videos/*/0000a.mp4"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        members = family(parent.pid)
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while (left := [pid for pid in members if alive(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert len(members) >= 3 and not left

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from plumbing.decoder import end_with_parent
 from plumbing.settings import InputError, write_csv, write_json
 from rules import DIMENSIONS
 
@@ -319,7 +320,7 @@ def make_data(out, seed=0, sizes: dict | None = None, seconds=4, progress=True, 
     jobs = [(out, seed, n, split, sizes[split], seconds, people) for n, split in enumerate(SPLITS) if sizes[split]]
     jobs.sort(key=lambda job: -job[4])  # the largest first
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, spawn) if processes > 1 else ThreadPoolExecutor(1) as pool:
+    with ProcessPoolExecutor(processes, spawn, end_with_parent) if processes > 1 else ThreadPoolExecutor(1) as pool:
         paths = list(tqdm(pool.map(_make_split, jobs), desc="splits", total=len(jobs), disable=not progress))
     write_json(str(out / "world.json"), {"seed": seed, **people._asdict()})
     written = {job[3]: path for job, path in zip(jobs, paths)}
