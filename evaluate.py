@@ -202,16 +202,24 @@ def resolve(settings: Settings, ranks) -> Settings:
 
 
 def one_video(settings: Settings, ranks, workers: Workers) -> None:
-    """Prints CoT and reward of --video."""
-    model = workers.open_model()
-    require_short(settings.prompt, model.processor.tokenizer)
+    """Prints CoT and reward of --video. First what may be wrong with the clip: the models take minutes to open."""
+    if not os.path.isfile(settings.video):
+        folder = os.path.dirname(settings.video) or "."
+        raise InputError(f"--video {settings.video}: no such file; see what there is with: ls {folder}")
+    try:
+        video = workers.frames(Item(settings.video, settings.prompt, 0))
+    except InputError as error:
+        raise InputError(f"--video {str(error).rstrip('.')}; see what it is with: file {settings.video}") from error
+    processor = (workers.open_engine() if settings.think else workers.open_model()).processor
+    require_short(settings.prompt, processor.tokenizer)
     # The same as for many: think, then score. The clip is decoded, and video and prompt are encoded, once.
-    prefixes = model.encode([workers.frames(Item(settings.video, settings.prompt, 0))], [settings.prompt])
-    how = settings.max_new_tokens, settings.temperature, settings.seed, settings.thoughts
-    cots = model.think(prefixes, *how) if settings.think else [[None]]
-    rewards = model.score(prefixes, cots)[0].tolist()
+    prefixes, cots = [data.encode_prompt(processor, video, settings.prompt)], [[None]]
+    if settings.think:
+        seeds = [[settings.seed + k for k in range(settings.thoughts)]]
+        cots = workers.engine.generate(prefixes, seeds, settings.max_new_tokens, settings.temperature)
+    rewards = workers.open_model().score(prefixes, cots)[0].tolist()
     for cot, reward in zip(cots[0], rewards):
-        text = decode_cot(model.processor.tokenizer, cot) if cot else "(no CoT)"
+        text = decode_cot(processor.tokenizer, cot) if cot else "(no CoT)"
         ranks.print(f"{text}\nreward {reward:+.4f}")
     if settings.thoughts > 1:
         ranks.print(f"mean reward {np.mean(rewards):+.4f}")
@@ -227,7 +235,7 @@ def main(argv=None) -> None:
     workers = Workers(settings, ranks)
     if settings.video:
         one_video(settings, ranks, workers)
-        return ranks.finish()
+        return ranks.finish(workers.engine)
     tests = [read_test_set(settings, name) for name in settings.benchmark or [None]]
     for test in tests:  # an unwritable folder stops the run before hours of generation
         writable([test.out, *([os.path.join(test.out, "text")] if "text" in settings.score_from else [])])

@@ -223,15 +223,16 @@ class DeScore(nn.Module):
         videos = [data.to_video(video, fps, max_pixels, source_fps) for video in videos]
         return [data.encode_prompt(self.processor, video, prompt) for video, prompt in zip(videos, prompts)]
 
-    def think(self, prefixes, max_new_tokens=4096, temperature=0.0, seed=0, thoughts=None) -> list:
+    def think(self, prefixes, max_new_tokens=4096, temperature=0.0, seed=0, thoughts=None, engine=None) -> list:
         """Writes CoTs (greedy by default): S lists of token ids; with `thoughts` k, S lists of k such lists.
 
-        The ids are the CoT itself. Its text (rollout.decode_cot) may be encoded to other ids than those that were
-        sampled, and does not tell whether the CoT ended (EOS, the last id) or was cut off at max_new_tokens.
+        engine: from rollout.make_engine; default: transformers, with this model's own weights. The ids are the CoT
+        itself: its text (rollout.decode_cot) may be encoded to other ids than those that were sampled, and does not
+        tell whether the CoT ended (EOS, the last id) or was cut off at max_new_tokens.
         """
         k = thoughts or 1
         seeds = [[seed + i * k + j for j in range(k)] for i in range(len(prefixes))]
-        engine = TransformersEngine(self.backbone, self.processor, shared=True)
+        engine = engine or TransformersEngine(self.backbone, self.processor, shared=True)
         cots = engine.generate(prefixes, seeds, max_new_tokens, temperature)
         return cots if thoughts else [cot for (cot,) in cots]
 
@@ -251,26 +252,42 @@ class DeScore(nn.Module):
         return rewards if several else rewards[:, 0]
 
     def reward(
-        self, videos, prompts, think=True, max_new_tokens=4096, source_fps=None, normalize=False, with_thoughts=False
+        self, videos, prompts, think=True, max_new_tokens=4096, source_fps=None, normalize=False, with_thoughts=False,
+        engine=None,
     ):
         """Think, then score (Fig. 2a): rewards (S,) fp32; with `with_thoughts` also S texts (None if not thought).
 
-        `think=False` skips the CoT, for speed: random CoT masking has trained the head for it. `normalize=True` gives
-        rewards in the unit of training: minus the mean, divided by the standard deviation, of the rewards in its last
-        quarter (plumbing.logs.reward_scale), where CoTs were masked (stage 1) or sampled (stage 2). For other videos
-        it is a rough scale: the toy's three test sets come out at means of -1.5 to +.3 and deviations of .8 to 1.1.
-        Only differences mean anything either way. InputError: what `encode` says, or a checkpoint without the scale.
+        `think=False` skips the CoT, for speed: random CoT masking has trained the head for it. normalize: `unit`'s.
+        engine: `think`'s; a CoT is then scored as soon as it has ended, and never is more than one in the memory. Only
+        differences mean anything either way. InputError: what `encode`, `unit` and the engine say.
         """
-        if normalize and not self.settings.get("reward_std"):
-            raise InputError("normalize=True: the checkpoint has no reward_mean, reward_std; train it with this code.")
+        mean, std = self.unit(normalize)
         prefixes = self.encode(videos, prompts, source_fps)
-        cots = self.think(prefixes, max_new_tokens) if think else [None] * len(prefixes)
-        rewards = self.score(prefixes, cots)
-        if normalize:
-            rewards = (rewards - self.settings["reward_mean"]) / self.settings["reward_std"]
+        cots, rewards = [None] * len(prefixes), torch.zeros(len(prefixes), device=self.query.device)
+        if think and engine:
+            for i, (cots[i],) in engine.stream(prefixes, [[0]] * len(prefixes), max_new_tokens, temperature=0.0):
+                rewards[i] = self.score(prefixes[i : i + 1], cots[i : i + 1])[0]
+        else:
+            cots = self.think(prefixes, max_new_tokens) if think else cots
+            rewards = self.score(prefixes, cots)
+        rewards = (rewards - mean) / std
         if with_thoughts:
             return rewards, [cot and decode_cot(self.processor.tokenizer, cot) for cot in cots]
         return rewards
+
+    def unit(self, normalize: bool) -> tuple[float, float]:
+        """What is taken from a reward, and what it is then divided by: 0 and 1; with `normalize`, the unit of training.
+
+        That is the mean and the standard deviation of the rewards in its last quarter (plumbing.logs.reward_scale),
+        where CoTs were masked (stage 1) or sampled (stage 2). For other videos it is a rough scale: the toy's three
+        test sets come out at means of -1.5 to +.3 and deviations of .8 to 1.1. InputError: a checkpoint without it.
+        """
+        if not normalize:
+            return 0.0, 1.0
+        if not self.settings.get("reward_std"):
+            raise InputError("normalize (--normalize): the checkpoint has no reward_mean and reward_std; train it with "
+                             "this code.")
+        return self.settings["reward_mean"], self.settings["reward_std"]
 
     # -- disk: plumbing/checkpoint.py has the files --------------------------------------------------------------
     def save_pretrained(self, path: str) -> None:

@@ -187,8 +187,7 @@ def evaluation_flags(s) -> None:
         "--video needs --prompt, and --prompt needs --video": bool(s.video) != bool(s.prompt and s.prompt.strip()),
         "--score-from text needs CoTs, so not --no-think": "text" in s.score_from and not s.think,
         "--thoughts above 1 and --no-think exclude each other": s.thoughts > 1 and not s.think,
-        "--video thinks with transformers, so leave out --engine vllm": s.video and s.engine == "vllm",
-        "give --model DIR": not s.model,
+        "give --model DIR: runs/stage2/model, after: make demo": not s.model,
     }
     for problem, is_so in problems.items():
         if is_so:

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from plumbing.adapters import SURVIVAL, survival_line
 from plumbing.checkpoint import EMBEDDING, SETTINGS_FILE, trained_settings
 from plumbing.hub import local_folder
-from plumbing.settings import InputError
+from plumbing.settings import InputError, first_line
 
 REQUESTS = 256  # CoTs asked for at once. More keep the GPU no busier, and their frames would fill the host's memory
 
@@ -40,14 +40,20 @@ class VLLMEngine:
         if on_cpu:
             options = {"kv_cache_memory_bytes": 64 << 20, "block_size": 32}
         state = torch.get_rng_state()  # the engine reseeds the global generators
-        self.llm = LLM(
-            model=path, dtype=dtype, max_model_len=limit, seed=seed, enforce_eager=on_cpu,
-            mm_processor_kwargs={"do_resize": False, "cap_pixels_per_frame": False},  # as data.encode_prompt
-            tensor_parallel_size=tp, limit_mm_per_prompt={"image": 0, "video": 1}, enable_prefix_caching=True,
-            logprobs_mode="processed_logprobs", enable_sleep_mode=not on_cpu,
-            distributed_executor_backend="external_launcher" if distributed else None, **options,
-        )
+        try:
+            self.llm = LLM(
+                model=path, dtype=dtype, max_model_len=limit, seed=seed, enforce_eager=on_cpu,
+                mm_processor_kwargs={"do_resize": False, "cap_pixels_per_frame": False},  # as data.encode_prompt
+                tensor_parallel_size=tp, limit_mm_per_prompt={"image": 0, "video": 1}, enable_prefix_caching=True,
+                logprobs_mode="processed_logprobs", enable_sleep_mode=not on_cpu,
+                distributed_executor_backend="external_launcher" if distributed else None, **options,
+            )
+        except (ValueError, RuntimeError) as error:  # RuntimeError: a GPU's memory that is full, too
+            raise InputError(f"--engine vllm: did not start ({first_line(error)}); lower --engine-max-len {limit}, "
+                             f"change --engine-memory {memory}, or take --engine transformers.") from error
         torch.set_rng_state(state)
+        self.under_way = {}  # key -> its CoTs, None for those that have not ended
+        self.places = {}  # name of a request -> its key, number and prompt
         self.bans = dict.fromkeys(banned, -100.0)  # vLLM's lowest; at most 1,024 ids
         self.processor, self.limit, self.requests, self.sleeps = processor, limit, REQUESTS, sleeps
         self.on_cpu, self.asleep, self.tp = on_cpu, False, tp
@@ -68,8 +74,8 @@ class VLLMEngine:
     def stream(self, prefixes, seeds, max_new_tokens, temperature=1.0):
         """Yields (i, CoTs of prefix i) as soon as they have ended, in any order.
 
-        One request per CoT: each has its own seed, and prefix caching shares the video. With tensor parallelism this is
-        COLLECTIVE within the group, whose ranks sample for each other: all do the work of all, in shards.
+        With tensor parallelism this is COLLECTIVE within the group, whose ranks sample for each other: all do the work
+        of all, in shards.
         """
         first, mine = 0, len(prefixes)
         if self.tp > 1:
@@ -79,40 +85,72 @@ class VLLMEngine:
             first = sum(len(part[0]) for part in parts[: self.group.rank_in_group])
             prefixes, seeds = ([x for part in parts for x in part[k]] for k in (0, 1))
         self.wake()
-        waiting = self._enqueue(prefixes, seeds, max_new_tokens, temperature)
-        samples = [[None] * len(row) for row in seeds]  # [prefix][k]
         self.seen = {}
-        while self.llm.llm_engine.has_unfinished_requests():
-            for output in self.llm.llm_engine.step():
-                if not output.finished:
-                    continue
-                i, k = waiting[output.request_id]
-                if list(output.prompt_token_ids) != prefixes[i]["input_ids"].tolist():
-                    raise InputError("vLLM expanded the video to other tokens than the trainer; check both versions.")
-                samples[i][k] = output
-                if None in samples[i] or not first <= i < first + mine:
-                    continue
-                outputs = [sample.outputs[0] for sample in samples[i]]
-                self.seen[i - first] = [[next(iter(t.values())).logprob for t in o.logprobs] for o in outputs]
-                yield i - first, [list(o.token_ids) for o in outputs]
+        try:
+            for i, (prefix, row) in enumerate(zip(prefixes, seeds, strict=True)):
+                self.add(i, prefix, row, max_new_tokens, temperature)
+            while self.under_way:
+                for i, cots, log_probs in self.step():
+                    if first <= i < first + mine:
+                        self.seen[i - first] = log_probs
+                        yield i - first, cots
+        finally:  # an error, or a caller that needs no more: nothing is left for the next call
+            for i in list(self.under_way):
+                self.cancel(i)
 
-    def _enqueue(self, prefixes, seeds, max_new_tokens, temperature) -> dict[str, tuple[int, int]]:
-        """Hands all requests to the engine. Returns {request id: (prefix, k)}."""
+    def add(self, key, prefix: dict, seeds: list[int], max_new_tokens: int, temperature=1.0) -> None:
+        """len(seeds) CoTs of one prefix join the running batch at the next `step`.
+
+        One request per CoT: each has its own seed, and prefix caching shares the video. key: any name for them, told
+        again when they end. InputError: no room for them, or a video that vLLM refuses; the others go on.
+        """
         from vllm import SamplingParams
 
-        waiting = {}
-        for i, (prefix, row) in enumerate(zip(prefixes, seeds, strict=True)):
-            require_room(len(prefix["input_ids"]), max_new_tokens, self.limit)
-            video = prefix["video"]
-            metadata = {**video.metadata(), "do_sample_frames": False}  # our frames: never resampled
-            video_data = {"video": [(video.frames, metadata)]}
-            prompt = {"prompt_token_ids": prefix["short_ids"], "multi_modal_data": video_data}
-            for k, seed in enumerate(row):
+        require_room(len(prefix["input_ids"]), max_new_tokens, self.limit)
+        self.wake()
+        metadata = {**prefix["video"].metadata(), "do_sample_frames": False}  # our frames: never resampled
+        video_data = {"video": [(prefix["video"].frames, metadata)]}
+        prompt = {"prompt_token_ids": prefix["short_ids"], "multi_modal_data": video_data}
+        self.under_way[key] = [None] * len(seeds)
+        try:
+            for k, seed in enumerate(seeds):
                 options = SamplingParams(temperature=temperature, top_p=1.0, top_k=0, max_tokens=max_new_tokens,
                                          seed=seed % 2**31, logit_bias=self.bans, logprobs=0, detokenize=False)
                 (name,) = self.llm.enqueue([prompt], [options], use_tqdm=False)
-                waiting[name.split("-")[0]] = i, k  # inside, vLLM adds a "-" and random letters; outputs come without
-        return waiting
+                name = name.split("-")[0]  # inside, vLLM adds a "-" and random letters; outputs come without
+                self.places[name] = key, k, prefix["input_ids"]
+        except Exception as error:
+            self.cancel(key)
+            if isinstance(error, ValueError):
+                raise InputError(f"vLLM refused the video ({first_line(error)}).") from error
+            raise
+
+    def step(self) -> list[tuple]:
+        """One more token for each CoT under way. Returns (key, CoTs, log-probs) of the prefixes whose CoTs have ended.
+
+        What it raises ends the engine: nothing tells in which state that left it.
+        """
+        ended = []
+        for output in self.llm.llm_engine.step():
+            if not output.finished or output.request_id not in self.places:
+                continue
+            key, k, input_ids = self.places.pop(output.request_id)
+            if list(output.prompt_token_ids) != input_ids.tolist():
+                raise InputError("vLLM expanded the video to other tokens than the trainer; check both versions.")
+            self.under_way[key][k] = output.outputs[0]
+            if None not in self.under_way[key]:
+                samples = self.under_way.pop(key)
+                log_probs = [[next(iter(token.values())).logprob for token in sample.logprobs] for sample in samples]
+                ended.append((key, [list(sample.token_ids) for sample in samples], log_probs))
+        return ended
+
+    def cancel(self, key) -> None:
+        """The CoTs of `key` leave the batch: nobody waits for them any more."""
+        names = [name for name, place in self.places.items() if place[0] == key]
+        for name in names:
+            del self.places[name]
+        self.llm.llm_engine.abort_request(names)
+        del self.under_way[key]
 
     def wake(self) -> None:
         """Takes the GPU's memory again, if it was given back."""

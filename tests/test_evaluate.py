@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import safetensors.numpy
+import torch
 
 import evaluate
 import parallel
@@ -92,6 +93,30 @@ def test_bad_input_ends_with_one_sentence_and_exit_code_2(tmp_path, pairs_csv, t
     ):
         refuses(capsys, evaluate.main, *flags, says=words)
     refuses(capsys, evaluate.main, "--nonsense", says="unrecognized arguments: --nonsense")
+
+
+def test_the_first_five_minutes_of_a_user(tmp_path, base_dir, tiny_model_dir, tiny_clips, capsys, monkeypatch):
+    """One video: what is not there, what is no video, a GPU that is too small. One sentence, and what to type next."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.mp4").write_bytes(b"no video")
+    clip, model = os.path.abspath(tiny_clips[0]), ["--model", tiny_model_dir]
+    for video, flags, words in (
+        (clip, [], "give --model DIR: runs/stage2/model, after: make demo"),
+        (clip, ["--model", "runs/stage2/model"], "error: runs/stage2/model: is no folder here, nor"),
+        (clip, ["--model", "runs/stage2/model"], "see what there is with: ls runs/stage2"),
+        (clip, ["--model", base_dir], f"python cold_start.py --model {base_dir}"),
+        ("gone.mp4", model, "--video gone.mp4: no such file; see what there is with: ls ."),
+        ("text.mp4", model, "see what it is with: file text.mp4"),
+    ):
+        says = refuses(capsys, evaluate.main, "--video", video, "--prompt", "a cat", *flags, says=words)
+        assert "python" in says or "with: " in says or "make demo" in says
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 594.00 MiB. GPU 0 has 24 GiB.")
+
+    monkeypatch.setattr(phases.DeScore, "from_pretrained", full)
+    says = refuses(capsys, evaluate.main, "--video", clip, "--prompt", "a cat", *model, says="memory is full (CUDA out")
+    assert "give a lower --batch-size (now 8), --max-new-tokens (now 4096)" in says
 
 
 # ---------------------------------------------------------------------------------------------------------------

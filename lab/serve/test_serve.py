@@ -25,10 +25,11 @@ from aiohttp import web  # noqa: E402
 
 import evaluate  # noqa: E402
 from lab.serve import __main__ as serve  # noqa: E402
-from lab.serve import uploads  # noqa: E402
+from lab.serve import scoring, uploads  # noqa: E402
 from model import DeScore  # noqa: E402
 from plumbing import video  # noqa: E402
 from plumbing.settings import InputError  # noqa: E402
+from rollout import TransformersEngine  # noqa: E402
 from tests import clips as made  # noqa: E402
 from tests.conftest import ROOT, refuses, write_csv  # noqa: E402
 
@@ -51,12 +52,15 @@ def b64(raw):
     return base64.b64encode(raw).decode()
 
 
-def served(scorer, client, token="", **flags):
-    """Runs `client(session, url)` against a server on a free port. Returns what it returns."""
-    settings = serve.Settings(model="-", **{"think": False, "max_mb": 1.0, "timeout": 120.0, **flags})
+def served(scorer, client, token="", joins=None, **flags):
+    """Runs `client(session, url)` against a server on a free port. Returns what it returns. joins: an engine."""
+    settings, engine = serve.Settings(model="-", **{"think": False, "max_mb": 1.0, "timeout": 120.0, **flags}), joins
+    if settings.think and not joins:
+        engine = TransformersEngine(scorer.backbone, scorer.processor, shared=True)
 
     async def both():
-        runner = web.AppRunner(serve.make_app(scorer, settings, token), handler_cancellation=True)
+        app = serve.make_app(serve.RewardServer(scorer, settings, engine), token)
+        runner = web.AppRunner(app, handler_cancellation=True)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
@@ -302,17 +306,24 @@ def test_files_that_are_never_decoded_cost_the_others_nothing(scorer, clips, mon
 def test_health_sees_the_scorer_and_the_decoders(scorer):
     async def statuses():
         server = serve.RewardServer(scorer, serve.Settings(model="-"))
-        server.task = asyncio.get_running_loop().create_future()
         found = []
         for since in (time.monotonic() - 45, time.monotonic() - 55):  # 20 s to open, 20 s to decode, 10 s to end both
             server.decoding = {1: since}
             found.append((await server.health(None)))
-        server.decoding = {}
-        server.task.set_result(None)
+        server.decoding, server.scorer.under_way = {}, {"a video"}
+        server.scorer.turned -= 601  # --timeout: by then all who wait have been told
+        found.append(await server.health(None))
+        server.scorer.under_way, server.scorer.failures = set(), 10
+        found.append(await server.health(None))
+        server.scorer.failures = 0
+        server.scorer.stop("it has ended.")
         return [*found, await server.health(None)]
 
     answers = [(answer.status, json.loads(answer.text)["status"]) for answer in asyncio.run(statuses())]
-    assert answers == [(200, "ok"), (503, "1 decoders stand still"), (503, "the scoring task has ended")]
+    assert answers == [(200, "ok"), (503, "1 decoders stand still"),
+                       (503, "the scoring thread has been at one step for 601 s"),
+                       (503, "the last 10 videos failed by no fault of theirs: start the server again"),
+                       (503, "it has ended.")]
 
 
 # -- what the flags and the checkpoint say reaches the model ----------------------------------------------------------
@@ -320,35 +331,37 @@ def test_a_failed_batch_is_out_of_memory_before_its_videos_are_scored_alone(scor
     alive = []
 
     class Model:
-        processor = scorer.processor
+        processor, unit = scorer.processor, scorer.unit
 
-        def reward(self, videos, prompts, **flags):
-            batch = torch.zeros(len(videos))
+        def score(self, prefixes, cots):
+            batch = torch.zeros(len(prefixes))
             assert not any(old() is not None for old in alive), "a failed batch's tensors still fill the memory"
             alive.append(weakref.ref(batch))
-            if len(videos) > 1 or prompts[0] == "bad":
+            if len(prefixes) > 1 or prefixes[0] == "bad":
                 raise torch.OutOfMemoryError("too large")
-            return torch.ones(1), [None]
+            return torch.ones(1, 1)
 
-    server = serve.RewardServer.__new__(serve.RewardServer)
-    server.model, server.s = Model(), serve.Settings(model="-")
-    answers = server.score([("a", PROMPT), ("b", "bad"), ("c", PROMPT)])
+    thread = scoring.Scorer(Model(), serve.Settings(model="-"))
+    answers = thread.judge([scoring.Waiting(prefix, PROMPT) for prefix in ("a", "bad", "c")])
     assert answers[0] == answers[2] == (1.0, None) and "OutOfMemoryError: too large" in str(answers[1])
     assert len(alive) == 4
 
 
 def test_the_checkpoint_s_fps_and_pixels_and_the_flags_are_used(scorer, clips, monkeypatch):
-    raw, seen = next(iter(clips.values())), {}
+    raw = next(iter(clips.values()))
     monkeypatch.setattr(scorer, "settings", {**scorer.settings, "fps": 1.0, "max_pixels": 1024})
-    server = serve.RewardServer(scorer, serve.Settings(model="-", max_new_tokens=7, normalize=True, think=False))
-    opened = server.open_video(raw, 16.0)
-    assert opened.frames.shape[:3] == (4, 32, 32) and opened.source_fps == 1.0
+    scorer.settings.update(reward_mean=2.0, reward_std=4.0)
+    engine = TransformersEngine(scorer.backbone, scorer.processor, shared=True)
+    server = serve.RewardServer(scorer, serve.Settings(model="-", max_new_tokens=7, normalize=True, thoughts=2), engine)
+    opened = server.open_video(raw, PROMPT, 16.0)
+    assert opened["video"].frames.shape[:3] == (4, 32, 32) and opened["video"].source_fps == 1.0
     frame = io.BytesIO()
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(frame, format="PNG")
-    assert server.open_video([b64(frame.getvalue())] * 64, 16.0).frames.shape[:3] == (4, 32, 32)
-    monkeypatch.setattr(scorer, "reward", lambda *a, **flags: seen.update(flags) or (torch.ones(1), [None]))
-    assert server.score([(opened, PROMPT)]) == [(1.0, None)]
-    assert seen == {"think": False, "max_new_tokens": 7, "normalize": True, "with_thoughts": True}
+    images = server.open_video([b64(frame.getvalue())] * 64, PROMPT, 16.0)
+    assert images["video"].frames.shape[:3] == (4, 32, 32)
+    ((reward, texts),) = server.scorer.judge([waiting := scoring.Waiting(opened, PROMPT)])
+    assert [len(cot) for cot in waiting.cots] == [7, 7] and texts[0] != texts[1]  # sampled
+    assert reward == pytest.approx((scorer.score([opened], [waiting.cots]).mean().item() - 2) / 4, abs=1e-5)
 
 
 def test_images_have_limits(monkeypatch):
@@ -376,8 +389,7 @@ def test_ctrl_c_ends_a_server_whose_decoder_does_not_come_back(tiny_model_dir, c
             task = asyncio.create_task(post(session, url, {"prompt": PROMPT, "video": raw}))
             await asyncio.sleep(3.0)
             server.send_signal(signal.SIGINT)
-            with pytest.raises(aiohttp.ClientError):
-                await task
+            assert "the server is stopping" in (await task)[1]["error"]
 
     with subprocess.Popen([*command, "--decode-seconds", "300"], cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
         try:
