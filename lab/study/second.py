@@ -25,6 +25,7 @@ import torch
 import cold_start
 import data
 import grpo
+import layout
 import parallel
 import toy.__main__
 from lab.study import coupled, measures, models
@@ -117,13 +118,17 @@ def score(run: str, out: str, folders: list[str]) -> None:
 
 
 def flops(out: str, steps: int, command: list[str]) -> None:
-    """Runs a script and counts: 2 per multiply-add of matrix products. A CPU's attention is not counted by PyTorch."""
+    """Runs a script and counts the products with its weights, 2 for a multiply-add; attention's own are not counted."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    # The counter sees each operation below autograd, where torch's CausalBias cannot be made: the mask it stands for.
+    layout.causal_lower_right = lambda n, m: torch.ones(n, m, dtype=torch.bool).tril(m - n)
     shutil.rmtree(f"{out}.run.thoughts", ignore_errors=True)  # of a killed one: it would go on, and be cheap
     with FlopCounterMode(display=False) as counter:
         importlib.import_module(command[0]).main([*command[1:], "--out", f"{out}.run"])
-    write_json(out, {"each step": counter.get_total_flops() / steps})
+    kinds = {str(kind).rpartition(".")[2]: count for kind, count in counter.get_flop_counts()["Global"].items()}
+    own = sum(kinds.get(kind, 0) for kind in ("mm", "addmm", "convolution", "convolution_backward"))
+    write_json(out, {"each step": own / steps, "all that was counted": kinds})
 
 
 # ---- 2. What is read from them ---------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from lab.study.test_study import N, made_up  # noqa: F401 (a fixture)
 from lab.study.verdict import NOT_RUN, NOT_SEEN, SEEN, verdict, weakest
 from model import DeScore
 from plumbing.jobs import content_of
+from plumbing.logs import read_metrics
 from plumbing.settings import InputError, parse
 from rules import read_verdicts, well_formed
 from tests.conftest import ROOT
@@ -161,12 +162,30 @@ def test_a_black_clip_is_black_and_the_cot_stays(world, tiny_model_dir):  # noqa
 
 
 def test_flops_by_hand(tmp_path, monkeypatch):
-    """(2 x 3) @ (3 x 4) is 2 * 24 FLOPs; five of them in two steps."""
+    """(2 x 3) @ (3 x 4) is 2 * 24 FLOPs; five of them in two steps. A batch of products is attention's: not counted."""
     (tmp_path / "five.py").write_text("import torch\ndef main(argv):\n    assert argv[-2] == '--out'\n"
-                                      "    for _ in range(5): torch.ones(2, 3) @ torch.ones(3, 4)\n")
+                                      "    for _ in range(5): torch.ones(2, 3) @ torch.ones(3, 4)\n"
+                                      "    torch.bmm(torch.ones(2, 3, 4), torch.ones(2, 4, 5))\n")
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(second.layout, "causal_lower_right", second.layout.causal_lower_right)
     second.flops(str(tmp_path / "f.json"), 2, ["five"])
-    assert second.load(tmp_path, "f.json") == {"each step": 5 * 48 / 2}
+    assert second.load(tmp_path, "f.json")["each step"] == 5 * 48 / 2
+
+
+def test_both_trainings_can_be_counted(world, base_dir, tmp_path, monkeypatch):  # noqa: F811
+    """The counter works below autograd, where stage 2's causal mask of the CoTs behind a prefix cannot be made.
+    Counting changes no number."""
+    monkeypatch.setattr(second.layout, "causal_lower_right", second.layout.causal_lower_right)
+    flags = ["--model", base_dir, "--data", world["train_rl"], "--rollouts", "2", "--batch-pairs", "1", "--mini-pairs",
+             "1", "--max-new-tokens", "6", "--workers", "0", "--max-steps", "1", "--bt-coef", "1"]
+    coupled.main([*flags, "--out", str(tmp_path / "plain")])
+    second.flops(str(tmp_path / "f.json"), 1, ["lab.study.coupled", *flags])
+    plain, counted = (read_metrics(str(tmp_path / run))[0] for run in ("plain", "f.json.run"))
+    assert counted["grad_norm_total"] == pytest.approx(plain["grad_norm_total"], rel=1e-4)
+    model = DeScore.from_pretrained(base_dir, new_head=True)
+    layers = [m for m in model.backbone.model.language_model.modules() if isinstance(m, torch.nn.Linear)]
+    token = 2 * sum(layer.weight.numel() for layer in layers)
+    assert second.load(tmp_path, "f.json")["each step"] > 5 * token * 2 * 60  # two prefixes of over 60 tokens, 5 passes
 
 
 # -- verdicts of made-up runs ---------------------------------------------------------------------------------------
@@ -190,6 +209,7 @@ def test_nothing_is_judged_before_it_has_run(tmp_path):
         for one in some:
             found = judge(one.number, tmp_path)
             assert found["verdict"] == NOT_RUN and found["parts"] == {}, one.number
+            assert study.judge(one, {seed: str(tmp_path / f"seed{seed}") for seed in range(3)})["verdict"] == NOT_RUN
 
 
 def test_a_head_against_its_text_in_each_world(made_up, tmp_path):  # noqa: F811

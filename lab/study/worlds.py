@@ -286,7 +286,7 @@ def run_cell(cell: Cell, now: str) -> str | None:
     for path in filter(os.path.exists, (cell.record, cell.done, cell.path, f"{cell.path}.thoughts")):
         shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
     os.makedirs(os.path.dirname(cell.path), exist_ok=True)
-    log, began = cell.record.replace(".json", ".log"), time.time()
+    log, began = f"{cell.path}.cell.log", time.time()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     with open(log, "w", encoding="utf-8") as file:
         process = subprocess.Popen([sys.executable, *cell.command], stdout=file, stderr=subprocess.STDOUT, env=env)
