@@ -6,9 +6,8 @@ Stage 0   the base model thinks about each video                                
 Stage 1   a head learns to score (video, prompt, CoT): Bradley-Terry, Eq. 3                 -> cold_start.py
 Stage 2   thinking by GRPO, Eq. 7, and scoring by Bradley-Terry, Eq. 10, in ONE forward     -> grpo.py
 
-A few steps only: numbers move, the model is not good yet. The scripts on the right do the same for real, and
-tests/test_mini.py compares their gradients with those made here. Equations are in losses.py, the rollout reward in
-rules.py, who sees whom in layout.py. Shapes: 2 videos A and B of a pair, G CoTs for each, T tokens of a CoT (padded).
+A few steps only: the model is not good yet. tests/test_mini.py compares its gradients with those of the scripts on the
+right. See losses.py, rules.py, layout.py. Shapes: videos A and B of a pair, G CoTs for each, T tokens a CoT (padded).
 """
 
 import os
@@ -22,6 +21,7 @@ import data
 from layout import lay_out
 from losses import bt_loss, group_advantages, grpo_loss, kl_to_reference
 from model import DeScore
+from plumbing.settings import cli
 from rollout import decode_cot
 from rules import rollout_reward
 
@@ -127,4 +127,4 @@ def main(runs: str = "runs", steps=(10, 4), pool: int = 16) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli(main)

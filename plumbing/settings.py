@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import errno
 import importlib.util
 import json
 import math
@@ -198,9 +199,11 @@ def writable(folders: list[str]) -> None:
     """Makes the folders; fails on one that cannot be written before hours of generation."""
     try:
         for folder in folders:
-            os.makedirs(folder, exist_ok=True)
+            os.makedirs(folder or ".", exist_ok=True)
+            if not os.access(folder or ".", os.W_OK):
+                raise PermissionError(errno.EACCES, "Permission denied", folder or ".")
     except OSError as error:
-        raise InputError(f"{error.filename}: cannot be written to ({error.strerror}).") from error
+        raise InputError(f"{error.filename}: cannot be written to ({error.strerror}); give another folder.") from error
 
 
 # ---- 3. One way to write a file: whole, or not at all ---------------------------------------------------------

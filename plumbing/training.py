@@ -21,7 +21,7 @@ from plumbing.checkpoint import save_model
 from plumbing.jobs import task_seed
 from plumbing.logs import Log, draw_curves, read_metrics, read_numbers, reward_scale
 from plumbing.resume import Background, checkpoints_of, load_checkpoint, read_json, save_checkpoint
-from plumbing.settings import InputError, flag_of, write_json, write_jsonl
+from plumbing.settings import InputError, flag_of, writable, write_json, write_jsonl
 
 # What a run writes into --out; --overwrite removes this and nothing else.
 WRITTEN = ("checkpoints", "model", "model.tmp", "model.old", "settings.json", "changes.jsonl", "metrics.jsonl",
@@ -73,7 +73,7 @@ def _claim(settings, ranks):
     now = {**dataclasses.asdict(settings), "data_sha256": _sha256(settings.data), "draws": DRAWS}
     if settings.resume and saved:
         _compare(out, now, saved[-1], ranks)
-    os.makedirs(out, exist_ok=True)
+    writable([out])
     write_json(os.path.join(out, "settings.json"), now)
 
 

@@ -12,7 +12,7 @@ import zipfile
 import numpy as np
 
 from plumbing.decoder import LIMIT, bounded
-from plumbing.settings import InputError, first_line
+from plumbing.settings import InputError, first_line, writable
 
 os.environ.setdefault("DECORD_EOF_RETRY_MAX", "2048")  # read by decord when it is imported
 
@@ -269,7 +269,7 @@ class FrameCache:
     def __init__(self, folder: str, gigabytes: float):
         self.folder, self.limit = folder, gigabytes * 1e9
         self.written = 0  # bytes since the last look at the folder
-        os.makedirs(folder, exist_ok=True)
+        writable([folder])
         self._shrink()
 
     def sample(self, path: str, fps: float, max_pixels: int, decode) -> dict:

@@ -12,6 +12,7 @@ import mini
 import parallel
 from losses import group_advantages
 from model import DeScore
+from tests.conftest import run_here
 
 
 def gradients(model):
@@ -83,3 +84,13 @@ def test_both_stages_run_and_print_what_moves(world, base_dir, tmp_path, capsys,
     first = float(next(line for line in lines if line.startswith("stage 1")).split()[-1])
     assert first == pytest.approx(0.6931, abs=0.05)  # a new head: ln 2
     assert (tmp_path / "mini_stage1/descore.json").exists()
+
+
+def test_half_a_demo_is_one_sentence(tmp_path, monkeypatch, capsys):
+    """A base model, but no data beside it: as a user starts it."""
+    (tmp_path / "runs" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        run_here(monkeypatch, "mini.py")
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and told == "error: runs/data/train_cold_start.csv: no such file.\n"

@@ -11,6 +11,8 @@ import cold_start
 import collect_cots
 import evaluate
 import grpo
+import toy.__main__
+import toy.look
 from plumbing import settings
 from tests.conftest import ROOT, refuses, run
 
@@ -71,6 +73,21 @@ def test_a_package_that_is_not_there_is_told_at_once(script, flags, capsys, monk
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == flags[1] else find(name))
     told = refuses(capsys, script.main, "--data", "none.csv", "--model", "x", *flags, says=f"{' '.join(flags)}: ")
     assert "is not installed; pip install -r requirements" in told
+
+
+@pytest.mark.parametrize("command", ["cold_start", "grpo", "toy data", "toy base", "toy.look"])
+def test_an_out_that_is_a_file_is_told_before_any_work(command, world, tiny_model_dir, tmp_path, capsys):
+    """Or minutes of training would be lost with it."""
+    file, pairs = tmp_path / "file", ["--data", world["train_rl"]]
+    file.write_text("mine")
+    script, flags = {
+        "cold_start": (cold_start, ["--model", tiny_model_dir, *pairs, "--mask-probability", "1", "--out", file]),
+        "grpo": (grpo, ["--model", tiny_model_dir, *pairs, "--out", file / "deeper"]),
+        "toy data": (toy.__main__, ["data", "--out", file]), "toy base": (toy.__main__, ["base", "--out", file]),
+        "toy.look": (toy.look, ["--model", tiny_model_dir, *pairs, "--out", file / "frames.png"]),
+    }[command]
+    refuses(capsys, script.main, *flags, says=f"{file}")
+    assert file.read_text() == "mine"
 
 
 def test_settings_and_flags():

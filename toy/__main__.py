@@ -10,7 +10,7 @@ import time
 import numpy as np
 
 import data
-from plumbing.settings import cli, write_json
+from plumbing.settings import cli, writable, write_json
 from rules import DIMENSIONS
 from toy.world import SPLITS, People, cot_text, make_data
 
@@ -39,6 +39,7 @@ def main(argv=None, write=cot_text, max_new_tokens=80) -> None:
     ):
         base.add_argument(f"--{flag}", type=int, default=default, help=f"{meaning} (default {default})")
     args, start = parser.parse_args(argv), time.time()
+    writable([args.out])  # or minutes of training would be lost
     if args.command == "data":
         sizes = {split: getattr(args, split) for split in SPLITS}
         people = People(tuple(args.weights), args.unspoken)

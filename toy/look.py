@@ -4,6 +4,7 @@
 """
 
 import argparse
+import os
 import pathlib
 import re
 import sys
@@ -11,7 +12,7 @@ import sys
 import numpy as np
 
 from data import PreferencePair, Video, encode_prompt, read_pairs, sample_frames
-from plumbing.settings import cli
+from plumbing.settings import cli, writable
 
 
 def show(pair: PreferencePair, processor, fps: float, max_pixels: int) -> list[Video]:
@@ -70,6 +71,7 @@ def main(argv=None) -> None:
     parser.add_argument("--max-pixels", type=int, default=448 * 448, help="pixels per frame at most (paper: 448 * 448)")
     parser.add_argument("--out", default="frames.png", help="where to draw the sampled frames (default frames.png)")
     args = parser.parse_args(argv)
+    writable([os.path.dirname(args.out)])
     pairs = read_pairs(args.data, args.dimension, args.video_root)
     print(f"{args.data}: {len(pairs)} pairs, {sum(p.label == 0 for p in pairs)} ties, "
           f"{sum(p.cot_a is not None for p in pairs)} with CoTs, "

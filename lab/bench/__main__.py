@@ -48,7 +48,7 @@ from layout import lay_out
 from losses import bt_loss
 from model import to_device
 from plumbing.jobs import task_seed
-from plumbing.settings import InputError, arg, cli, parse
+from plumbing.settings import InputError, arg, cli, parse, writable
 from rollout import make_engine
 
 
@@ -347,7 +347,7 @@ def main(argv=None) -> None:
         raise InputError(f"--only {unknown[0]}: choose from {', '.join(SECTIONS)}.")
     s.repeats, s.hidden = s.repeats or (3 if s.quick else 5), s.hidden or (1024 if big else 256)
     s.layers, s.cot_tokens = s.layers or (12 if big else 4), s.cot_tokens or (256 if big else 64)
-    os.makedirs(s.out, exist_ok=True)
+    writable([s.out])
     world = make_world(s)
     device = torch.cuda.get_device_name() if big else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     machine = {"device": device, "torch": torch.__version__, "compute": "bf16 autocast" if big else "fp32",

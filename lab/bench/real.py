@@ -41,7 +41,7 @@ from losses import bt_loss, group_advantages
 from model import DeScore
 from plumbing import checkpoint
 from plumbing.gpu import Load, compile_parts, plan_memory
-from plumbing.settings import InputError, arg, cli, parse
+from plumbing.settings import InputError, arg, cli, parse, writable
 
 CASES = ("stage1-lora", "stage2-lora", "stage2-full")
 
@@ -233,7 +233,7 @@ def matmul_rate(device) -> float:
 def main(argv=None) -> None:
     """One update of each chosen case, printed beside the plan and written to OUT/real.json."""
     s, on_gpu = parse(Settings, __doc__, argv), torch.cuda.is_available()
-    os.makedirs(s.out, exist_ok=True)
+    writable([s.out])
     ranks, rows = parallel.start(s.seed), []
     rate = matmul_rate(ranks.device) if on_gpu else None
     name = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

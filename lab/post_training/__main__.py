@@ -30,7 +30,7 @@ from lab.post_training import flow, report
 from lab.post_training.generator import C, Generator, P, draw_times, sample, step_mean, train_base
 from lab.post_training.world import Reward, draw_asked, gold_judge, noise_of, rng_of
 from losses import clipped_tokens, group_advantages, grpo_loss
-from plumbing.settings import InputError, arg, cli, flag_of, parse, write_json, write_jsonl, atomic_write
+from plumbing.settings import InputError, arg, atomic_write, cli, flag_of, parse, writable, write_json, write_jsonl
 
 COMMANDS = ("base", "grpo", "dpo", "measure")
 
@@ -319,6 +319,7 @@ def main(argv=None) -> None:
         raise InputError(f"the first word must be a command: {', '.join(COMMANDS)}.")
     if s.out is None or (s.reward is None and command != "base"):
         raise InputError(f"{command}: needs --out{'' if command == 'base' else ' and --reward'}.")
+    writable([s.out])
     if command != "measure":
         print(report.RULE, flush=True)  # before anything is known
     begin = time.time()

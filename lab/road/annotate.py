@@ -25,7 +25,7 @@ from lab.road.annotator import Question, ask, make_question, open_client
 from lab.road.datasets import LABELS, Pair, write_pairs
 from metrics import bootstrap_interval
 from plumbing.jobs import open_log
-from plumbing.settings import InputError, arg, cli, parse, require
+from plumbing.settings import InputError, arg, cli, parse, require, writable
 
 
 @dataclasses.dataclass
@@ -76,7 +76,6 @@ def ask_all(questions: list[Question], records: list[dict], s: Settings) -> str:
     client, failures, stop, spent = open_client(s), 0, "", sum(map(tokens, records))
     to_do, under_way = iter(questions), {}
     folder, name = os.path.split(os.path.abspath(s.out))
-    os.makedirs(folder, exist_ok=True)
     with open_log(folder, name, 0) as log, concurrent.futures.ThreadPoolExecutor(s.workers) as pool:
         try:
             while True:
@@ -173,6 +172,7 @@ def check(s: Settings) -> None:
     require(s, data="a CSV of preference pairs", out="a CSV to write", model="the name of the model at the endpoint")
     if os.path.exists(s.out) and not os.path.exists(s.out + ".jsonl"):
         raise InputError(f"--out {s.out}: exists, and is not ours ({s.out}.jsonl is missing); name another file.")
+    writable([os.path.dirname(s.out)])
     if s.agreement and not os.path.isfile(s.agreement):
         raise InputError(f"--agreement {s.agreement}: no such file.")
 

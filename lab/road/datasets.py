@@ -21,7 +21,7 @@ import typing
 import data
 from lab.road.published import Tally, Videos, read_json, read_parquet, text_of
 from plumbing.formats import open_table
-from plumbing.settings import InputError, cli, write_csv
+from plumbing.settings import InputError, cli, writable, write_csv
 
 LICENCES = {  # as the cards said when they were looked at; the makers of the videos may add terms of their own
     "videofeedback2": "Apache-2.0 (TIGER-Lab/VideoFeedback2)",
@@ -254,7 +254,7 @@ def write_pairs(pairs: list[Pair], path: str) -> None:
         else:
             both = {"problem": pair.prompt, "prompt": pair.prompt}
             rows.append({"videos": json.dumps(videos), **both, "GSB": pair.label})
-    os.makedirs(folder, exist_ok=True)
+    writable([folder])
     write_csv(path, list(rows[0]), [list(row.values()) for row in rows])
     labels = [pair.label for pair in pairs]
     counts = ", ".join(f"{labels.count(label)} {label}" for label in ("A", "B", "same", *VOTES) if label in labels)

@@ -11,7 +11,7 @@ import torch
 
 from model import DeScore
 from plumbing.checkpoint import load_backbone, read_processor
-from plumbing.settings import InputError, cli, first_line
+from plumbing.settings import InputError, cli, first_line, writable
 
 
 def import_released(path: str) -> DeScore:
@@ -51,6 +51,7 @@ def main(argv=None) -> None:
     )
     parser.add_argument("--out", required=True, help="DeScore folder to write")
     args = parser.parse_args(argv)
+    writable([args.out])
     import_released(args.dir).save_pretrained(args.out)
     print(f"wrote {args.out}")
 

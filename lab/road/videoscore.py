@@ -16,7 +16,7 @@ import re
 
 from lab.road.datasets import numbered, scored_videos, videofeedback2_row
 from lab.road.published import Tally, Videos, read_parquet, text_of
-from plumbing.settings import InputError, cli, write_csv
+from plumbing.settings import InputError, cli, writable, write_csv
 
 
 def v1_row(row: dict) -> tuple[str, str, int]:
@@ -41,6 +41,7 @@ def v1_row(row: dict) -> tuple[str, str, int]:
 
 def convert(args) -> None:
     """Reads, writes the CSV; rows that cannot be used are counted and named."""
+    writable([os.path.dirname(args.out)])
     tally, videos, rows = Tally(), Videos(args.videos, args.check_videos), []
     v1 = args.set == "v1"
     named = read_parquet(args.parquet, ("id", "conversations")) if v1 else numbered(args.json)
