@@ -127,8 +127,8 @@ class World:
         self.base = "../base" + "_unspoken" * bool(flicker) + f"_long{sentences}" * bool(sentences)
         words = [*TOOL, "base", str(sentences), str(seed), *self.demo["base"][3:]] if sentences else self.demo["base"]
         tiny = ("--vision-steps", "2", "--steps", "2", "--pool", "64") * bool(steps)
-        self.add(self.base, [*words, *flicker, *tiny], minutes=2.5 * self.long)
-        self.add("data", [*self.demo["data"], *flags, *SMALL * bool(steps)], minutes=1.5)
+        self.add(self.base, [*words, *flicker, *tiny], minutes=5 * (1 + sentences))
+        self.add("data", [*self.demo["data"], *flags, *SMALL * bool(steps)], minutes=2.0)
         pairs, cots = ([f"data/{split}_{what}" for split in ("train", "val")] for what in ("cold_start", "cots"))
         self.think("data/train_cots.csv", pairs, cots)
 
