@@ -18,8 +18,7 @@ from plumbing.settings import cli, writable
 def show(pair: PreferencePair, processor, fps: float, max_pixels: int) -> list[Video]:
     """Prints what the model reads for both videos of a pair: grey = prompt side, green = CoT, red = query."""
     grey, green, red, end = ("\033[90m", "\033[32m", "\033[1;31m", "\033[0m") if sys.stdout.isatty() else [""] * 4
-    verdict = {1: "A is better", -1: "B is better", 0: "the same"}[pair.label]
-    print(f"\n=== line {pair.line}: {verdict}")
+    print(f"\n=== line {pair.line}: " + {1: "A is better", -1: "B is better", 0: "the same"}[pair.label])
     videos = []
     for path, cot_ids in zip(pair.videos, pair.cot_ids(processor.tokenizer)):
         video = sample_frames(path, fps, max_pixels)
