@@ -61,10 +61,10 @@ def _prefix_grouper(module, query, key, value, attention_mask, scaling=None, spa
 def _blocks(spans: tuple, length: int, device):
     """The drawing as FlexAttention's block mask: a position sees what is not behind it, of the prefix or of its CoT."""
     owner = torch.full((len(spans), length), -1, device=device)  # 0: prefix, i: the i-th CoT, -1: padding
-    for s, (prompt, cots) in enumerate(spans):
-        owner[s, :prompt] = 0
+    for row, (prompt, cots) in zip(owner, spans):
+        row[:prompt] = 0
         for i, (start, n) in enumerate(cots, 1):
-            owner[s, start : start + n] = i
+            row[start : start + n] = i
 
     def sees(s, h, q, k):
         return (q >= k) & ((owner[s, k] == 0) | (owner[s, k] == owner[s, q]))
@@ -80,8 +80,8 @@ def _compiled():
 def _flex_attention(module, query, key, value, attention_mask, scaling=None, spans=None, **more):
     """Shapes as above."""
     blocks = _blocks(tuple((prompt, tuple(cots)) for prompt, cots in spans), query.shape[2], query.device)
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    found = _compiled()(query, key, value, block_mask=blocks, scale=scaling, enable_gqa=True)
+    one_type = [x.to(value.dtype) for x in (query, key)]
+    found = _compiled()(*one_type, value, block_mask=blocks, scale=scaling, enable_gqa=True)
     return found.transpose(1, 2).contiguous(), None
 
 
