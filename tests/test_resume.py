@@ -143,6 +143,18 @@ def test_a_second_save_waits_for_the_first():
     assert order == ["first", "second"]
 
 
+def test_what_a_save_ends_with_is_told_at_the_next_step_or_save():
+    def fails():
+        raise resume.InputError("the disk is full")
+
+    for told in (lambda b: b.begin(print), lambda b: b.wait(), lambda b: [time.sleep(0.2), b.look()]):
+        background = resume.Background()
+        background.begin(fails)
+        with pytest.raises(resume.InputError, match="the disk is full"):
+            told(background)
+        background.wait()  # once is enough
+
+
 STAGE_1 = ["--workers", "0", "--batch-pairs", "2", "--epochs", "9", "--mask-probability", "1", "--save-every", "1",
            "--lr", "1e-3", "--lora-r", "4", "--no-train-vision"]
 SLOW = """
