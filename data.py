@@ -336,7 +336,7 @@ class EncodedPairs(torch.utils.data.Dataset):
 
 def take(dataset: torch.utils.data.Dataset, order: list[int], workers: int | None = 0):
     """Yields dataset[i] for i in `order`, read ahead by processes (0: none; None: by the cores). Raises InputError."""
-    workers = min(8, max(2, CORES - 2)) if workers is None else workers
+    workers = min(8, max(2, CORES - 2)) if workers is None else workers  # two cores for the trainer and its logs
     # A loader draws a seed when it starts: from a generator of its own, or a resumed run has other dropout masks.
     own = torch.Generator()
     loader = torch.utils.data.DataLoader(

@@ -41,9 +41,8 @@ def lay_out(backbone, prefixes: list[dict], cots: list[list[list[int]]]) -> dict
             query follows the last token whatever it is, so a CoT cut off at the limit needs no special case.
     Returns:
         input_ids (S, L); query_mask (S, L) bool; position_ids (3, S, L); pixel_values_videos, video_grid_thw;
-        frames: patches of each time step, Python integers: the vision tower looks inside of one;
         spans: per row (P, [(start, length), ...]), Python integers: where each CoT with its query begins, and how many
-        positions it has. What no span covers is padding;
+        positions it has. What no span covers is padding; frames: patches of each time step (the tower looks inside);
         query_index (N,): where the queries are in the flattened S x L; cot_index (N, T): where the position that
         PREDICTS each CoT token is (one before it); cot_ids, cot_mask (N, T).
     """
@@ -51,10 +50,8 @@ def lay_out(backbone, prefixes: list[dict], cots: list[list[list[int]]]) -> dict
     rows, spans = [], []
     for prefix, row in zip(prefixes, cots, strict=True):
         positions, _ = backbone.model.get_rope_index(
-            input_ids=prefix["input_ids"][None],
-            mm_token_type_ids=prefix["mm_token_type_ids"][None],
-            video_grid_thw=prefix["video_grid_thw"],
-        )
+            input_ids=prefix["input_ids"][None], mm_token_type_ids=prefix["mm_token_type_ids"][None],
+            video_grid_thw=prefix["video_grid_thw"])
         ids, positions, end, own = [prefix["input_ids"]], [positions[:, 0]], len(prefix["input_ids"]), []
         for cot in row:
             ids.append(torch.tensor([*cot, filler]))  # the filler stands for the query

@@ -257,9 +257,9 @@ class DeScore(nn.Module):
     ):
         """Think, then score (Fig. 2a): rewards (S,) fp32; with `with_thoughts` also S texts (None if not thought).
 
-        `think=False` skips the CoT, for speed: random CoT masking has trained the head for it. normalize: `unit`'s.
-        engine: `think`'s; a CoT is then scored as soon as it has ended, and never is more than one in the memory. Only
-        differences mean anything either way. InputError: what `encode`, `unit` and the engine say.
+        `think=False` skips the CoT, for speed: random CoT masking has trained the head for it. normalize: rewards in
+        the unit of training (`unit`); only differences mean anything either way. engine: as for `think`; a CoT is
+        then scored as soon as it has ended, one at a time. InputError: what `encode`, `unit` and the engine say.
         """
         mean, std = self.unit(normalize)
         prefixes = self.encode(videos, prompts, source_fps)

@@ -45,7 +45,8 @@ def _grouper(lengths: tuple, device):
 def _prefix_grouper(module, query, key, value, attention_mask, scaling=None, spans=None, **more):
     """query (S, H, L, d), key and value (S, H_kv, L, d), spans from `lay_out` -> (S, L, H, d), None."""
 
-    def attend(q, k, v, mask):  # mask (rows, keys): false at padding. Equal lengths have none, and take a fast kernel
+    def attend(q, k, v, mask):
+        """mask (rows, keys): false at padding. Equal lengths have none, and take a fast kernel."""
         causal = causal_lower_right(q.shape[2], k.shape[2])
         if not mask.all():
             causal = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
