@@ -207,14 +207,31 @@ def is_done(task: Task) -> bool:
     return asked <= measures.load(task.run, "heads.json")["in-domain"]["rewards"].keys()
 
 
+CHILD = """
+import runpy, sys
+from plumbing.decoder import end_with_parent
+end_with_parent()
+first, *sys.argv = sys.argv[1:]
+if first == "-m":
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+else:
+    sys.argv.insert(0, first)
+    runpy.run_path(first, run_name="__main__")
+"""
+
+
+def child(command: list[str]) -> list[str]:
+    """`python COMMAND` that ends with this process, however that ends: nothing is left that goes on writing."""
+    return [sys.executable, "-c", CHILD, *command]
+
+
 def run_task(task: Task, now: str) -> None:
     """Runs one command on one core: output to RUN/study/logs/NAME.log, minutes and commit to minutes.jsonl."""
     os.makedirs(f"{task.run}/study/logs", exist_ok=True)
     began, log = time.time(), f"{task.run}/study/logs/{task.name}.log"
     with open(log, "w", encoding="utf-8") as file:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, *task.command]
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=env).returncode
+        code = subprocess.run(child(task.command), stdout=file, stderr=subprocess.STDOUT, env=env).returncode
     if code or not os.path.exists(task.done):
         raise InputError(f"{task.run}: {task.name} ended with code {code}; read {log}, then run the command again.")
     minutes = (time.time() - began) / 60

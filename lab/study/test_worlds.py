@@ -1,8 +1,12 @@
 """The second world: cells that run once, and again when they must; verdicts of made-up runs with known answers."""
 
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -28,8 +32,9 @@ from tests.conftest import ROOT
 def cell(folder, name, code, *needs):
     """Runs `code`, and writes what it prints to `name`."""
     path = str(folder / name)
-    command = ["-c", f"import sys; open({path!r}, 'w').write(str({code})); open({path!r} + '.ran', 'a').write('x')"]
-    return worlds.Cell(path, command, path, tuple(str(folder / need) for need in needs), 1.0)
+    script = folder / f"{name}.{len(list(folder.glob(f'{name}.*.py')))}.py"
+    script.write_text(f"open({path!r}, 'w').write(str({code})); open({path!r} + '.ran', 'a').write('x')")
+    return worlds.Cell(path, [str(script)], path, tuple(str(folder / need) for need in needs), 1.0)
 
 
 def ran(folder) -> dict:
@@ -56,11 +61,33 @@ def test_a_finished_cell_is_never_run_again_and_a_damaged_one_is(tmp_path):
 
 def test_a_killed_cell_begins_from_nothing(tmp_path):
     path = str(tmp_path / "out")
-    half = worlds.Cell(path, ["-c", f"open({path + '/done'!r}, 'w')"], f"{path}/done", (), 1.0)
+    (tmp_path / "half.py").write_text(f"open({path + '/done'!r}, 'w')")
+    half = worlds.Cell(path, [str(tmp_path / "half.py")], f"{path}/done", (), 1.0)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/left.txt").write_text("of the killed one")
     assert len(worlds.run_all([half], 1, "abc")) == 1  # the folder was removed, and this command does not make it
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_goes_on_behind_a_killed_study(tmp_path):
+    """A cell that wrote on would share its files with the next study's same cell."""
+    (tmp_path / "slow.py").write_text(
+        f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)")
+    start = f"import subprocess; from lab.study.__main__ import child; subprocess.run(child(['{tmp_path}/slow.py']))"
+    parent = subprocess.Popen([sys.executable, "-c", start], cwd=ROOT)
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    pid = int((tmp_path / "pid").read_text())
+    assert os.path.exists(f"/proc/{pid}")
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not os.path.exists(f"/proc/{pid}"))
+
+
+def wait_for(condition, seconds=30):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end
+        time.sleep(0.1)
 
 
 def test_a_cell_that_fails_stops_only_what_needs_it(tmp_path):

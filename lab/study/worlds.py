@@ -19,7 +19,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from typing import NamedTuple
 
@@ -289,7 +288,7 @@ def run_cell(cell: Cell, now: str) -> str | None:
     log, began = f"{cell.path}.cell.log", time.time()
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     with open(log, "w", encoding="utf-8") as file:
-        process = subprocess.Popen([sys.executable, *cell.command], stdout=file, stderr=subprocess.STDOUT, env=env)
+        process = subprocess.Popen(study.child(cell.command), stdout=file, stderr=subprocess.STDOUT, env=env)
         _, status, used = os.wait4(process.pid, 0)  # its own core time, whatever else the machine does
     if status or not os.path.isfile(cell.done):
         return f"{cell.path}: ended with code {os.waitstatus_to_exitcode(status)}; read {log}."
