@@ -2,9 +2,9 @@
 # torch 2.13.0, torch.utils.flop_counter.FlopCounterMode on a CPU: the fused attention that scaled_dot_product_attention
 # takes there counts as nothing, without a word, so a transformer's attention is missing from its FLOPs. The "math" way of
 # the same call is counted, so the same model has another count where the fused one does not take its mask or dtype. And
-# torch.nn.attention.bias.causal_lower_right, the mask for queries behind a cache, cannot be used under the counter at all:
-# it is a tensor subclass of its own, and the counter's dispatch mode gets an operation that it does not implement.
-# Behaviour: FLOPs counted for one call of attention, fused and by "math", and what the bias raises.
+# torch.nn.attention.bias.causal_lower_right, the mask for queries behind a cache, which a model makes in its forward, cannot
+# be made under the counter: a dispatch mode has wrapped the raw tensor by then. One that was made before can be used.
+# Behaviour: FLOPs counted for one call of attention, fused and by "math", and what making the bias raises.
 # Seen: 0 of 33,554,432 (two products of 4 heads x 256 x 256 x 32, 2 for a multiply-add); 33,554,432 by "math"; RuntimeError.
 set -euo pipefail
 dir=$(mktemp -d); trap 'rm -rf "$dir"' EXIT
