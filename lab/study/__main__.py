@@ -14,15 +14,13 @@ figures.py.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import json
 import os
 import subprocess
-import sys
-import time
 
 from lab.study import measures, pages
+from lab.study.cells import Cell, run_all
 from lab.study.models import CSVS, SETS
 from lab.study.verdict import MARGIN, NOT_RUN, summary, verdict, weakest
 from plumbing.settings import InputError, cli, write_json
@@ -114,19 +112,9 @@ VARIANTS = {
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 2. Tasks: one command each, in an order that respects what needs what
+# 2. Commands (cells.py)
 # ---------------------------------------------------------------------------------------------------------------
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One command. It is done when `done` exists."""
-
-    name: str
-    run: str  # the seed's folder
-    command: list[str]
-    done: str
-
-
-def again(run: str, name: str, steps: int | None) -> Task:
+def again(run: str, name: str, steps: int | None) -> Cell:
     """A variant: the demo's own training, from its settings.json, with a few settings changed."""
     stage, changes, _ = VARIANTS[name]
     with open(f"{run}/{stage}/settings.json", encoding="utf-8") as file:
@@ -142,7 +130,7 @@ def again(run: str, name: str, steps: int | None) -> Task:
     script = ["grpo.py"] if stage == "stage2" else ["cold_start.py"]
     if name == "coupled":
         script = ["-m", "lab.study.coupled"]
-    return Task(name, run, [*script, *flags(settings)], f"{run}/study/{name}/model/descore.json")
+    return cell(run, name, [*script, *flags(settings)], "model/model.safetensors")
 
 
 def flags(settings: dict) -> list[str]:
@@ -157,99 +145,50 @@ def flags(settings: dict) -> list[str]:
     return line
 
 
-def judged(run: str, name: str, model: str, *more: str) -> Task:
-    """An evaluation on the three test sets, thinking for itself."""
-    out = f"{run}/study/eval/{name}"
+def cell(run: str, place: str, command: list[str], done: str = "", *needs: str) -> Cell:
+    """A command that writes to RUN/study/PLACE, `done` in it last. needs: places."""
+    path, needs = f"{run}/study/{place}", tuple(f"{run}/study/{need}" for need in needs)
+    return Cell(path, command, f"{path}/{done}" if done else path, needs, 1.0)
+
+
+def judged(run: str, place: str, model: str, *more: str) -> Cell:
+    """An evaluation on the three test sets, thinking for itself. model: a place in RUN/study."""
     command = ["evaluate.py", "--root", f"{run}/data", "--benchmark", *SETS, "--batch-size", "220",
-               "--max-new-tokens", "80", "--model", model, "--out", out, *more]
-    last = f"{out}/{SETS[-1]}/{'text/' if more else ''}report.json"
-    return Task(f"eval_{name}", run, command, last)
+               "--max-new-tokens", "80", "--model", f"{run}/study/{model}/model", "--out", f"{run}/study/{place}",
+               *more]
+    return cell(run, place, command, f"{SETS[-1]}/{'text/' if more else ''}report.json", model)
 
 
-def tasks(run: str, first: bool, wanted: set[str], steps: int | None) -> list[list[Task]]:
-    """Phases of tasks of one seed; those of a phase do not need each other."""
-    os.makedirs(f"{run}/study/cots", exist_ok=True)
+def commands(run: str, first: bool, wanted: set[str], steps: int | None) -> dict[str, Cell]:
+    """{task: its cell} of one seed, those that claims need, in an order in which they can run."""
+    os.makedirs(f"{run}/study", exist_ok=True)
     names = [name for name, (_, _, first_only) in VARIANTS.items() if name in wanted and (first or not first_only)]
     for share in measures.SHARES[:-1]:
         if f"stage1_{share}" in names:
             measures.first_rows(f"{run}/data/train_cots.csv", f"{run}/study/train_cots_{share}.csv", share)
-    train = [again(run, name, steps) for name in names]
-    csvs = list(CSVS.values())
-    cots = [f"{run}/study/cots/{name}.csv" for name in csvs]
+    found = {name: again(run, name, steps) for name in names}
+    csvs = [f"{run}/data/{name}.csv" for name in CSVS.values()]
+    cots = [f"{run}/study/cots/{name}.csv" for name in CSVS.values()]
     collect = ["collect_cots.py", "--model", f"{run}/base", "--temperature", "0", "--batch-size", "220",
-               "--max-new-tokens", "80", "--data", *(f"{run}/data/{name}.csv" for name in csvs), "--out", *cots]
+               "--max-new-tokens", "80", "--data", *csvs, "--out", *cots]
     models = {name: f"{run}/{name}/model" for name in ("discriminative", "stage1", "stage2")}
-    models |= {name: f"{run}/study/{name}/model" for name in names if VARIANTS[name][0] != "stage2"}
+    own = [name for name in names if VARIANTS[name][0] != "stage2"]
+    models |= {name: f"{run}/study/{name}/model" for name in own}
     score = ["-m", "lab.study.models", "heads", "--run", run, "--models", *(f"{k}={v}" for k, v in models.items())]
-    second = [
-        judged(run, "coupled", f"{run}/study/coupled/model", "--score-from", "text"),
-        judged(run, "no_anchor", f"{run}/study/no_anchor/model"),
-        Task("gradients", run, ["-m", "lab.study.models", "gradients", "--run", run], f"{run}/study/gradients.json"),
-        Task("heads", run, score, f"{run}/study/heads.json"),
-    ]
-    if first:
-        second.append(judged(run, "anchor_paper", f"{run}/study/anchor_paper/model"))
-    out = f"{run}/study/sanity"
+    noise = ["-m", "lab.study.models", "gradients", "--run", run]
     check = ["-m", "lab.study.sanity", "--root", f"{run}/data", "--benchmark", SETS[0], "--batch-size", "220",
-             "--max-new-tokens", "80", "--model", f"{run}/stage2/model", "--out", out]
-    second.append(Task("sanity", run, check, f"{out}/sanity.json"))
-    second = [task for task in second if task.name in wanted]
-    return [train + [Task("cots", run, collect, cots[-1])] * ("heads" in wanted), second]
-
-
-def is_done(task: Task) -> bool:
-    """Heads are done when they know every model that is asked for now."""
-    if not os.path.exists(task.done):
-        return False
-    if task.name != "heads":
-        return True
-    asked = {model.split("=")[0] for model in task.command[task.command.index("--models") + 1 :]}
-    return asked <= measures.load(task.run, "heads.json")["in-domain"]["rewards"].keys()
-
-
-CHILD = """
-import runpy, sys
-from plumbing.decoder import end_with_parent
-end_with_parent()
-first, *sys.argv = sys.argv[1:]
-if first == "-m":
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-else:
-    sys.argv.insert(0, first)
-    runpy.run_path(first, run_name="__main__")
-"""
-
-
-def child(command: list[str]) -> list[str]:
-    """`python COMMAND` that ends with this process, however that ends: nothing is left that goes on writing."""
-    return [sys.executable, "-c", CHILD, *command]
-
-
-def run_task(task: Task, now: str) -> None:
-    """Runs one command on one core: output to RUN/study/logs/NAME.log, minutes and commit to minutes.jsonl."""
-    os.makedirs(f"{task.run}/study/logs", exist_ok=True)
-    began, log = time.time(), f"{task.run}/study/logs/{task.name}.log"
-    with open(log, "w", encoding="utf-8") as file:
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        code = subprocess.run(child(task.command), stdout=file, stderr=subprocess.STDOUT, env=env).returncode
-    if code or not os.path.exists(task.done):
-        raise InputError(f"{task.run}: {task.name} ended with code {code}; read {log}, then run the command again.")
-    minutes = (time.time() - began) / 60
-    with open(f"{task.run}/study/minutes.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({"task": task.name, "minutes": round(minutes, 2), "commit": now}) + "\n")
-    print(f"{task.run}: {task.name} done, {minutes:.1f} min", flush=True)
-
-
-def run_all(runs: dict[int, str], claims: list[Claim], jobs: int, steps: int | None, now: str) -> None:
-    """All that the claims need and that is not there, `jobs` at a time."""
-    wanted = {name for claim in claims for name in claim.needs}
-    first = next(iter(runs))
-    phases = [tasks(run, seed == first, wanted, steps) for seed, run in runs.items()]
-    for phase in zip(*phases):
-        open_tasks = [task for one in phase for task in one if not is_done(task)]
-        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            for future in [pool.submit(run_task, task, now) for task in open_tasks]:
-                future.result()
+             "--max-new-tokens", "80", "--model", f"{run}/stage2/model", "--out", f"{run}/study/sanity"]
+    found |= {
+        "cots": cell(run, "cots", collect, f"{CSVS[SETS[-1]]}.csv"),
+        "eval_coupled": judged(run, "eval/coupled", "coupled", "--score-from", "text"),
+        "eval_no_anchor": judged(run, "eval/no_anchor", "no_anchor"),
+        "gradients": cell(run, "gradients.json", noise),
+        "heads": cell(run, "heads.json", score, "", "cots", *own),
+        "eval_anchor_paper": judged(run, "eval/anchor_paper", "anchor_paper"),
+        "sanity": cell(run, "sanity", check, "sanity.json"),
+    }
+    chosen = wanted if first else wanted - {"eval_anchor_paper"}
+    return {task: one for task, one in found.items() if task in chosen or (task == "cots" and "heads" in chosen)}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -312,7 +251,10 @@ def main(argv=None) -> None:
     claims = [claim for claim in CLAIMS if not args.only or claim.number in args.only]
     now = commit()
     announce(claims, args.seeds, now)
-    run_all(runs, claims, args.jobs, args.steps, now)
+    first, needs = next(iter(runs)), {name for claim in claims for name in claim.needs}
+    cells = [cell for seed, run in runs.items() for cell in commands(run, seed == first, needs, args.steps).values()]
+    if wrong := run_all(cells, args.jobs, now):
+        raise InputError(f"{len(wrong)} commands are missing, the first: {wrong[0]} Mend it and run the study again.")
     result = pages.read(path) or {"claims": []}
     known = {found["number"]: found for found in result["claims"] if found["parts"]}
     result["claims"] = [entry(claim) | known.get(claim.number, {}) for claim in CLAIMS]

@@ -7,6 +7,7 @@ A hit is 1 where the sign of r_A - r_B is the label, 0 where it is not, and 1/2 
 scores often, heads never, and counting those as wrong would let the head win by not being rounded.
 """
 
+import glob
 import json
 import os
 
@@ -294,13 +295,14 @@ def first_rows(path: str, out: str, share: int) -> None:
 
 
 def minutes(runs: dict) -> dict[str, dict]:
-    """{task: its minutes and commits, one of each per run of it}, in all seeds."""
+    """{task: its minutes and commits, one of each per run of it}, in all seeds, as cells.py keeps them."""
     spent = {}
     for run in runs.values():
-        if os.path.exists(f"{run}/study/minutes.jsonl"):
-            with open(f"{run}/study/minutes.jsonl", encoding="utf-8") as file:
-                for line in map(json.loads, file):
-                    one = spent.setdefault(line["task"], {"minutes": [], "commits": []})
-                    one["minutes"].append(line["minutes"])
-                    one["commits"].append(line.get("commit", "unknown"))
+        for path in sorted(glob.glob(f"{run}/study/**/*.cell.json", recursive=True)):
+            with open(path, encoding="utf-8") as file:
+                record = json.load(file)
+            task = os.path.relpath(path, f"{run}/study").removesuffix(".cell.json").removesuffix(".json")
+            one = spent.setdefault(task.replace("/", "_"), {"minutes": [], "commits": []})
+            one["minutes"].append(record["core_minutes"])
+            one["commits"].append(record["commit"])
     return spent

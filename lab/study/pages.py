@@ -74,13 +74,22 @@ def verdicts(result: dict) -> str:
     return table(["", "claim", "the paper", "here: mean [95 %]", "verdict"], rows)
 
 
+def measured(result: dict) -> list[tuple[list[dict], str, dict]]:
+    """(claims, name, row) of each row once: claims that are asked of the same measurement share its rows."""
+    rows = {}
+    for claim in result["claims"]:
+        for name, row in claim["parts"].items():
+            rows.setdefault((claim.get("stage"), name, row["n"], row["mean"]), ([], name, row))[0].append(claim)
+    return list(rows.values())
+
+
 def parts(result: dict) -> str:
     """Everything that was measured for a claim, what decides it in bold."""
     rows = []
-    for claim in result["claims"]:
-        for name, row in claim["parts"].items():
-            label = f"**{name}**" if name in claim["decides"] else name
-            rows.append([str(claim["number"]), label, shown(row), by_seeds(row), str(row["n"]), row["verdict"]])
+    for claims, name, row in measured(result):
+        label = f"**{name}**" if any(name in claim["decides"] for claim in claims) else name
+        numbers = ", ".join(str(claim["number"]) for claim in claims)
+        rows.append([numbers, label, shown(row), by_seeds(row), str(row["n"]), row["verdict"]])
     return table(["claim", "measured", "mean [95 %]", "by seeds alone [95 %]", "values", "verdict"], rows)
 
 
@@ -92,7 +101,7 @@ def by_seeds(row: dict) -> str:
 
 def many(result: dict) -> str:
     """How many intervals were looked at, and what chance alone would do with so many."""
-    rows = [(claim["margin"], row) for claim in result["claims"] for row in claim["parts"].values()]
+    rows = [(claims[0]["margin"], row) for claims, _, row in measured(result)]
     kept = [(margin, row) for margin, row in rows if interval_of_seeds(row.get("by_seed") or [])]
     alone = [interval_of_seeds(row["by_seed"]) for _, row in kept]
     still = sum(row["verdict"] == SEEN == verdict(row | {"low": low, "high": high}, margin)

@@ -33,7 +33,7 @@ from lab.study.models import CSVS, SETS
 from lab.study.sanity import half_hits
 from model import DeScore
 from plumbing import checkpoint, training
-from plumbing.jobs import read_log
+from plumbing.jobs import content_of, read_log
 from plumbing.logs import read_metrics
 from plumbing.settings import cli, write_json
 from rules import overall_score
@@ -79,7 +79,8 @@ def unpack(run: str, out: str) -> None:
             os.symlink(os.path.abspath(path), f"{alone}/checkpoints/{os.path.basename(path)}")
             step = training.load_checkpoint(alone, model, optimizer, ranks)["step"]
         model.save_pretrained(f"{out}/{step}")
-    pathlib.Path(out, "done").write_text("all\n", encoding="utf-8")
+    files = sorted(glob.glob(f"{out}/*/**/*.safetensors", recursive=True))
+    write_json(f"{out}/done", {os.path.relpath(file, out): content_of(file) for file in files})
 
 
 def early(out: str) -> tuple[int, int]:
@@ -141,10 +142,16 @@ def load(*path) -> dict:
     return json.loads(pathlib.Path(*path).read_text(encoding="utf-8"))
 
 
+STALE = set()  # paths of cells whose record is another command's, or of other files; worlds.report fills it
+
+
 def ready(runs: dict, world: str, *cells: str) -> dict:
     """{seed: that world's folder} of the seeds whose cells are done."""
+    def is_ready(path):
+        return os.path.isfile(f"{path}.cell.json") and os.path.normpath(path) not in STALE
+
     return {seed: f"{run}/{world}" for seed, run in runs.items()
-            if all(os.path.isfile(f"{run}/{world}/{cell}.cell.json") for cell in cells)}
+            if all(is_ready(f"{run}/{world}/{cell}") for cell in cells)}
 
 
 def mean(sets: dict) -> float:
@@ -198,8 +205,14 @@ def curves(run: str) -> dict:
 
 
 def efficiency(runs: dict, world: str):
-    """9, 17: what equal budgets buy, and what it costs one to reach the other's last accuracy (None: not reached)."""
-    parts, more = {f"BT - coupled, equal {unit}": {} for unit in UNITS}, {"curves": {}, "reaches": {}}
+    """9, 17: what equal budgets buy, and what it costs one to reach the other's last accuracy (None: not reached).
+
+    A budget may end between two checkpoints of the coupled model. The rule takes the one before, which may be the base;
+    with the one after, "rounded up", the coupled model has spent more than BT. The truth lies between the two.
+    """
+    ways = ("", ", coupled rounded up")
+    parts = {f"BT - coupled, equal {unit}{way}": {} for unit in UNITS for way in ways}
+    more = {"curves": {}, "reaches": {}, "bought": {}}
     names = ("train_cots", "stage1", "coupled")
     counted = ready(runs, world, *(f"study/flops_{name}.json" for name in names))
     for seed, run in ready(runs, world, "study/curve.json", "study/eval/coupled").items() if counted else ():
@@ -208,9 +221,13 @@ def efficiency(runs: dict, world: str):
         for k, unit in enumerate(UNITS):
             paid = {who: {step: spent[who][step][k] for step in steps} for who, steps in curve.items()}
             budget = min(max(cost.values()) for cost in paid.values())
-            bought = {who: curve[who][max((step for step in cost if cost[step] <= budget), default=0)]
+            bought = {who: max((step for step in cost if cost[step] <= budget), default=0)
                       for who, cost in paid.items()}
-            parts[f"BT - coupled, equal {unit}"][seed] = {n: bought["BT"][n] - bought["coupled"][n] for n in SETS}
+            after = min(step for step, cost in paid["coupled"].items() if cost >= budget)
+            more["bought"].setdefault(unit, []).append([*bought.values(), after])  # steps: BT's, coupled's
+            for way, step in zip(ways, (bought["coupled"], after)):
+                minus = {n: curve["BT"][bought["BT"]][n] - curve["coupled"][step][n] for n in SETS}
+                parts[f"BT - coupled, equal {unit}{way}"][seed] = minus
             for who, other in (("BT", "coupled"), ("coupled", "BT")):
                 goal = mean(curve[other][max(curve[other])])
                 enough = [paid[who][step] for step, sets in curve[who].items() if mean(sets) >= goal]

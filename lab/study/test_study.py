@@ -18,7 +18,7 @@ import grpo
 import toy.world
 from lab.study import __main__ as study
 from lab.study import coupled as coupled_model
-from lab.study import measures, models, pages
+from lab.study import cells, measures, models, pages
 from lab.study.verdict import (
     CANNOT_TELL,
     MARGIN,
@@ -200,10 +200,12 @@ def test_step_to_step_spread_by_hand():
 
 
 def test_minutes_name_the_commit_that_ran(tmp_path):
-    task = study.Task("one", str(tmp_path), ["-c", f"open({str(tmp_path / 'done')!r}, 'w')"], str(tmp_path / "done"))
-    study.run_task(task, "abc1234")
+    (tmp_path / "one.py").write_text(f"open({str(tmp_path / 'study/eval/one')!r}, 'w')")
+    assert cells.run_all([study.cell(str(tmp_path), "eval/one", [str(tmp_path / "one.py")])], 1, "abc1234") == []
     found = measures.minutes({0: str(tmp_path)})
-    assert list(found) == ["one"] and found["one"]["commits"] == ["abc1234"] and len(found["one"]["minutes"]) == 1
+    assert list(found) == ["eval_one"] and found["eval_one"]["commits"] == ["abc1234"]
+    (spent,) = found["eval_one"]["minutes"]
+    assert 0 < spent < 1
 
 
 def test_calibration_slope():
@@ -409,16 +411,16 @@ def test_variants_are_what_their_names_say():
 
 def test_every_claim_s_tasks_exist_and_every_command_is_known(finished):
     wanted = {name for claim in study.CLAIMS for name in claim.needs}
-    phases = study.tasks(finished, True, wanted, None)
-    named = {task.name for phase in phases for task in phase}
-    assert wanted <= named
-    for task in [task for phase in phases for task in phase]:
-        command = task.command[1:] if task.command[0] == "-m" else task.command
+    named, known = study.commands(finished, True, wanted, None), set()
+    assert named.keys() == wanted | {"cots"}
+    for cell in named.values():
+        command = cell.command[1:] if cell.command[0] == "-m" else cell.command
         if command[0] != "lab.study.models":
             parse(SCRIPTS[command[0]], "", command[1:])
-        assert not study.is_done(task)
-    later = {task.name for phase in study.tasks(finished, False, wanted, None) for task in phase}
-    assert named - later == {"mask_25", "mask_75", "anchor_paper", "eval_anchor_paper"}  # on the first seed only
+        assert not cells.is_done(cell) and set(cell.needs) <= known  # in an order that can be followed
+        known.add(cell.path)
+    later = study.commands(finished, False, wanted, None).keys()
+    assert named.keys() - later == {"mask_25", "mask_75", "anchor_paper", "eval_anchor_paper"}  # on the first seed only
     rows = open(f"{finished}/study/train_cots_8.csv").read().split()
     assert rows == ["0", "1", "2"]  # the header, and 16 // 8 rows
 

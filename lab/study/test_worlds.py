@@ -16,7 +16,7 @@ import cold_start
 import data
 import toy.world
 from lab.study import __main__ as study
-from lab.study import coupled, models, pages, second, worlds
+from lab.study import cells, coupled, models, pages, second, worlds
 from lab.study.sanity import change_frames
 from lab.study.test_study import N, made_up  # noqa: F401 (a fixture)
 from lab.study.verdict import NOT_RUN, NOT_SEEN, SEEN, verdict, weakest
@@ -34,7 +34,7 @@ def cell(folder, name, code, *needs):
     path = str(folder / name)
     script = folder / f"{name}.{len(list(folder.glob(f'{name}.*.py')))}.py"
     script.write_text(f"open({path!r}, 'w').write(str({code})); open({path!r} + '.ran', 'a').write('x')")
-    return worlds.Cell(path, [str(script)], path, tuple(str(folder / need) for need in needs), 1.0)
+    return cells.Cell(path, [str(script)], path, tuple(str(folder / need) for need in needs), 1.0)
 
 
 def ran(folder) -> dict:
@@ -43,29 +43,31 @@ def ran(folder) -> dict:
 
 def test_a_finished_cell_is_never_run_again_and_a_damaged_one_is(tmp_path):
     first, second_ = cell(tmp_path, "a", "1"), cell(tmp_path, "b", "2", "a")
-    assert worlds.run_all([first, second_], 2, "abc") == [] and ran(tmp_path) == {"a": 1, "b": 1}
+    assert cells.run_all([first, second_], 2, "abc") == [] and ran(tmp_path) == {"a": 1, "b": 1}
     record = json.loads((tmp_path / "b.cell.json").read_text())
     assert record["commit"] == "abc" and record["core_minutes"] > 0
-    assert record["made_from"] == [content_of(first.done)]
-    worlds.run_all([first, second_], 2, "abc")
+    assert record["made_from"] == [[first.command, content_of(first.done)]]
+    cells.run_all([first, second_], 2, "abc")
     assert ran(tmp_path) == {"a": 1, "b": 1}
     (tmp_path / "b").write_text("cut sho")  # its last file is not as it was left
-    worlds.run_all([first, second_], 2, "abc")
+    cells.run_all([first, second_], 2, "abc")
     assert ran(tmp_path) == {"a": 1, "b": 2} and (tmp_path / "b").read_text() == "2"
     (tmp_path / "a.cell.json").write_text('{"command": [')  # a kill while writing
-    worlds.run_all([first, second_], 2, "abc")
+    cells.run_all([first, second_], 2, "abc")
     assert ran(tmp_path) == {"a": 2, "b": 2}  # it wrote the same, so what was made from it stands
-    worlds.run_all([cell(tmp_path, "a", "7"), second_], 2, "abc")
+    cells.run_all([cell(tmp_path, "a", "7"), second_], 2, "abc")
     assert ran(tmp_path) == {"a": 3, "b": 3}  # another command, another file: what was made from it is stale
+    cells.run_all([cell(tmp_path, "a", "6 + 1"), second_], 2, "abc")
+    assert ran(tmp_path) == {"a": 4, "b": 4}  # its last file is the same, but others that it wrote may not be
 
 
 def test_a_killed_cell_begins_from_nothing(tmp_path):
     path = str(tmp_path / "out")
     (tmp_path / "half.py").write_text(f"open({path + '/done'!r}, 'w')")
-    half = worlds.Cell(path, [str(tmp_path / "half.py")], f"{path}/done", (), 1.0)
+    half = cells.Cell(path, [str(tmp_path / "half.py")], f"{path}/done", (), 1.0)
     (tmp_path / "out").mkdir()
     (tmp_path / "out/left.txt").write_text("of the killed one")
-    assert len(worlds.run_all([half], 1, "abc")) == 1  # the folder was removed, and this command does not make it
+    assert len(cells.run_all([half], 1, "abc")) == 1  # the folder was removed, and this command does not make it
     assert not (tmp_path / "out").exists()
 
 
@@ -73,7 +75,7 @@ def test_nothing_goes_on_behind_a_killed_study(tmp_path):
     """A cell that wrote on would share its files with the next study's same cell."""
     (tmp_path / "slow.py").write_text(
         f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)")
-    start = f"import subprocess; from lab.study.__main__ import child; subprocess.run(child(['{tmp_path}/slow.py']))"
+    start = f"import subprocess; from lab.study.cells import child; subprocess.run(child(['{tmp_path}/slow.py']))"
     parent = subprocess.Popen([sys.executable, "-c", start], cwd=ROOT)
     wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     pid = int((tmp_path / "pid").read_text())
@@ -91,8 +93,8 @@ def wait_for(condition, seconds=30):
 
 
 def test_a_cell_that_fails_stops_only_what_needs_it(tmp_path):
-    cells = [cell(tmp_path, "bad", "1 / 0"), cell(tmp_path, "child", "1", "bad"), cell(tmp_path, "other", "1")]
-    wrong = worlds.run_all(cells, 1, "abc")
+    three = [cell(tmp_path, "bad", "1 / 0"), cell(tmp_path, "child", "1", "bad"), cell(tmp_path, "other", "1")]
+    wrong = cells.run_all(three, 1, "abc")
     assert ran(tmp_path) == {"other": 1} and len(wrong) == 2
     assert "bad: ended with code 1" in wrong[0] and "ZeroDivision" in (tmp_path / "bad.cell.log").read_text()
     assert "needs a cell that failed" in wrong[1]
@@ -162,6 +164,8 @@ def test_checkpoints_become_the_models_that_they_were(world, base_dir, tmp_path)
         whole, *steps = (DeScore.from_pretrained(path).state_dict() for path in at)
         assert all(torch.allclose(whole[name], steps[0][name], atol=1e-6) for name in whole), run
         assert any(not torch.allclose(whole[name], steps[1][name], atol=1e-6) for name in whole), run
+    before = json.loads((tmp_path / "c/at/done").read_text())
+    assert {"1/model.safetensors", "2/model.safetensors"} <= before.keys() and len(set(before.values())) == len(before)
     settings = [json.loads((tmp_path / run / "at/1/descore.json").read_text()) for run in ("c", "s")]
     assert settings[0]["score"] == "text" and "score" not in settings[1]
 
@@ -330,7 +334,8 @@ def test_equal_budgets_by_hand(made_up, tmp_path):  # noqa: F811
     """BT: 500 tokens for the base's CoTs, then none; 100 FLOPs, then 10 a step; 1 core-minute, then .5 a step.
     The coupled model: 6 * 2 * 8 * 50 = 4,800 tokens, 1,000 FLOPs and 10 core-minutes a step. The cheaper run is BT's
     but for pairs (32 against 12), so its budget buys BT's last model and the base's own text; with 12 pairs BT is at
-    step 1 of 8 pairs (10 of 20 right), the coupled model at its last (18 of 20)."""
+    step 1 of 8 pairs (10 of 20 right), the coupled model at its last (18 of 20). Rounded up, the other budgets buy the
+    coupled model's step 1 (15 of 20)."""
     minutes = {"data/train_cots.csv": 1.0, "stage1": 2.0, "study/coupled": 20.0}
     for seed in (0, 1, 2):
         folder = tmp_path / f"seed{seed}/today"
@@ -345,7 +350,10 @@ def test_equal_budgets_by_hand(made_up, tmp_path):  # noqa: F811
     found = judge(9, tmp_path)
     means = {name: row["mean"] for name, row in found["parts"].items()}
     assert means == pytest.approx({"BT - coupled, equal pairs": (10 - 18) / N} | {
-        f"BT - coupled, equal {unit}": (17 - 13) / N for unit in second.UNITS[1:]})
+        f"BT - coupled, equal {unit}": (17 - 13) / N for unit in second.UNITS[1:]} | {
+        "BT - coupled, equal pairs, coupled rounded up": (10 - 18) / N} | {
+        f"BT - coupled, equal {unit}, coupled rounded up": (17 - 15) / N for unit in second.UNITS[1:]})
+    assert found["more"]["bought"] == {"pairs": [[1, 2, 2]] * 3, **{u: [[4, 0, 1]] * 3 for u in second.UNITS[1:]}}
     assert found["verdict"] == SEEN and not any("pairs" in name for name in found["decides"])
     reached = found["more"]["reaches"]
     assert reached["BT: FLOPs"] == [None] * 3 and reached["coupled: FLOPs"] == [2000] * 3
@@ -392,6 +400,35 @@ def test_the_whole_report_of_a_run_that_has_just_begun(tmp_path, capsys, monkeyp
     assert (tmp_path / "r/worlds.png").is_file()
 
 
+def test_a_run_keeps_its_rules(tmp_path, monkeypatch):
+    monkeypatch.setattr(worlds, "run_all", lambda *_: [])
+    flags = ["--runs", str(tmp_path), "--only", "grid"]
+    worlds.main(flags)
+    first = (tmp_path / "rules.json").read_text()
+    monkeypatch.setattr(study, "commit", lambda: "another")
+    worlds.main(flags)
+    assert (tmp_path / "rules.json").read_text() == first  # of the commit under which the first cell ran
+    (tmp_path / "rules.json").write_text(first.replace("both above 0", "one above 0"))
+    with pytest.raises(InputError, match="rules.json: its cells ran under other rules"):
+        worlds.main(flags)
+
+
+def test_a_cell_of_another_command_is_not_judged(tmp_path):
+    plan = {c.path: c for c in worlds.plan(str(tmp_path), ["grid"], None)}
+    runs, names = {0: str(tmp_path / "seed0")}, ("base", "data", "eval/stage2")
+    for name in names:
+        one = plan[str(tmp_path / f"seed0/{'today/' * (name != 'base')}{name}")]
+        pathlib.Path(one.done).parent.mkdir(parents=True, exist_ok=True)
+        pathlib.Path(one.done).write_text("{}")
+        more = ["--bt-coef", "9"] * (name == "eval/stage2")
+        record = cells.stamp(one) | {"commit": "abc", "core_minutes": 1.0}
+        pathlib.Path(one.record).write_text(json.dumps(record | {"command": one.command + more}))
+    worlds.main(["--runs", str(tmp_path), "--only", "grid", "--report"])
+    assert json.loads((tmp_path / "worlds.json").read_text())["cells"]["done"] == 2
+    assert second.ready(runs, "today", "data") and not second.ready(runs, "today", "data", "eval/stage2")
+    second.STALE = set()
+
+
 # -- pages ----------------------------------------------------------------------------------------------------------
 PUBLISHED = pages.read(ROOT / "lab/study/worlds.json")
 
@@ -400,6 +437,17 @@ def test_what_the_page_shows_stands_in_worlds_json():
     text = (ROOT / "lab/study/README.md").read_text(encoding="utf-8")
     assert text.count("<!-- FROM WORLDS: ") >= 4
     assert pages.filled(text, PUBLISHED, "WORLDS") == text, "run `python -m lab.study --runs RUNS --publish`"
+
+
+def test_a_row_that_two_claims_share_is_shown_and_counted_once():
+    row = {"mean": 0.1, "low": 0.05, "high": 0.2, "n": 90, "seeds": 3, "by_seed": [0.1, 0.11, 0.09], "verdict": SEEN}
+    other = row | {"mean": 0.2}
+    both = {"x": row, "y": other}
+    claims = [{"number": k, "stage": stage, "margin": 0.03, "decides": decides, "parts": parts}
+              for k, stage, decides, parts in ((1, "a", ["x"], both), (2, "a", ["y"], both), (3, "b", [], {"x": row}))]
+    lines = pages.parts({"claims": claims}).splitlines()[2:]
+    assert [line.split(" | ")[:2] for line in lines] == [["| 1, 2", "**x**"], ["| 1, 2", "**y**"], ["| 3", "x"]]
+    assert pages.many({"claims": claims}).startswith("3 intervals")
 
 
 def test_worlds_json_belongs_to_this_code():

@@ -4,28 +4,22 @@
     python -m lab.study.worlds --runs runs/worlds --only grid cost        --report: judges what is there, runs nothing
     python -m lab.study.worlds --runs runs/trial --steps 2      the whole command in minutes; its numbers mean nothing
 
-Rules and commit are printed, and stored in RUNS/rules.json, before anything runs. A cell is one command on one core,
-taken from scripts/demo.sh with a few flags set anew. It is done when its record is there, belongs to this command and
-to what it was made from, and its last file is as it was left; else it begins anew. A cell that fails stops only those
-that need it. Out: RUNS/worlds.json, .md, .png. What cells compute: second.py. Nothing is tuned on a test set.
+Rules and commit are printed, and stored in RUNS/rules.json, before anything runs. A cell (cells.py) is
+one command on one core, taken from scripts/demo.sh with a few flags set anew. Out: RUNS/worlds.json, .md, .png. What
+cells compute: second.py. Nothing is tuned on a test set.
 """
 
 import argparse
-import concurrent.futures
 import functools
 import os
 import pathlib
 import re
 import shlex
-import shutil
-import subprocess
-import time
-from typing import NamedTuple
 
 from lab.study import __main__ as study
 from lab.study import figures, pages, second
+from lab.study.cells import Cell, is_done, read, run_all
 from lab.study.models import CSVS, SETS
-from plumbing.jobs import content_of
 from plumbing.settings import InputError, cli, write_json
 from toy.world import SPLITS
 
@@ -88,20 +82,6 @@ def claims() -> dict[str, list[study.Claim]]:
 
 
 # ---- 2. Cells ------------------------------------------------------------------------------------------------
-class Cell(NamedTuple):
-    """One command on one core. It writes to `path`, `done` last; its record and log lie beside it."""
-
-    path: str
-    command: list[str]
-    done: str
-    needs: tuple[str, ...]  # paths of cells
-    minutes: float  # an estimate
-
-    @property
-    def record(self) -> str:
-        return f"{self.path}.cell.json"
-
-
 def demo(run: str, seed: int) -> dict[str, list[str]]:
     """{what it makes: command} of scripts/demo.sh, for another folder and seed."""
     text = (pages.ROOT / "scripts/demo.sh").read_text(encoding="utf-8").replace("\\\n", " ")
@@ -126,7 +106,7 @@ class World:
         self.base = "../base" + "_unspoken" * bool(flicker) + f"_long{sentences}" * bool(sentences)
         words = [*TOOL, "base", str(sentences), str(seed), *self.demo["base"][3:]] if sentences else self.demo["base"]
         tiny = ("--vision-steps", "2", "--steps", "2", "--pool", "64") * bool(steps)
-        self.add(self.base, [*words, *flicker, *tiny], minutes=5 * (1 + sentences))
+        self.add(self.base, [*words, *flicker, *tiny], minutes=4.2 * (1 + sentences))
         self.add("data", [*self.demo["data"], *flags, *SMALL * bool(steps)], minutes=2.0)
         pairs, cots = ([f"data/{split}_{what}" for split in ("train", "val")] for what in ("cold_start", "cots"))
         self.think("data/train_cots.csv", pairs, cots)
@@ -160,17 +140,18 @@ class World:
         """An evaluation on the three test sets: by the head without a CoT, or with one, by what `score_from` says."""
         like, more = ("eval/stage2", {"score_from": list(score_from)}) if score_from else ("eval/discriminative", {})
         done = f"{name}/{SETS[-1]}/{'text/' * ('text' in score_from)}report.json"
-        self.add(name, self.demo[like], need, minutes=0.9 * self.long, done=done, model=self.at(model), **more)
+        minutes = 2.2 if "head" in score_from else 1.0
+        self.add(name, self.demo[like], need, minutes=minutes * self.long, done=done, model=self.at(model), **more)
 
-    def train(self, name, like, *needs, minutes=0.7, **changes) -> None:
+    def train(self, name, like, *needs, minutes=1.6, **changes) -> None:
         """A training of the demo with other settings."""
         self.add(name, self.demo[like], *needs, minutes=minutes * self.long, **changes)
 
     def coupled(self) -> None:
-        """60 steps of the coupled model from the base, which cost what both of DeScore's stages cost, and its score."""
+        """60 steps of the coupled model from the base, about what both of DeScore's stages cost, and its score."""
         words, changes = ["-m", "lab.study.coupled", *self.demo["stage2"][1:]], {"model": self.at(self.base)}
         changes |= {"bt_coef": 0.0, "max_steps": 60, "save_every": 1 if self.steps else 10, "keep": 99}
-        self.add("study/coupled", words, "data", self.base, minutes=1.7 * self.long, **changes)
+        self.add("study/coupled", words, "data", self.base, minutes=2.9 * self.long, **changes)
         self.judge("study/eval/coupled", "study/coupled/model", "study/coupled", "text")
 
     def paradigms(self) -> None:
@@ -178,7 +159,7 @@ class World:
         self.train("stage1", "stage1", "data/train_cots.csv", save_every=14, keep=99)
         self.coupled()
         self.train("discriminative", "discriminative", "data/train_cots.csv")
-        self.train("stage2", "stage2", "stage1", minutes=1.2)
+        self.train("stage2", "stage2", "stage1", minutes=2.1)
         self.judge("eval/stage2", "stage2/model", "stage2", "head", "text")
         self.judge("eval/discriminative", "discriminative/model", "discriminative")
 
@@ -190,9 +171,11 @@ class World:
         self.test_cots()
         self.unpack("stage1")
         self.unpack("study/coupled")
-        for step in (1,) if self.steps else (10, 20, 40) if self.long == 1 else (20,):
+        steps = (1,) if self.steps else (10, 20, 30, 40, 50) if self.long == 1 else (10, 20, 40)
+        for step in steps:
             self.judge(f"study/eval/coupled_at_{step}", f"study/coupled/at/{step}", "study/coupled/at", "text")
-        self.add("study/curve.json", [*TOOL, "score", self.run, f"={self.at('stage1/at')}"], "stage1/at", "study/cots",
+        both = *(f"study/eval/coupled_at_{step}" for step in steps), "stage1/at"  # done, it stands for both curves
+        self.add("study/curve.json", [*TOOL, "score", self.run, f"={self.at('stage1/at')}"], *both, "study/cots",
                  minutes=2 * self.long)
         counted = {"data/train_cots.csv": {"data": [self.at("data/train_cold_start.csv")]},
                    "stage1": {"max_steps": 3, "save_every": 0}, "study/coupled": {"max_steps": 2, "save_every": 0}}
@@ -259,66 +242,7 @@ def plan(runs: str, only, steps: int | None) -> list[Cell]:
     return list(cells.values())
 
 
-# ---- 3. Running ----------------------------------------------------------------------------------------------
-def read(path: str) -> dict:
-    """A cell's record; {} if there is none that can be read."""
-    try:
-        return second.load(path)
-    except (OSError, ValueError):
-        return {}
-
-
-def stamp(cell: Cell) -> dict:
-    """What tells a cell from one of another command, of other sources, or damaged since."""
-    made_from = [read(f"{need}.cell.json").get("wrote") for need in cell.needs]
-    return {"command": cell.command, "made_from": made_from, "wrote": content_of(cell.done)}
-
-
-def is_done(cell: Cell) -> bool:
-    """Its record belongs to this command and to what it was made from, and its last file is as it was left."""
-    now, known = stamp(cell), read(cell.record)
-    return now["wrote"] is not None and all(known.get(key) == value for key, value in now.items())
-
-
-def run_cell(cell: Cell, now: str) -> str | None:
-    """Runs it on one core, from nothing. -> None, or what went wrong."""
-    for path in filter(os.path.exists, (cell.record, cell.done, cell.path, f"{cell.path}.thoughts")):
-        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
-    os.makedirs(os.path.dirname(cell.path), exist_ok=True)
-    log, began = f"{cell.path}.cell.log", time.time()
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with open(log, "w", encoding="utf-8") as file:
-        process = subprocess.Popen(study.child(cell.command), stdout=file, stderr=subprocess.STDOUT, env=env)
-        _, status, used = os.wait4(process.pid, 0)  # its own core time, whatever else the machine does
-    if status or not os.path.isfile(cell.done):
-        return f"{cell.path}: ended with code {os.waitstatus_to_exitcode(status)}; read {log}."
-    spent = {"minutes": (time.time() - began) / 60, "core_minutes": (used.ru_utime + used.ru_stime) / 60}
-    write_json(cell.record, stamp(cell) | {"commit": now} | spent)
-    print(f"{time.strftime('%H:%M')} {cell.path}: {spent['core_minutes']:.1f} core-minutes", flush=True)
-    return None
-
-
-def run_all(cells: list[Cell], jobs: int, now: str) -> list[str]:
-    """`jobs` at a time, in order, each as soon as what it needs is done. -> what went wrong."""
-    left, running, wrong = list(cells), {}, {}
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        while True:
-            for cell in list(left):
-                waits = {c.path for c in (*left, *running.values())} | wrong.keys()
-                if len(running) < jobs and not waits & set(cell.needs):
-                    left.remove(cell)
-                    if not is_done(cell):
-                        running[pool.submit(run_cell, cell, now)] = cell
-            if not running:
-                return [*wrong.values(), *(f"{cell.path}: needs a cell that failed." for cell in left)]
-            for future in concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED).done:
-                cell = running.pop(future)
-                if problem := future.exception() or future.result():
-                    wrong[cell.path] = str(problem)
-                    print(problem, flush=True)
-
-
-# ---- 4. Results ----------------------------------------------------------------------------------------------
+# ---- 3. Results ----------------------------------------------------------------------------------------------
 def judged(claim: study.Claim, runs: dict, stage: str) -> dict:
     """A claim's entry; its verdict waits for all of its seeds."""
     found = study.judge(claim, runs)
@@ -330,6 +254,7 @@ def judged(claim: study.Claim, runs: dict, stage: str) -> dict:
 def report(runs: str, cells: list[Cell], now: str, trial: int | None) -> None:
     """RUNS/worlds.json, worlds.md and worlds.png from what is there."""
     folders = {seed: f"{runs}/seed{seed}" for seed in SEEDS["seeds"]}
+    second.STALE = {cell.path for cell in cells if os.path.exists(cell.record) and not is_done(cell)}
     found = [judged(claim, folders, stage) for stage, some in claims().items() for claim in some]
     spent = [read(cell.record) for cell in cells if is_done(cell)]
     counts = {"done": len(spent), "planned": len(cells), "commits": sorted({record["commit"] for record in spent}),
@@ -340,6 +265,15 @@ def report(runs: str, cells: list[Cell], now: str, trial: int | None) -> None:
     pathlib.Path(runs, "worlds.md").write_text(text, encoding="utf-8")
     figures.draw_worlds(pathlib.Path(runs, "worlds.png"), result)
     print(f"{pages.rules(result)}\n{len(spent)} of {len(cells)} cells done; {runs}/worlds.json, .md, .png")
+
+
+def keep_rules(path: str, now: str) -> None:
+    """Writes the rules before the first cell runs; InputError if a run has others."""
+    rules = [study.entry(claim) | {"stage": stage} for stage, some in claims().items() for claim in some]
+    if read(path).get("rules", rules) != rules:
+        raise InputError(f"{path}: its cells ran under other rules than this code's; give another --runs.")
+    if not os.path.exists(path):
+        write_json(path, {"commit": now, "rules": rules})
 
 
 def main(argv=None) -> None:
@@ -354,8 +288,7 @@ def main(argv=None) -> None:
     cells, now, wrong = plan(args.runs, args.only, args.steps), study.commit(), []
     os.makedirs(args.runs, exist_ok=True)
     if not args.report:
-        rules = [study.entry(claim) | {"stage": stage} for stage, some in claims().items() for claim in some]
-        write_json(f"{args.runs}/rules.json", {"commit": now, "rules": rules})
+        keep_rules(f"{args.runs}/rules.json", now)
         study.announce([claim for stage in args.only for claim in claims()[stage]], SEEDS["seeds"], now)
         to_do = [cell.minutes for cell in cells if not is_done(cell)]
         print(f"{len(to_do)} of {len(cells)} cells to do, about {sum(to_do) / 60:.1f} core-hours", flush=True)
