@@ -12,9 +12,10 @@ order; mini.py is the same on one page:
     4 group advantages      5 old log-probs      6 update: one forward of a CoT gives GRPO + KL + BT
     7 hand the new weights to the rollout engine      8 log
 
-What to expect: `rollout_reward` and `quality` rise slowly; `pair_accuracy` must not fall. `grpo_loss` near 0 and
-`ratio_max` 1 are right: losses.grpo_loss says why. The two objectives are independent: the rules never see
-the head's score, and no gradient of the GRPO loss reaches the head, because log-probs do not pass through it.
+What to expect: `rollout_reward` and `quality` rise slowly; `pair_accuracy` must not fall. With one update a batch
+(--mini-pairs as --batch-pairs) `grpo_loss` near 0 and `ratio_max` 1 are right: losses.grpo_loss says why; the defaults
+make 16, and the ratio leaves 1 after the first. The two objectives are independent: the rules never see the head's
+score, and no gradient of the GRPO loss reaches the head, because log-probs do not pass through it.
 """
 
 import contextlib

@@ -122,7 +122,7 @@ class CommonSettings:
     lora_r: int = arg(64, "LoRA rank, with --train lora (paper, stage 1: 64)", at_least=1)
     lora_alpha: int = arg(128, "LoRA alpha; the update is scaled by alpha / r (paper, stage 1: 128)", at_least=1)
     gradient_checkpointing: bool | None = arg(None, "recompute activations in backward: less memory, a third more "
-                                                    "time; default: on, but where a GPU holds the plan without")
+                                                    "time; default: on, unless a GPU holds the plan without")
     compile: bool | None = arg(None, "compile mlp, norms and rotary embedding; default: on a GPU (its first steps take "
                                      "a minute longer)")
     max_steps: int | None = arg(None, "stop after this many steps, if --epochs gives as many", at_least=1)

@@ -31,7 +31,8 @@ python collect_cots.py --model "$RUNS/base" --seed "$SEED" --temperature 0 --bat
 python -m toy.look --show 1 --data "$RUNS/data/train_cots.csv" --model "$RUNS/base" --out "$RUNS/frames.png"
 
 # Stage 1: the head learns to score, with the CoT masked in half of the pairs. A tiny model needs larger steps than an 8B:
-# 50 to 250 times the paper's learning rates. LoRA without dropout: drawing its masks is a quarter of a step at this width.
+# the LLM's rate is 250 times the paper's, the tower's 15, the head's 1,500. LoRA without dropout: drawing its masks is a
+# quarter of a step at this width.
 # Beside it, the discriminative baseline: every CoT masked, so the head scores without any.
 python cold_start.py --model "$RUNS/base" --data "$RUNS/data/train_cots.csv" --val "$RUNS/data/val_cots.csv" \
   --out "$RUNS/discriminative" --overwrite --seed "$SEED" --batch-pairs 8 --micro-pairs 8 --epochs 3 \

@@ -13,7 +13,7 @@ import pytest
 
 import cold_start
 import grpo
-from plumbing import logs
+from plumbing import formats, logs
 from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
@@ -140,6 +140,19 @@ def test_every_flag_that_is_named_exists():
     text = re.sub(r"<!--|-->", "", TEXT)
     unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - known
     assert not unknown, unknown
+
+
+def test_every_row_of_a_csv_that_a_page_shows_can_be_read(tmp_path):
+    """README's row, which people copy first, and what docs/data.md calls columns."""
+    block = next(b for b in re.findall(r"```text\n(videos,.*?)```", TEXTS["README.md"], flags=re.DOTALL))
+    (tmp_path / "pairs.csv").write_text(block)
+    (found,) = formats.read_records(str(tmp_path / "pairs.csv"), "TA", "")
+    assert found["label"] == 1 and found["prompt"] == "A red circle rises."
+    heads = re.findall(r"^\S.*?  +((?:\w+,){2,}[\w,]+)(?:\[([,\w]+)\])?", TEXTS["docs/data.md"], flags=re.MULTILINE)
+    assert len(heads) >= 5
+    for head, more in heads:
+        for columns in {head, head + more}:
+            formats._format_of("page.csv", columns.split(","), "TA")  # InputError: fits none
 
 
 def test_every_metric_is_in_the_glossary_and_every_name_there_is_a_metric(world, base_dir, tiny_model_dir, tmp_path):

@@ -2,8 +2,8 @@
 
     python -m lab.bench [--quick] [--only stage2,metric]   ->   OUT/bench.json, bench.md (the tables printed), bench.png
 
-Needs no data: it renders clips and makes a random Qwen3-VL (toy.py), hidden 256 x 4 layers on a CPU, 1024 x 12 on a
-GPU: so wide that arithmetic, not Python, takes the time. `lm_head` is 4 % of the language model (8 % in the 8B).
+Needs no data: it renders clips and makes a random Qwen3-VL (toy/base_model.py), hidden 256 x 4 layers on a CPU, 1024 x
+12 on a GPU: so wide that arithmetic, not Python, takes the time. `lm_head` is 4 % of the language model (8B: 8 %).
 
 How rivals are timed, and the layouts of stage 2, are in cases.py. Tables show median [min, max];
 "x plain" is the median over rounds of plain's seconds / this row's in the same round: 2 = twice as fast as plain.

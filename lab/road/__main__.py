@@ -37,11 +37,11 @@ SMALLER = {  # script -> flags that are put behind the page's own; of a flag tha
     "cold_start.py": "--model tiny --batch-pairs 2 --micro-pairs 1 --max-steps 2 --lora-r 4 --workers 0",
     "grpo.py": "--engine transformers --rollouts 2 --batch-pairs 1 --mini-pairs 1 --max-steps 1 --max-new-tokens 8 "
                "--workers 0",
-    "evaluate.py": "--max-new-tokens 24",
+    "evaluate.py": "--engine transformers --max-new-tokens 24",
     "lab.road.annotate": "--base-url http://127.0.0.1:{port}/v1",
     "lab.road.datasets": "--val-share 0.3",
     "lab.road.videoscore": "",
-    "lab.road.pointwise": "--max-new-tokens 24",
+    "lab.road.pointwise": "--engine transformers --max-new-tokens 24",
     "lab.bench.plan": "",
     "zipfile": "",
 }

@@ -6,6 +6,7 @@
     POST /compute   {"prompt": "a cat jumps", "video": "<an mp4 file, in base64>"}, or lists of both; or a multipart
                     form with fields `prompt` and files `video`, as many of one as of the other
         -> {"results": [0.31, null], "errors": [null, "the video is empty."], "error": "1 of 2 failed: ..."}
+    POST /score     the same, in the form of UniRL's reward service
     GET /health     {"status": "ok"}           GET /metrics     counters, in Prometheus' text form
 
 What fails has an error and NO number: a 0 in its place would push a generator as hard as a real reward. If nothing
