@@ -197,6 +197,14 @@ def rules(result: dict) -> str:
     return table(["", "claim", "rule", "seeds", "verdict"], rows)
 
 
+def worth(result: dict) -> str:
+    """Claims 10 and 11: each model's accuracy in each world, mean over seeds."""
+    found = next(claim for claim in result["claims"] if claim["number"] == 10)["more"].get("accuracy", {})
+    names = ("DeScore", "DeScore's own text", "coupled generative", "discriminative")
+    rows = [[name, *(f"{np.mean(accuracies[name]):.3f}" for accuracies in found.values())] for name in names if found]
+    return table(["model", *found], rows)
+
+
 def cells(result: dict) -> str:
     """How much of the second world has run, at what cost, and which code ran."""
     done = result["cells"]
@@ -207,7 +215,7 @@ def cells(result: dict) -> str:
 TABLES = {"verdicts": verdicts, "parts": parts, "many": many, "ladder": ladder, "paradigms": paradigms,
           "gradients": gradients, "training": training, "drift": drift, "errors": errors, "runs": runs,
           "minutes": minutes}
-OF_WORLDS = {"rules": rules, "cells": cells}
+OF_WORLDS = {"rules": rules, "cells": cells, "worth": worth}
 
 
 # ---------------------------------------------------------------------------------------------------------------
