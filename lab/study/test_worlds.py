@@ -1,7 +1,6 @@
 """The second world: cells that run once, and again when they must; verdicts of made-up runs with known answers."""
 
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -26,6 +25,7 @@ from plumbing.logs import read_metrics
 from plumbing.settings import InputError, parse
 from rules import read_verdicts, well_formed
 from tests.conftest import ROOT
+from tests.kills import alive
 
 
 # -- cells ------------------------------------------------------------------------------------------------------
@@ -79,10 +79,10 @@ def test_nothing_goes_on_behind_a_killed_study(tmp_path):
     parent = subprocess.Popen([sys.executable, "-c", start], cwd=ROOT)
     wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
     pid = int((tmp_path / "pid").read_text())
-    assert os.path.exists(f"/proc/{pid}")
+    assert alive(pid)
     parent.kill()
     parent.wait()
-    wait_for(lambda: not os.path.exists(f"/proc/{pid}"))
+    wait_for(lambda: not alive(pid))
 
 
 def wait_for(condition, seconds=30):
