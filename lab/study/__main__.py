@@ -146,9 +146,13 @@ def flags(settings: dict) -> list[str]:
 
 
 def cell(run: str, place: str, command: list[str], done: str = "", *needs: str) -> Cell:
-    """A command that writes to RUN/study/PLACE, `done` in it last. needs: places."""
-    path, needs = f"{run}/study/{place}", tuple(f"{run}/study/{need}" for need in needs)
-    return Cell(path, command, f"{path}/{done}" if done else path, needs, 1.0)
+    """A command that writes to RUN/study/PLACE, `done` in it last. needs: places.
+
+    It is made from the demo's models, too: what is there of a demo that has been made anew since belongs to no model.
+    """
+    path, models = f"{run}/study/{place}", ("base", "discriminative/model", "stage1/model", "stage2/model")
+    sources = *(f"{run}/study/{need}" for need in needs), *(f"{run}/{model}/model.safetensors" for model in models)
+    return Cell(path, command, f"{path}/{done}" if done else path, sources, 1.0)
 
 
 def judged(run: str, place: str, model: str, *more: str) -> Cell:

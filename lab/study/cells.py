@@ -24,7 +24,7 @@ class Cell(NamedTuple):
     path: str
     command: list[str]
     done: str
-    needs: tuple[str, ...]  # paths of cells
+    needs: tuple[str, ...]  # paths of cells, or files that are no cell's
     minutes: float  # an estimate
 
     @property
@@ -60,7 +60,11 @@ def read(path: str) -> dict:
 
 def stamp(cell: Cell) -> dict:
     """What tells a cell from one of another command, of other sources, or damaged since."""
-    made_from = [[read(f"{need}.cell.json").get(key) for key in ("command", "wrote")] for need in cell.needs]
+    def source(need):
+        record = read(f"{need}.cell.json")
+        return [record.get("command"), record.get("wrote")] if record else content_of(need)
+
+    made_from = [source(need) for need in cell.needs]
     return {"command": cell.command, "made_from": made_from, "wrote": content_of(cell.done)}
 
 

@@ -427,6 +427,9 @@ def test_a_cell_of_another_command_is_not_judged(tmp_path):
     assert json.loads((tmp_path / "worlds.json").read_text())["cells"]["done"] == 2
     assert second.ready(runs, "today", "data") and not second.ready(runs, "today", "data", "eval/stage2")
     second.STALE = set()
+    worlds.main(["--runs", str(tmp_path), "--only", "looking", "--report"])  # claims of other stages are judged, too
+    assert not second.ready(runs, "today", "eval/stage2")
+    second.STALE = set()
 
 
 # -- pages ----------------------------------------------------------------------------------------------------------

@@ -254,7 +254,8 @@ def judged(claim: study.Claim, runs: dict, stage: str) -> dict:
 def report(runs: str, cells: list[Cell], now: str, trial: int | None) -> None:
     """RUNS/worlds.json, worlds.md and worlds.png from what is there."""
     folders = {seed: f"{runs}/seed{seed}" for seed in SEEDS["seeds"]}
-    second.STALE = {cell.path for cell in cells if os.path.exists(cell.record) and not is_done(cell)}
+    every = plan(runs, SEEDS, trial)  # whatever --only says: all claims are judged
+    second.STALE = {cell.path for cell in every if os.path.exists(cell.record) and not is_done(cell)}
     found = [judged(claim, folders, stage) for stage, some in claims().items() for claim in some]
     spent = [read(cell.record) for cell in cells if is_done(cell)]
     counts = {"done": len(spent), "planned": len(cells), "commits": sorted({record["commit"] for record in spent}),
