@@ -15,13 +15,14 @@ figures.py.
 
 import argparse
 import dataclasses
-import json
 import os
 import subprocess
 
+import cold_start
+import grpo
 from lab.study import measures, pages
 from lab.study.cells import Cell, run_all
-from lab.study.models import CSVS, SETS
+from lab.study.models import CSVS, SETS, settings_of
 from lab.study.verdict import MARGIN, NOT_RUN, summary, verdict, weakest
 from plumbing.settings import InputError, cli, write_json
 
@@ -117,8 +118,8 @@ VARIANTS = {
 def again(run: str, name: str, steps: int | None) -> Cell:
     """A variant: the demo's own training, from its settings.json, with a few settings changed."""
     stage, changes, _ = VARIANTS[name]
-    with open(f"{run}/{stage}/settings.json", encoding="utf-8") as file:
-        settings = json.load(file)
+    kind = grpo.Settings if stage == "stage2" else cold_start.Settings
+    settings = vars(settings_of(f"{run}/{stage}", kind))  # its flags alone: the file also says what the run found out
     with open(f"{run}/{stage}/metrics.jsonl", encoding="utf-8") as file:
         settings["max_steps"] = sum(1 for _ in file)  # equal steps, whatever the number of pairs
     settings |= {"data": f"{run}/data/{os.path.basename(settings['data'])}", "video_root": f"{run}/data", "val": None,
@@ -134,13 +135,13 @@ def again(run: str, name: str, steps: int | None) -> Cell:
 
 
 def flags(settings: dict) -> list[str]:
-    """{name: value} -> a command line. What is None is left out, and so is what a run found out itself."""
+    """{name: value} -> a command line. What is None is left out."""
     line = []
     for name, value in settings.items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):
             line.append(flag if value else flag.replace("--", "--no-", 1))
-        elif value is not None and not name.endswith("sha256"):
+        elif value is not None:
             line += [flag, *map(str, value if isinstance(value, list) else [value])]
     return line
 

@@ -369,7 +369,7 @@ def finished(tmp_path):
         own = kind(data="x/data/train.csv", model="x/base", out="x", seed=7, lr=0.3, gradient_checkpointing=False)
         if stage == "discriminative":
             own.mask_probability = 1.0
-        (run / stage / "settings.json").write_text(json.dumps(vars(own) | {"data_sha256": "0"}))
+        (run / stage / "settings.json").write_text(json.dumps(vars(own) | {"data_sha256": "0", "draws": "x"}))
         (run / stage / "metrics.jsonl").write_text("{}\n" * 7)
     (run / "data").mkdir()
     (run / "data/train_cots.csv").write_text("".join(f"{k}\n" for k in range(17)))
