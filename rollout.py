@@ -7,6 +7,7 @@
 Who calls it: collect_cots.py (stage 0), grpo.py (stage 2), phases.py (evaluation), `DeScore.think`.
 """
 
+import contextlib
 import dataclasses
 
 import torch
@@ -123,14 +124,15 @@ class TransformersEngine:
     """Samples with transformers' generate. Slow on large models, but needs nothing else and runs anywhere.
 
     `backbone` is the trainer's own when there is one process (then `sync` has nothing to do), or an unsharded copy
-    beside an FSDP model.
+    beside an FSDP model. `autocast`: how the trainer computes, so that the policy that samples is the one that learns.
     """
 
     needs = ("input_ids", "mm_token_type_ids", "pixel_values_videos", "video_grid_thw")  # of a prefix
     limit = None  # prompt + CoT tokens: as many as memory holds
 
-    def __init__(self, backbone, processor, shared: bool, rows_per_batch: int = 64):
+    def __init__(self, backbone, processor, shared: bool, rows_per_batch=64, autocast=contextlib.nullcontext):
         self.backbone, self.processor, self.shared, self.requests = backbone, processor, shared, rows_per_batch
+        self.autocast = autocast
 
     def generate(self, prefixes, seeds, max_new_tokens, temperature=1.0) -> list[list[list[int]]]:
         """len(seeds[i]) CoTs for prefix i: token ids, EOS included unless cut off. Each depends on its own seed."""
@@ -141,7 +143,9 @@ class TransformersEngine:
         per_batch = max(1, self.requests // max(map(len, seeds), default=1))
         for start in range(0, len(prefixes), per_batch):
             part = slice(start, start + per_batch)
-            cots = sample_cots(self.backbone, self.processor, prefixes[part], seeds[part], max_new_tokens, temperature)
+            with self.autocast():
+                cots = sample_cots(
+                    self.backbone, self.processor, prefixes[part], seeds[part], max_new_tokens, temperature)
             yield from enumerate(cots, start)
 
     def sync(self, named_weights) -> None:
@@ -188,4 +192,4 @@ def make_engine(
     shared = backbone is not None
     if not shared:
         backbone = load_backbone(path, torch.float32 if on_cpu else torch.bfloat16).to(ranks.device).eval()
-    return TransformersEngine(backbone, processor, shared, rows_per_batch)
+    return TransformersEngine(backbone, processor, shared, rows_per_batch, ranks.autocast)

@@ -72,7 +72,7 @@ def cast_input(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """In place of peft's own, which casts each layer's input to the adapter's fp32: not where autocast casts it back.
 
     There the two casts are a seventh of the kernels' time of a step on a GPU, and change no bit without dropout (with
-    it, a mask is drawn for bf16 instead of fp32 numbers). It asks autocast each time: sampling runs without, and a
+    it, a mask is drawn for bf16 instead of fp32 numbers). It asks autocast each time: `think` runs without, and a
     block that gradient checkpointing computes again runs as it did before.
     """
     return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)

@@ -37,6 +37,8 @@ class Load:
     micro_pairs: int = arg(1, "stage 1: pairs in one forward and backward", at_least=1)
     gradient_checkpointing: bool = arg(True, "recompute activations in backward")
     kl: bool = arg(True, "stage 2 holds a reference for the KL term")
+    engine: str = arg("vllm", "who samples; transformers: by the weights trained", choices=["transformers", "vllm"])
+    cpu_offload: bool = arg(False, "FSDP2: weights, gradients and optimizer in the host's memory")
 
 
 def count_parameters(config, lora_r: int) -> dict[str, int]:
@@ -83,6 +85,9 @@ def plan_memory(config, s: Load, n: dict[str, int] | None = None) -> dict[str, f
     }
     if s.stage == 2 and s.kl and full:
         memory["reference, bf16"] = 2 * (n["llm"] + n["vision"]) / gpus
+    memory = {use: size * (not s.cpu_offload) for use, size in memory.items()}
+    if s.stage == 2 and s.engine == "transformers" and (gpus > 1 or s.cpu_offload):
+        memory["unsharded copy that samples, bf16"] = 2 * (n["llm"] + n["vision"])
     if gpus == 1:
         memory["bf16 copies of the trained weights (autocast)"] = 2 * trained
     else:  # a block, the next one on its way, and what lies outside the blocks; the gradients of a block and of those
@@ -131,7 +136,7 @@ def prepare(model, settings, ranks, longest) -> None:
     recompute = settings.gradient_checkpointing
     if ranks.device.type == "cuda":
         load, card = load_of(settings, ranks, longest()), torch.cuda.get_device_properties(ranks.device).total_memory
-        recompute, text = choose(model.backbone.config, load, card, recompute, settings.cpu_offload)
+        recompute, text = choose(model.backbone.config, load, card, recompute)
         ranks.print(text)
     if recompute in (True, None):
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
@@ -156,18 +161,18 @@ LESS = (  # what takes less memory, the cheapest first
 )
 
 
-def choose(config, load: Load, card: int, wanted: bool | None = None, offload: bool = False) -> tuple[bool, str]:
+def choose(config, load: Load, card: int, wanted: bool | None = None) -> tuple[bool, str]:
     """Gradient checkpointing or not, and the sentence that says why. card: bytes of the GPU; wanted: as told.
 
     InputError: the states alone, which are exact, are more than the card has. The plan as a whole is from above, so a
-    run whose plan does not fit is only told so. offload: the states are in the host's memory.
+    run whose plan does not fit is only told so.
     """
     n, gib, room = count_parameters(config, load.lora_r), 2**30, ROOM * card
 
     def planned(load: Load, states_only=False) -> float:
         memory = plan_memory(config, load, n)
         states = sum(size for use, size in memory.items() if use.startswith(("weights", "gradients", "Adam", "refer")))
-        return states * (not offload) if states_only else sum(memory.values()) - states * offload
+        return states if states_only else sum(memory.values())
 
     without = planned(dataclasses.replace(load, gradient_checkpointing=False))
     recompute = without > room if wanted is None else wanted
@@ -209,6 +214,9 @@ def compile_parts(model, wanted: bool | None, device: torch.device, backend: str
             raise InputError("--compile: needs a C compiler (gcc, g++) and Python's headers (python3-dev); install "
                              "them, or leave it out.")
         return False
+    # All parts of a kind are one function to it, traced for each circumstance: with and without gradients, autocast or
+    # the adapter; one row or two. A step of stage 2 has 7; after 8, its default, the rest would run uncompiled.
+    torch._dynamo.config.recompile_limit = 64
     for layer in model.backbone.model.language_model.layers:
         for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
             part.compile(dynamic=True, backend=backend)

@@ -68,7 +68,7 @@ class VLLMEngine:
         rows = dict(self.stream(prefixes, seeds, max_new_tokens, temperature))  # in the order in which they ended
         self.log_probs = [self.seen[i] for i in range(len(prefixes))]
         if self.sleeps:
-            self.sleep(level=1)
+            self.sleep(level=1)  # not 2: `sync` sends what is trained, and the frozen tower would be forgotten
         return [rows[i] for i in range(len(prefixes))]
 
     def stream(self, prefixes, seeds, max_new_tokens, temperature=1.0):

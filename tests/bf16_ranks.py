@@ -6,6 +6,7 @@ three passes over a pair.
 On a CPU parallel.shard casts only if it is told to.
 """
 
+import copy
 import json
 import os
 import sys
@@ -18,6 +19,8 @@ import grpo
 import parallel
 from losses import bt_loss
 from model import DeScore
+from plumbing import logs
+from plumbing.adapters import gather_full
 from plumbing.checkpoint import open_model
 
 
@@ -53,6 +56,31 @@ def stage_1_step(model, items, ranks) -> dict:
     return {"loss": loss.item(), **parallel.take_step(model, optimizer, [], settings, ranks)}
 
 
+def away(model, path: str, train: str, items, ranks) -> float:
+    """Gradients of stage 2 over all ranks' pairs, beside one process in fp32: the distance, as a share of its norm.
+
+    No KL: at the start policy and reference are one, and its gradient is their rounding.
+    """
+    settings = grpo.Settings(rollouts=2, kl_coef=0, bt_coef=0.5, micro_rollouts=1, mini_pairs=1, batch_pairs=1, out=".")
+    alone = copy.copy(ranks)
+    alone.world = 1  # no rank sums what another has computed, too
+    torch.manual_seed(0)
+    own = open_model(DeScore, path, merged=False)
+    own.make_trainable(train, vision=False, lora_r=4, lora_dropout=0.0)
+    for one, every, among in ((own.train(), items, alone), (model, items[ranks.rank :][:1], ranks)):
+        one.zero_grad()
+        for item in every:
+            rollouts = grpo.PairRollouts(*item, [[[70, 71], [80]], [[90, 91, 92], [75]]],
+                                         advantages=torch.tensor([[1.0, -0.5], [0.2, -1.0]]))
+            grpo.backward_pair(one, None, rollouts, settings, among, {"tokens": 14, "bt": 4}, logs.Sums())
+    found = {name: gather_full(p.grad) for name, p in model.named_parameters() if p.grad is not None}
+    names = [name for name in found if name not in ("query", "head.weight")]  # these are summed in take_step
+    wanted = dict(own.named_parameters())
+    square = lambda tensors: sum(float(x.double().square().sum()) for x in tensors)  # noqa: E731
+    model.zero_grad()
+    return (square(found[n] - wanted[n].grad for n in names) / square(wanted[n].grad for n in names)) ** 0.5
+
+
 def both_stages(path: str, csv: str, train: str, ranks) -> dict:
     """What this rank sees of a step of stage 1 and of stage 2's three passes over a pair."""
     first, types = load(path, train, ranks, vision=True, dropout=0.5).train(), set()
@@ -64,17 +92,20 @@ def both_stages(path: str, csv: str, train: str, ranks) -> dict:
     note_types(first, types)
     item = data.EncodedPairs(data.read_pairs(csv), first.processor)[0]  # one pair on both ranks: only dropout differs
     step = stage_1_step(first, [item], ranks)
-    looks.clear()
+    torch.manual_seed(0)  # LoRA is drawn from it
     model = load(path, train, ranks).train()
     reference = load(path, train, ranks, frozen=True).eval().requires_grad_(False)
-    pair, prefixes = data.EncodedPairs(data.read_pairs(csv), model.processor)[ranks.rank]
+    items = [data.EncodedPairs(data.read_pairs(csv), model.processor)[i] for i in range(ranks.world)]
+    gap = away(model, path, train, items, ranks)
+    pair, prefixes = items[ranks.rank]
+    looks.clear()
     rollouts = grpo.PairRollouts(pair, prefixes, [[[70, 71], [80]], [[90, 91, 92], [75]]], advantages=torch.ones(2, 2))
     settings = grpo.Settings(rollouts=2, kl_coef=1e-2, micro_rollouts=1, out=".")
     rollouts.old, _ = grpo.log_probs_now(model, rollouts, settings, ranks)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     done = grpo.update(model, reference, optimizer, [rollouts], settings, ranks)
     return {"train": train, "looks": len(looks), "kl": done["kl"], "ratio": done["ratio_max"],
-            "norm": done["grad_norm_total"], "types": sorted(types), "stage 1": step}
+            "norm": done["grad_norm_total"], "away": gap, "types": sorted(types), "stage 1": step}
 
 
 path, csv, *ways = sys.argv[1:]

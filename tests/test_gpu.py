@@ -22,6 +22,7 @@ from losses import bt_loss
 from model import DeScore, to_device
 from plumbing import logs
 from plumbing.adapters import gather_full
+from prefix_once import lay_out_behind
 from rollout import TransformersEngine, sample_cots
 from tests.conftest import ROOT, judge, run
 from tests.kills import kill_all
@@ -41,6 +42,13 @@ def require_close(found, expected, bound=CLOSE):
     square = lambda x: sum(float(g.double().square().sum()) for g in x.values())  # noqa: E731
     away = square({name: found[name] - expected[name] for name in expected}) ** 0.5
     assert away <= bound * square(expected) ** 0.5, away / square(expected) ** 0.5
+
+
+def opened(path: str, train: str, ranks) -> DeScore:
+    """As a run opens it: behind LoRA the card has a base in bf16. On the CPU the same numbers, in fp32."""
+    dtype = parallel.load_dtype(train, parallel.Ranks())
+    model = DeScore.from_pretrained(path, dtype=dtype)
+    return model.float() if ranks.device.type == "cpu" else model
 
 
 @pytest.fixture
@@ -71,7 +79,7 @@ def test_stage_1_has_the_cpu_s_gradients(world, tiny_model_dir, on_cpu, on_gpu, 
     found = []
     for ranks, how in ((on_cpu, {}), on_gpu):
         torch.manual_seed(0)
-        model = DeScore.from_pretrained(tiny_model_dir)
+        model = opened(tiny_model_dir, train, ranks)
         model.make_trainable(train, vision=True, lora_r=4, lora_dropout=0.0, lm_head=False)
         model = parallel.shard(model, ranks, **how).train()
         with ranks.autocast():
@@ -88,7 +96,7 @@ def test_stage_2_has_the_cpu_s_gradients(world, tiny_model_dir, on_cpu, on_gpu, 
     found, norms = [], []
     for ranks, how in ((on_cpu, {}), on_gpu):
         torch.manual_seed(0)
-        model = DeScore.from_pretrained(tiny_model_dir)
+        model = opened(tiny_model_dir, train, ranks)
         pair, prefixes = data.EncodedPairs(data.read_pairs(world["train_rl"]), model.processor)[0]
         cots = [[[70, 71, 72], [80] * 20, [90]], [[75], [76, 77] * 9, [78, 79]]]
         rollouts = grpo.PairRollouts(pair, prefixes, cots, advantages=torch.tensor([[1.0, -0.5, -0.5], [0.2, -1, 0.8]]))
@@ -102,6 +110,23 @@ def test_stage_2_has_the_cpu_s_gradients(world, tiny_model_dir, on_cpu, on_gpu, 
         norms.append(parallel.take_step(model, parallel.make_optimizer(model, settings), [], settings, ranks))
     require_close(found[1], found[0])
     assert norms[1] == pytest.approx(norms[0], rel=CLOSE)
+
+
+def test_a_prefix_once_equals_a_row_per_cot(world, tiny_model_dir):
+    """Rewards and log-probs of the card's kernels: packed into a row, behind prefixes read before, and alone."""
+    model = DeScore.from_pretrained(tiny_model_dir, parallel.Ranks().device).eval()
+    _, prefixes = data.EncodedPairs(data.read_pairs(world["train_rl"]), model.processor)[0]
+    cots = [[[70, 71, 72], [80] * 20], [[75], [76, 77] * 9]]
+    place = lambda batch: to_device(batch, model.query.device)  # noqa: E731
+    with torch.no_grad():
+        found = [model(place(lay_out(model.backbone, prefixes, cots)))]
+        past = model.read(place(lay_out(model.backbone, prefixes, [[], []])))
+        found.append(model(place(lay_out_behind(model.backbone, prefixes, cots)), past=past))
+        rows = [p for p in prefixes for _ in (0, 1)], [[cot] for row in cots for cot in row]
+        alone = model(place(lay_out(model.backbone, *rows)))
+    for output in found:
+        assert torch.allclose(output.rewards, alone.rewards, atol=1e-3)
+        assert torch.allclose(output.log_probs, alone.log_probs, atol=1e-3)
 
 
 def test_a_cot_does_not_depend_on_its_batch_mates(world, tiny_model_dir):
@@ -132,7 +157,11 @@ def stage_2_flags(world, model, out, *more):
 
 @pytest.mark.parametrize("sharded", [[], ["--shard-ranks", "1"], ["--cpu-offload"]])
 def test_the_pipeline_runs_and_a_killed_run_goes_on(world, tiny_model_dir, tmp_path, sharded):
-    """Stage 1, stage 2 killed in the middle and resumed, evaluation: all on the card. Same sums as without the kill."""
+    """Stage 1, stage 2 killed in the middle and resumed, evaluation: all on the card. Same sums as without the kill.
+
+    Compiled in one of the three: compiling takes longer than all else here.
+    """
+    sharded = [*sharded, "--no-compile"] if sharded else []
     ranks, torchrun = (1, ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]) if sharded else (0, [])
     run("cold_start.py", "--model", tiny_model_dir, "--data", world["train_cold_start"], "--mask-probability", "1",
         "--batch-pairs", "2", "--max-steps", "2", "--workers", "0", "--out", str(tmp_path / "one"), *sharded,

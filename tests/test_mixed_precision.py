@@ -29,13 +29,14 @@ def test_both_stages_under_mixed_precision(lines, train):
     """FSDP hands a forward a cast copy of its arguments: what `read` finds travels in what it returns.
 
     Three passes over a pair, two looks: one for the old log-probs, one for reference and policy.
-    Policy and reference have the same weights: KL 0 and ratio 1, in bf16 too."""
+    Policy and reference have the same weights: KL 0 and ratio 1, in bf16 too. Gradients are those of one process in
+    fp32, up to bf16's rounding (one is .004)."""
     ranks = lines[train]
     assert len(ranks) == 2
     for rank in ranks:
         assert rank["looks"] == 2
         assert rank["kl"] == pytest.approx(0.0, abs=1e-6) and rank["ratio"] == pytest.approx(1.0, abs=1e-3)
-        assert 0 < rank["norm"] < 1e3
+        assert 0 < rank["norm"] < 1e3 and rank["away"] < 0.03
         # Hidden states are bf16; the vision tower's rotary tables are not cast with them.
         assert rank["types"] == [["text", "torch.bfloat16"], ["vision", "torch.bfloat16", "torch.float32"]]
         parts = ("grad_norm_llm", "grad_norm_vision", "grad_norm_head")

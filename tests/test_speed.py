@@ -25,6 +25,7 @@ from losses import bt_loss
 from model import DeScore
 from plumbing import decoder, gpu, logs, settings
 from plumbing.settings import InputError
+from rollout import sample_cots
 from tests.conftest import ROOT, refuses
 
 
@@ -90,7 +91,7 @@ def test_casts_that_autocast_undoes_are_left_out(base_dir, items):
 
 
 def test_without_autocast_the_cast_is_there(base_dir, items):
-    """Sampling on one GPU runs without: a bf16 input meets fp32 adapters. And fp32 all through has nothing to cast."""
+    """`think` on a GPU runs without: a bf16 input meets fp32 adapters. And fp32 all through has nothing to cast."""
     with torch.no_grad():
         rewards = cold_start.score_pairs(lora_model(base_dir).eval(), items)
     assert all(torch.isfinite(reward).all() for reward in rewards)
@@ -118,8 +119,10 @@ def stage_2_gradients(model, world):
     return sums.totals(), gradients(model)
 
 
-def test_compiled_parts_compute_the_same(model, world, compiling, tmp_path):
+def test_compiled_parts_compute_the_same(model, world, compiling, tmp_path, monkeypatch):
     """LoRA, the reference with the adapter off, gradient checkpointing; names and files as before.
+
+    Behind a step's other passes: sampling, old log-probs. No part may run out of traces and go on uncompiled.
 
     By the backend that traces and differentiates as inductor does, and leaves out its minutes of C++. With inductor on
     a CPU, once by hand: losses to 2e-6, gradients to 6e-6 of their norm.
@@ -130,6 +133,11 @@ def test_compiled_parts_compute_the_same(model, world, compiling, tmp_path):
     plain, names = copy.deepcopy(model), list(model.state_dict())
     expected, wanted = stage_2_gradients(plain, world)
     assert compiling(model, "aot_eager")
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    pair, prefixes = data.EncodedPairs(data.read_pairs(world["train_rl"]), model.processor)[0]
+    sample_cots(model.backbone, model.processor, prefixes, [[1, 2], [3, 4]], 3)
+    rollouts = grpo.PairRollouts(pair, prefixes, [[[70, 71], [80]], [[75], [76]]], advantages=torch.ones(2, 2))
+    grpo.log_probs_now(model.train(), rollouts, grpo.Settings(rollouts=2), parallel.Ranks())
     sums, found = stage_2_gradients(model, world)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3
     assert all(sums[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-6) for name in expected)
@@ -255,7 +263,8 @@ def test_a_card_too_small_is_told_what_would_fit(config):
         gpu.choose(config, dataclasses.replace(LORA, train="full"), 80 * GIB)
     with pytest.raises(InputError, match="--micro-rollouts 1, torchrun --nproc_per_node 4 would take"):
         gpu.choose(config, LORA, 15 * GIB)
-    assert "out of memory" not in gpu.choose(config, dataclasses.replace(LORA, train="full"), 80 * GIB, offload=True)[1]
+    assert "out of memory" not in gpu.choose(
+        config, dataclasses.replace(LORA, train="full", cpu_offload=True), 80 * GIB)[1]
 
 
 def test_the_plan_of_a_run_is_made_from_its_settings():
@@ -264,7 +273,19 @@ def test_the_plan_of_a_run_is_made_from_its_settings():
     assert one == gpu.Load(stage=1, train="lora", gpus=4, video_tokens=1999, cot_tokens=0, micro_pairs=3,
                            lora_dropout=0)
     two = gpu.load_of(grpo.Settings(max_new_tokens=77, kl_coef=0, shard_ranks=2), ranks, 500)
-    assert two == gpu.Load(stage=2, gpus=4, shard_ranks=2, video_tokens=500, cot_tokens=77, kl=False)
+    assert two == gpu.Load(stage=2, gpus=4, shard_ranks=2, video_tokens=500, cot_tokens=77, kl=False,
+                           engine="transformers")
+    assert gpu.load_of(grpo.Settings(cpu_offload=True), ranks, 500).cpu_offload
+
+
+@pytest.mark.parametrize("gpus, offload", [(1, False), (8, False), (1, True)])
+def test_a_copy_that_samples_beside_shards_is_counted(config, gpus, offload):
+    """An unsharded 8B in bf16 is 16.3 GiB, as much as all shards' states of eight GPUs together on one of them."""
+    def planned(engine):
+        return sum(gpu.plan_memory(config, gpu.Load(gpus=gpus, cpu_offload=offload, engine=engine)).values()) / GIB
+
+    more = planned("transformers") - planned("vllm")
+    assert more == pytest.approx(16.33 if gpus > 1 or offload else 0.0, abs=0.01)
 
 
 def test_a_full_gpu_names_the_flags_that_help(capsys):

@@ -211,7 +211,9 @@ def update_released(world, rollouts: grpo.PairRollouts, settings: grpo.Settings)
     names = ("input_ids", "spans", "position_ids", "pixel_values_videos", "video_grid_thw")
 
     def full_log_probs(model, batch):  # -> (N, T), from logits (B * L, V) at EVERY position
-        logits = model.backbone(**{name: batch[name] for name in names}, use_cache=False).logits.flatten(0, 1)
+        ends = torch.tensor([0, *batch["frames"]]).cumsum(0)  # on the host, as in ours: the tower does not wait
+        logits = model.backbone(**{name: batch[name] for name in names}, video_cu_seqlens=ends, use_cache=False).logits
+        logits = logits.flatten(0, 1)
         mask = batch["cot_mask"].bool()
         found = token_log_probs(logits[batch["cot_index"][mask]], batch["cot_ids"][mask])
         return torch.zeros(mask.shape, device=found.device).masked_scatter(mask, found)

@@ -24,7 +24,6 @@ class Plan(Load):
         0.4, "share of both rates that is reached: an assumption, not a measurement", above=0, at_most=1)
     batch_pairs: int | None = arg(
         None, "pairs per step over all GPUs; default the paper's: 32 in stage 1, 128 in 2", at_least=1)
-    engine: str = arg("vllm", "who samples; transformers: by the weights trained", choices=["transformers", "vllm"])
     engine_memory: float = arg(0.4, "share of the GPU that vLLM may use while it samples", above=0, at_most=1)
     rows_per_batch: int = arg(64, "CoTs the transformers engine samples at a time", at_least=1)
     engine_tp: int = arg(1, "tensor parallel vLLM: GPUs that hold one engine together", at_least=1)

@@ -48,13 +48,14 @@ def _prefix_grouper(module, query, key, value, attention_mask, scaling=None, spa
     def attend(q, k, v, mask):
         """mask (rows, keys): false at padding. Equal lengths have none, and take a fast kernel."""
         causal = causal_lower_right(q.shape[2], k.shape[2])
-        if not mask.all():
+        if len(set(lengths)) > 1 or len(set(lengths[0][1:])) > 1:
             causal = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
             own = torch.zeros_like(causal).diagonal_scatter(causal.new_ones(len(causal)), k.shape[2] - q.shape[2])
             causal = causal & mask[:, None, None].bool() | own  # a padded query sees itself: no softmax over nothing
         return scaled_dot_product_attention(q, k, v, attn_mask=causal, scale=scaling, enable_gqa=True).transpose(1, 2)
 
-    grouper = _grouper(tuple((prompt, *(n for _, n in cots)) for prompt, cots in spans), query.device)
+    lengths = tuple((prompt, *(n for _, n in cots)) for prompt, cots in spans)
+    grouper = _grouper(lengths, query.device)
     return grouper.forward(attend, query.to(value.dtype), key.to(value.dtype), value), None
 
 
@@ -75,6 +76,7 @@ def _blocks(spans: tuple, length: int, device):
 
 @functools.lru_cache(1)
 def _compiled():
+    torch._dynamo.config.recompile_limit = 64  # two for each cell of the bench; beyond it, it would run unfused
     return torch.compile(flex_attention, dynamic=False)
 
 
