@@ -77,10 +77,10 @@ def draw(pairs: list[data.PreferencePair], run: Run, settings) -> list[data.Pref
 def score_pairs(model, items):
     """Rewards of both videos of each pair: (B,), (B,), with gradient if enabled.
 
-    items: B times (pair, [prefix of A, prefix of B]).
+    items: B times data.Drawn.
     """
-    prefixes = [prefix for _, both in items for prefix in both]  # A_1, B_1, A_2, ...
-    cots = [[ids] for pair, _ in items for ids in pair.cot_ids(model.processor.tokenizer)]
+    prefixes = [prefix for item in items for prefix in item.prefixes]  # A_1, B_1, A_2, ...
+    cots = [[ids] for item in items for ids in item.pair.cot_ids(model.processor.tokenizer)]
     # One row per video, [video and prompt | CoT | query]; r = head(hidden state of the query).
     batch = to_device(lay_out(model.backbone, prefixes, cots), model.query.device)
     rewards = model(batch, want_log_probs=False).rewards.view(-1, 2)  # (B, 2): videos A and B of each pair
@@ -100,7 +100,7 @@ def validate(model, dataset, settings, ranks) -> float:
         with ranks.autocast():
             reward_a, reward_b = score_pairs(model, items)
         margins = (reward_a - reward_b).tolist()
-        mine += [(pair.label, margin) for (pair, _), margin in zip(items, margins)]
+        mine += [(item.pair.label, margin) for item, margin in zip(items, margins)]
     model.train()
     labels, margins = zip(*ranks.gather_objects(mine[: len(ranks.share(numbers))]))  # what is repeated does not count
     return accuracy_without_ties(labels, margins)
@@ -121,14 +121,15 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
         batch = [next(stream) for _ in range(run.local_pairs)]  # 1 draw pairs, 2 mask CoTs
         waited = run.seconds()  # a large share of the step means: more --workers, or --frame-cache
         # Like lengths together: less padding. Only within the batch: the sum of its gradients does not depend on it.
-        batch.sort(key=lambda item: max(len(prefix["input_ids"]) for prefix in item[1]))
+        batch.sort(key=lambda item: max(len(prefix["input_ids"]) for prefix in item.prefixes))
         sums = logs.Sums()
         # Micro-batches: as many pairs as memory holds. Gradients add up, so their number changes nothing.
         for i in range(0, run.local_pairs, settings.micro_pairs):
             items = batch[i : i + settings.micro_pairs]
             with ranks.autocast():
                 reward_a, reward_b = score_pairs(model, items)  # 3 forward both videos: (B,), (B,)
-            label = torch.tensor([pair.label for pair, _ in items]).to(reward_a.device, non_blocking=True)  # (B,) ±1, 0
+            label = torch.tensor([item.pair.label for item in items])  # (B,) ±1, 0
+            label = label.to(reward_a.device, non_blocking=True)
             # 4 The denominator is the whole batch's, over all micro-batches and ranks.
             if settings.loss == "btt":
                 loss = btt_loss(reward_a, reward_b, label, denominator=settings.batch_pairs)
@@ -137,9 +138,9 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
                 chosen = torch.where(label > 0, reward_a, reward_b)
                 rejected = torch.where(label > 0, reward_b, reward_a)
                 loss = bt_loss(chosen, rejected, denominator=settings.batch_pairs)
-            sums.losses.append((loss.detach(), [dataclasses.asdict(pair) for pair, _ in items]))
+            sums.losses.append((loss.detach(), [dataclasses.asdict(item.pair) for item in items]))
             parallel.backward(loss, ranks)  # 5 backward
-            logs.log_scores(sums, loss, reward_a, reward_b, label, [not pair.cot_a for pair, _ in items])
+            logs.log_scores(sums, loss, reward_a, reward_b, label, [not item.pair.cot_a for item in items])
         parallel.set_learning_rate(optimizer, step, run.warmup_steps)
         norms = parallel.take_step(model, optimizer, sums.losses, settings, ranks)  # clip and update, once per batch
         metrics = logs.cold_start_metrics(ranks.sum(sums.totals()), settings) | norms  # 6 log

@@ -12,6 +12,7 @@ import numbers
 import os
 import re
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -306,8 +307,15 @@ def sequence_lengths(processor, pair: PreferencePair, fps: float, max_pixels: in
 
 
 # ---- 4. A stream of encoded pairs ----------------------------------------------------------------------------
+class Drawn(NamedTuple):
+    """What a loop draws: a pair, and its two videos encoded with its prompt."""
+
+    pair: PreferencePair
+    prefixes: list[dict]  # [2], from `encode_prompt`: of video A, of B
+
+
 class EncodedPairs(torch.utils.data.Dataset):
-    """Index -> (pair, [prompt inputs of video A, of video B]); decoded and encoded on demand, in loader workers.
+    """Index -> Drawn; decoded and encoded on demand, in loader workers.
 
     An InputError is returned, and raised by `take`: a DataLoader wraps what a worker raises in its own traceback text.
     """
@@ -329,7 +337,7 @@ class EncodedPairs(torch.utils.data.Dataset):
         pair = self.pairs[index]
         try:
             videos = [self.sample(path) for path in pair.videos]
-            return pair, [encode_prompt(self.processor, video, pair.prompt) for video in videos]
+            return Drawn(pair, [encode_prompt(self.processor, video, pair.prompt) for video in videos])
         except InputError as error:
             return InputError(f"line {pair.line}: {error} (--skip-bad-videos leaves it out)")
 

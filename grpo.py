@@ -180,9 +180,9 @@ def train(model, reference, engine, pairs, settings: Settings, ranks, rewards=No
 # ---- The steps, in their order --------------------------------------------------------------------------------
 def generate(items, engine, settings, step) -> list[PairRollouts]:
     """2: G CoTs for each of the two videos of each pair."""
-    prefixes = [prefix for _, both in items for prefix in both]
-    seeds = [[task_seed(settings.seed, step, pair.line, video, i) for i in range(settings.rollouts)]
-             for pair, _ in items for video in (0, 1)]  # each CoT's own: the sample does not depend on its batch-mates
+    prefixes = [prefix for item in items for prefix in item.prefixes]
+    seeds = [[task_seed(settings.seed, step, item.pair.line, video, i) for i in range(settings.rollouts)]
+             for item in items for video in (0, 1)]  # each CoT's own: the sample does not depend on its batch-mates
     cots = engine.generate(prefixes, seeds, settings.max_new_tokens, settings.temperature)
     log_probs = getattr(engine, "log_probs", None) or [None] * len(cots)  # as the engine saw them, if it tells
     two = [slice(2 * n, 2 * n + 2) for n in range(len(items))]  # each pair's two videos among all
@@ -198,6 +198,31 @@ def rule_rewards(rollouts: PairRollouts, tokenizer, settings) -> list[list[Rollo
         [rollout_reward(decode_cot(tokenizer, cot), len(cot), truth, weights, span) for cot in row]
         for row, truth in zip(rollouts.cots, annotations, strict=True)
     ]
+
+
+@torch.no_grad()
+def log_probs_now(model, rollouts: PairRollouts, settings, ranks):
+    """COLLECTIVE under FSDP. 5: log-probs (2, G, T) of a pair's CoTs under the model as it is; what the tower saw."""
+    past, found = read(model, rollouts, settings, ranks), []
+    longest = max(len(cot) for row in rollouts.cots for cot in row)
+    for part in rollouts.parts(settings.micro_rollouts):
+        log_probs = forward_behind(model, past, part, settings, ranks)[0].log_probs
+        found.append(pad(log_probs, (0, longest - log_probs.shape[1])).unflatten(0, (2, -1)))
+    return torch.cat(found, dim=1), past.video_features
+
+
+def read(model, rollouts: PairRollouts, settings, ranks, features=None) -> Past:
+    """COLLECTIVE under FSDP: the pair's two prefixes."""
+    batch = to_device(lay_out(model.backbone, rollouts.prefixes, [[], []]), model.query.device)
+    with ranks.autocast():
+        return model.read(batch, features)
+
+
+def forward_behind(model, past: Past, rollouts: PairRollouts, settings, ranks):
+    """COLLECTIVE under FSDP: the ONE forward of a pair's N CoTs behind their prefixes -> (Output, mask (N, T))."""
+    batch = to_device(lay_out_behind(model.backbone, rollouts.prefixes, rollouts.cots), model.query.device)
+    with ranks.autocast():
+        return model(batch, temperature=settings.temperature, past=past), batch["cot_mask"]
 
 
 def update(model, reference, optimizer, mini: list[PairRollouts], settings, ranks) -> dict[str, float]:
@@ -242,31 +267,6 @@ def add_reference(model, reference, rollouts: PairRollouts, settings, ranks):
     with model.reference_policy() if reference is None else contextlib.nullcontext(reference) as frozen:
         rollouts.reference, features = log_probs_now(frozen, rollouts, settings, ranks)
     return features
-
-
-@torch.no_grad()
-def log_probs_now(model, rollouts: PairRollouts, settings, ranks):
-    """COLLECTIVE under FSDP: log-probs (2, G, T) of a pair's rollouts under the model as it is; what the tower saw."""
-    past, found = read(model, rollouts, settings, ranks), []
-    longest = max(len(cot) for row in rollouts.cots for cot in row)
-    for part in rollouts.parts(settings.micro_rollouts):
-        log_probs = forward_behind(model, past, part, settings, ranks)[0].log_probs
-        found.append(pad(log_probs, (0, longest - log_probs.shape[1])).unflatten(0, (2, -1)))
-    return torch.cat(found, dim=1), past.video_features
-
-
-def read(model, rollouts: PairRollouts, settings, ranks, features=None) -> Past:
-    """COLLECTIVE under FSDP: the pair's two prefixes."""
-    batch = to_device(lay_out(model.backbone, rollouts.prefixes, [[], []]), model.query.device)
-    with ranks.autocast():
-        return model.read(batch, features)
-
-
-def forward_behind(model, past: Past, rollouts: PairRollouts, settings, ranks):
-    """COLLECTIVE under FSDP: the ONE forward of a pair's N CoTs behind their prefixes -> (Output, mask (N, T))."""
-    batch = to_device(lay_out_behind(model.backbone, rollouts.prefixes, rollouts.cots), model.query.device)
-    with ranks.autocast():
-        return model(batch, temperature=settings.temperature, past=past), batch["cot_mask"]
 
 
 def losses_of(output, old, mask, rollouts: PairRollouts, settings, counts) -> tuple[torch.Tensor, ...]:

@@ -66,7 +66,6 @@ class DeScore(nn.Module):
         self.query = nn.Parameter(backbone.get_input_embeddings().weight.detach().float().mean(dim=0).clone())  # (D,)
         self.head = nn.Linear(hidden, 1, bias=False, dtype=torch.float32)
         nn.init.normal_(self.head.weight, std=hidden**-1)
-        self.logit_chunk = LOGIT_CHUNK
 
     def forward(self, batch: dict, want_log_probs=True, temperature: float = 1.0, past: Past | None = None) -> Output:
         """One pass: rewards at the queries, and log-probs of the CoT tokens. `batch` comes from `lay_out`.
@@ -132,9 +131,9 @@ class DeScore(nn.Module):
             return token_log_probs(self.backbone.lm_head(states), token_ids, temperature)
 
         pieces = [
-            checkpoint(chunk_log_probs, states[i : i + self.logit_chunk], token_ids[i : i + self.logit_chunk],
+            checkpoint(chunk_log_probs, states[i : i + LOGIT_CHUNK], token_ids[i : i + LOGIT_CHUNK],
                        use_reentrant=False)
-            for i in range(0, len(states), self.logit_chunk)
+            for i in range(0, len(states), LOGIT_CHUNK)
         ]
         log_probs = torch.zeros(mask.shape, device=hidden.device)  # (N, T)
         return log_probs.masked_scatter(mask, torch.cat(pieces)) if pieces else log_probs
@@ -297,10 +296,6 @@ class DeScore(nn.Module):
         them as well: see `from_pretrained`. InputError: none; OSError if the folder cannot be written.
         """
         write_model(self, path)
-
-    def lora_scaling(self) -> dict[str, dict[str, float]]:
-        """Layer name in the state dict -> adapter -> alpha / r."""
-        return {name: {key: layer.scaling[key] for key in layer.lora_A} for name, layer in self.lora_layers().items()}
 
     @classmethod
     def from_pretrained(cls, path: str, device="cpu", dtype=torch.float32, new_head=False, revision=None) -> "DeScore":

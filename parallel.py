@@ -9,12 +9,12 @@ deadlocks. So never under `if rank == 0`, and never behind a condition that can 
 
 import contextlib
 import datetime
-import random
 import sys
 
-import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import gather_object, set_seed
 from tqdm import tqdm
 
 from plumbing.adapters import gather_full, merge_lora
@@ -29,8 +29,6 @@ class Ranks:
     """Who this process is. With one process every method works and costs nothing."""
 
     def __init__(self, cpu_offload: bool = False):
-        from accelerate import Accelerator, InitProcessGroupKwargs
-
         # It finds the device and starts the process group (NCCL or gloo). FSDP2 is called directly, below: accelerate's
         # own FSDP plugin turns into DDP on CPU without a word, so it could not be tested.
         on_cpu = not torch.cuda.is_available()
@@ -64,11 +62,7 @@ class Ranks:
 
     def gather_objects(self, items: list) -> list:
         """COLLECTIVE: all ranks' lists joined, in rank order, on every rank."""
-        if self.world == 1:
-            return list(items)
-        lists = [None] * self.world
-        dist.all_gather_object(lists, list(items))
-        return [item for part in lists for item in part]
+        return gather_object(list(items))
 
     def share(self, items: list) -> list:
         """This rank's items: every world-th, from its own number."""
@@ -90,8 +84,6 @@ class Ranks:
         if engine is not None:
             engine.close()  # before end_training, which destroys the process group that the engine must leave first
         self.accelerator.end_training()
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def start(seed: int, cpu_offload: bool = False, shard_ranks: int = 0) -> Ranks:
@@ -104,9 +96,7 @@ def start(seed: int, cpu_offload: bool = False, shard_ranks: int = 0) -> Ranks:
     if not ranks.sharded and (cpu_offload or shard_ranks):
         flag = "--cpu-offload" if cpu_offload else "--shard-ranks"
         raise InputError(f"{flag}: one process shards nothing; start with torchrun, or leave the flag out.")
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    set_seed(seed % 2**32)  # NumPy takes no more
     return ranks
 
 
@@ -219,7 +209,7 @@ def trained_weights(model):
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     trained |= {f"{layer}.base_layer.weight" for layer in model.lora_layers()}
     chosen = {name: value for name, value in state.items() if name in trained or ".lora_" in name}
-    yield from merge_lora(chosen, model.lora_scaling())
+    yield from merge_lora(chosen, model.lora_layers())
 
 
 # ---- 3. What both stages need around their loop --------------------------------------------------------------

@@ -19,12 +19,12 @@ def gather_full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def merge_lora(state: dict[str, torch.Tensor], scaling: dict[str, dict[str, float]], folded=None, adapters=None,
+def merge_lora(state: dict[str, torch.Tensor], layers: dict[str, nn.Module], folded=None, adapters=None,
                kept=None):
     """State dict -> (Hugging Face name, tensor) of the backbone, adapters folded in: W + (alpha / r) B A, in fp32.
 
     A generator: a caller that sends the weights on needs room for one layer, not for a second model. COLLECTIVE if the
-    model is sharded. scaling: layer -> adapter -> alpha / r. `adapters` takes what makes the base again, as
+    model is sharded. layers: `DeScore.lora_layers`. `adapters` takes what makes the base again, as
     ADAPTER_FILE has it, with `folded`, which the weights hold already; `kept`, a Survival, what bf16 leaves of it.
     """
     folded = folded or {}
@@ -34,10 +34,11 @@ def merge_lora(state: dict[str, torch.Tensor], scaling: dict[str, dict[str, floa
         value, layer = gather_full(value), key.removesuffix(".weight").removesuffix(".base_layer")
         name = layer.removeprefix("backbone.")
         parts = [(name, folded[name])] if name in folded else []
-        for adapter, scale in scaling.get(layer, {}).items() if key.endswith(".base_layer.weight") else ():
+        for adapter in layers[layer].lora_A if key.endswith(".base_layer.weight") else ():
             a, b = (gather_full(state[f"{layer}.lora_{x}.{adapter}.weight"]).float() for x in "AB")  # (r, in), (out, r)
-            parts.append((adapter, (a, scale * b)))
-            value = value.float() + (scale * b) @ a
+            b = layers[layer].scaling[adapter] * b
+            parts.append((adapter, (a, b)))
+            value = value.float() + b @ a
         if parts and adapters is not None:
             a, b = (torch.cat([part[x].to(value.device) for _, part in parts], dim=x) for x in (0, 1))
             adapters[f"{name}.A"], adapters[f"{name}.B"] = a.cpu().contiguous(), b.cpu().contiguous()

@@ -42,7 +42,7 @@ def write_model(model, path: str, write=True) -> None:
     adapters, kept = {}, Survival()
     if write:
         os.makedirs(path, exist_ok=True)
-    merged = merge_lora(state, model.lora_scaling(), model.backbone.folded, adapters, kept)
+    merged = merge_lora(state, model.lora_layers(), model.backbone.folded, adapters, kept)
     write_tensors(path, ((name, value.to(dtype)) for name, value in merged), write)
     if not write:
         return

@@ -189,7 +189,7 @@ def _read_row(csv_path, line, row, read_row, root):
     if bool((more.get("cot_a") or "").strip()) != bool((more.get("cot_b") or "").strip()):
         raise InputError(f"{where}: only one of CoT_A and CoT_B is filled; a pair needs both, or neither.")
     _check_annotations(where, more)
-    extra = {k: v for k, v in row.items() if k and k.endswith("_model")}
+    extra = {k: v for k, v in row.items() if k.endswith("_model")}
     path_a, path_b = (os.path.normpath(os.path.join(root, path)) for path in (path_a, path_b))
     return {"video_a": path_a, "video_b": path_b, "prompt": prompt, "label": LABELS[label.lower()], "line": line,
             "extra": extra, **more}

@@ -98,18 +98,16 @@ def reward_scale(out: str) -> dict[str, float]:
 
 def draw_curves(out: str, panels: dict[str, list[str]], path: str, title: str) -> None:
     """Draws metrics.jsonl to a PNG, one panel per entry: title -> metric names. Missing metrics are left out."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     lines = read_metrics(out)
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.2 * rows))
-    for axis in np.ravel(axes)[len(panels) :]:
+    figure = Figure(figsize=(4.6 * columns, 3.2 * rows))
+    axes = np.ravel(figure.subplots(rows, columns))
+    for axis in axes[len(panels) :]:
         axis.axis("off")
-    for axis, (panel, names) in zip(np.ravel(axes), panels.items()):
+    for axis, (panel, names) in zip(axes, panels.items()):
         for name in names:
             points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
             if points:
@@ -121,7 +119,6 @@ def draw_curves(out: str, panels: dict[str, list[str]], path: str, title: str) -
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 # ---- Stage 1 --------------------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write(out: str, judged: list[Agreement], videoalign: bool = False) -> None:
+def write(out: str, judged: list[Agreement], videoalign: bool = False, left_panel=None) -> None:
     """Writes report.json (one model: its numbers; several: {"models": [...]}), report.md and .png; prints a table."""
     os.makedirs(out, exist_ok=True)
     numbers = [finite(one.numbers) for one in judged]
@@ -170,21 +170,19 @@ def write(out: str, judged: list[Agreement], videoalign: bool = False) -> None:
     text = markdown(judged, videoalign)
     with atomic_write(os.path.join(out, "report.md")) as file:
         file.write(text)
-    draw(os.path.join(out, "report.png"), judged)
+    draw(os.path.join(out, "report.png"), judged, left_panel or draw_margins)
     print(text.split("## Published")[0].strip(), f"\n\n{out}/report.md, report.json, report.png")
 
 
 # ---- 3. report.png --------------------------------------------------------------------------------------------
-def draw(path: str, judged: list[Agreement]) -> None:
-    """Three panels: margins by label (several models: accuracies), reliability, accuracy by share of called ties."""
-    import matplotlib
+def draw(path: str, judged: list[Agreement], left_panel) -> None:
+    """Three panels: the left one, reliability, accuracy by share of called ties."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, middle, rest) = plt.subplots(1, 3, figsize=(15, 4.4))
+    figure = Figure(figsize=(15, 4.4))
+    left, middle, rest = figure.subplots(1, 3)
     names = [one.numbers["name"][:40].replace("$", r"\$") for one in judged]  # a lone $ would start a formula
-    (draw_margins if len(judged) == 1 else draw_accuracies)(left, judged, names)
+    left_panel(left, judged, names)
     middle.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1, label="perfect")
     for one, name in zip(judged, names):
         bins = one.numbers["calibration"]["bins"]
@@ -205,7 +203,6 @@ def draw(path: str, judged: list[Agreement]) -> None:
         axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def draw_margins(axis, judged, names) -> None:
@@ -222,18 +219,6 @@ def draw_margins(axis, judged, names) -> None:
     if threshold > 0:
         axis.axvspan(-threshold, threshold, color="black", alpha=0.07, label="called a tie")
     axis.set(title=f"Margins by human label: {names[0]}", xlabel="margin r_A - r_B", ylabel="pairs")
-
-
-def draw_accuracies(axis, judged, names) -> None:
-    """A dot and its 95 % interval per model, without and with ties."""
-    for shift, key, colour in ((0.12, "without_ties", "tab:blue"), (-0.12, "with_ties", "tab:orange")):
-        for row, one in enumerate(reversed(judged)):
-            value, (low, high) = one.numbers[f"accuracy_{key}"], one.numbers[f"accuracy_{key}_interval"]
-            if value is not None:
-                axis.plot([low, high], [row + shift] * 2, color=colour)
-                axis.plot(value, row + shift, "o", color=colour, label=key.replace("_", " ") if row == 0 else None)
-    axis.set_yticks(range(len(judged)), names[::-1], fontsize=8)
-    axis.set(title="Accuracy, 95 % intervals", xlabel="accuracy")
 
 
 def write_scores(path: str, rows: list[tuple[str, str, float]], root: str) -> None:

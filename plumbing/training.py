@@ -208,10 +208,8 @@ def save_run(model, settings, ranks, panels: dict[str, list[str]], title: str) -
     The rewards' mean and spread go along, for a rough common scale: DeScore.reward(normalize=True).
     """
     model.settings.update(reward_scale(settings.out))
-    def card(folder):
-        write_card(folder, model.settings, settings, read_metrics(settings.out), panels, title)
-
-    save_model(model, os.path.join(settings.out, "model"), ranks, card)
+    save_model(model, os.path.join(settings.out, "model"), ranks, lambda folder: write_card(
+        folder, model.settings, settings, read_metrics(settings.out), panels, title))
     if ranks.is_main:
         draw_curves(settings.out, panels, os.path.join(settings.out, "curves.png"), title)
     ranks.print(f"wrote {settings.out}/model, metrics.jsonl and curves.png")

@@ -4,11 +4,9 @@ import os
 import re
 
 import torch
-from transformers import AutoConfig
 
 from plumbing.adapters import SURVIVAL, survival_line
-from plumbing.checkpoint import EMBEDDING, SETTINGS_FILE, trained_settings
-from plumbing.hub import local_folder
+from plumbing.checkpoint import EMBEDDING, SETTINGS_FILE, read_config, trained_settings
 from plumbing.settings import InputError, first_line
 
 REQUESTS = 256  # CoTs asked for at once. More keep the GPU no busier, and their frames would fill the host's memory
@@ -57,7 +55,7 @@ class VLLMEngine:
         self.bans = dict.fromkeys(banned, -100.0)  # vLLM's lowest; at most 1,024 ids
         self.processor, self.limit, self.requests, self.sleeps = processor, limit, REQUESTS, sleeps
         self.on_cpu, self.asleep, self.tp = on_cpu, False, tp
-        self.tied = AutoConfig.from_pretrained(path).tie_word_embeddings
+        self.tied = read_config(path).tie_word_embeddings
         if tp > 1:
             from vllm.distributed import get_tp_group
 
@@ -183,7 +181,6 @@ class VLLMEngine:
 
 def say_merged(path: str) -> None:
     """Prints what a program that opens the folder as a plain model in bf16 has of its LoRA, if there is any."""
-    path = local_folder(path)
     if os.path.isfile(os.path.join(path, SETTINGS_FILE)) and (cosines := trained_settings(path).get(SURVIVAL)):
         print(survival_line(cosines), flush=True)
 

@@ -178,10 +178,10 @@ def test_what_the_tower_saw_serves_a_next_reading(model, prefixes):
     assert torch.equal(first.last, second.last) and torch.equal(first.last, shared.last)
 
 
-def test_lm_head_in_chunks(model, prefixes):
+def test_lm_head_in_chunks(model, prefixes, monkeypatch):
     batch = lay_out(model.backbone, prefixes[:2], COTS)
     whole, whole_grads = gradients(model, batch)
-    model.logit_chunk = 3
+    monkeypatch.setattr("model.LOGIT_CHUNK", 3)
     chunked, chunked_grads = gradients(model, batch)
     assert torch.allclose(whole.log_probs, chunked.log_probs, atol=1e-6)
     assert all(torch.allclose(whole_grads[n], chunked_grads[n], atol=1e-5) for n in whole_grads)

@@ -39,13 +39,11 @@ def show(pair: PreferencePair, processor, fps: float, max_pixels: int) -> list[V
 
 def draw_frames(rows: list[tuple[str, Video]], path: str) -> None:
     """Draws sampled frames, one clip a row, each frame with its time in seconds."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     columns = min(8, max(len(video.frames) for _, video in rows))
-    figure, axes = plt.subplots(len(rows), columns, figsize=(1.6 * columns, 1.5 * len(rows)), squeeze=False)
+    figure = Figure(figsize=(1.6 * columns, 1.5 * len(rows)))
+    axes = figure.subplots(len(rows), columns, squeeze=False)
     for row, (title, video) in zip(axes, rows):
         picks = np.linspace(0, len(video.frames) - 1, columns).round().astype(int)
         for axis, k in zip(row, picks):
@@ -55,7 +53,6 @@ def draw_frames(rows: list[tuple[str, Video]], path: str) -> None:
         row[0].set_ylabel(title, fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def main(argv=None) -> None:

@@ -104,7 +104,19 @@ def compare_scores(s: Settings) -> None:
     found = [evaluate.measure_set(test, name, r, complete) for name, r in zip(names, rewards)]
     for one in found[1:]:
         one.numbers["difference_to_first"] = difference(one, found[0])
-    report.write(s.out, found, s.videoalign_compatible)
+    report.write(s.out, found, s.videoalign_compatible, draw_accuracies if len(found) > 1 else None)
+
+
+def draw_accuracies(axis, judged, names) -> None:
+    """A dot and its 95 % interval per model, without and with ties."""
+    for shift, key, colour in ((0.12, "without_ties", "tab:blue"), (-0.12, "with_ties", "tab:orange")):
+        for row, one in enumerate(reversed(judged)):
+            value, (low, high) = one.numbers[f"accuracy_{key}"], one.numbers[f"accuracy_{key}_interval"]
+            if value is not None:
+                axis.plot([low, high], [row + shift] * 2, color=colour)
+                axis.plot(value, row + shift, "o", color=colour, label=key.replace("_", " ") if row == 0 else None)
+    axis.set_yticks(range(len(judged)), names[::-1], fontsize=8)
+    axis.set(title="Accuracy, 95 % intervals", xlabel="accuracy")
 
 
 def difference(one: report.Agreement, first: report.Agreement) -> dict:

@@ -118,7 +118,7 @@ def test_compare_command_line(tmp_path, pairs_csv, no_figure):
 def test_several_models_in_one_report(tmp_path):
     first, second = judged([1.0, -2.0, 3.0], [1, -1, 0], "one")[0], judged([1.0, 2.0, 3.0], [1, -1, 0], "two")[0]
     second.numbers["difference_to_first"] = compare.difference(second, first)
-    report.write(str(tmp_path), [first, second])
+    report.write(str(tmp_path), [first, second], left_panel=compare.draw_accuracies)
     text = (tmp_path / "report.md").read_text()
     assert "| one | 1.000" in text and "| two | 0.500" in text and "-0.500" in text
     assert len(json.loads((tmp_path / "report.json").read_text())["models"]) == 2
