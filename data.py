@@ -237,7 +237,7 @@ def encode_prompt(processor, video: Video, prompt: str) -> dict[str, torch.Tenso
         <0.3 seconds><|vision_start|><|video_pad|> ... <|video_pad|><|vision_end|>
     and nothing around them. Newer releases, and vLLM, replace the pad alone of what the chat template writes,
     <|vision_start|><|video_pad|><|vision_end|>, so an extra start and end stay around all blocks, which the model has
-    never seen (difference 24). With a bare pad in the text both write what 4.57 wrote, id for id.
+    never seen (docs/differences.md, row 24). With a bare pad in the text both write what 4.57 wrote, id for id.
 
     Returns:
         input_ids (P,) int64; mm_token_type_ids (P,), 2 at video positions, else 0;

@@ -48,8 +48,8 @@ class DeScore(nn.Module):
     """Qwen3-VL backbone + learnable query + linear head without bias. Rewards are unbounded; only differences count.
 
     The query is a parameter put into `inputs_embeds`, not a row of the vocabulary: nothing is resized, no 1.2 GB
-    embedding gets an optimizer state for one row (difference 1), the sampler can never emit it, and a prompt that
-    contains the letters `<Reward>` is only text. ("Difference n" is row n of docs/differences.md.)
+    embedding gets an optimizer state for one row (docs/differences.md, row 1), the sampler can never emit it, and a
+    prompt that contains the letters `<Reward>` is only text.
     """
 
     def __init__(self, backbone: Qwen3VLForConditionalGeneration, processor=None, settings: dict | None = None):
@@ -149,8 +149,8 @@ class DeScore(nn.Module):
         train = "full": all of the LLM, `lm_head` included (paper, stage 2); train = "head": nothing of the LLM.
         lm_head=False leaves `lm_head` as it is: no loss of stage 1 reaches it, and a parameter without a gradient has
         no Adam state, so a checkpoint could not be loaded. (Tied to the embeddings, it is trained as those.)
-        Trained parameters are held in fp32: in bf16 an update of 1e-6 rounds away (difference 6). InputError: another
-        word for `train`.
+        Trained parameters are held in fp32: in bf16 an update of 1e-6 rounds away (docs/differences.md, row 6).
+        InputError: another word for `train`.
         """
         if train not in ("lora", "full", "head"):
             raise InputError(f"--train {train}: choose lora, full or head.")
@@ -292,8 +292,8 @@ class DeScore(nn.Module):
     def save_pretrained(self, path: str) -> None:
         """Writes a folder that transformers and vLLM open as a plain Qwen3-VL, plus the query and the head.
 
-        LoRA is folded into the weights, in fp32, so the next stage cannot lose it (difference 17), and kept beside
-        them as well: see `from_pretrained`. InputError: none; OSError if the folder cannot be written.
+        LoRA is folded into the weights, in fp32, so the next stage cannot lose it (docs/differences.md, row 17), and
+        kept beside them as well: see `from_pretrained`. InputError: none; OSError if the folder cannot be written.
         """
         write_model(self, path)
 
@@ -303,8 +303,8 @@ class DeScore(nn.Module):
 
         With `new_head=True` it may be a plain Qwen3-VL, to start stage 1 from. revision: a branch, tag or commit.
         Strict: a missing or extra weight, another size, or a base model without a head is an InputError, never a random
-        head (difference 16). In evaluation mode, as transformers does it. In bf16 the LoRA of training stands beside
-        its base again, as it did there; rounded into it, a small change would be gone (difference 25).
+        head. In evaluation mode, as transformers does it. In bf16 the LoRA of training stands beside its base again, as
+        it did there; rounded into it, a small change would be gone (docs/differences.md, rows 16 and 25).
         """
         return open_model(cls, path, device, dtype, new_head, revision)
 

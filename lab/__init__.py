@@ -1,1 +1,1 @@
-"""What is done with the method: toy world, bench, memory plan, pictures, best-of-N. `python -m lab.NAME` runs one."""
+"""A shelf: what is done with the method. Each folder has a README.md; `python -m lab.NAME` runs one."""

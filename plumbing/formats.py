@@ -12,7 +12,7 @@ LABELS = {
     "a": 1, "video 1 is better": 1, "leftvote": 1, "left": 1,
     "b": -1, "video 2 is better": -1, "rightvote": -1, "right": -1,
     "same": 0, "tie": 0, "tievote": 0, "bothbad_vote": 0, "bothbad": 0,
-    "invalid": None,  # annotators could not judge: the row is dropped. NOT the same as "same" (difference 9)
+    "invalid": None,  # annotators could not judge: the row is dropped. NOT "same" (docs/differences.md, row 9)
 }
 
 
