@@ -294,8 +294,9 @@ def test_log_probs_are_those_of_the_policy_that_samples(batch, model, settings):
     assert torch.allclose(output.log_probs[mask.bool()], expected, atol=1e-5)
     again, _ = grpo.log_probs_now(model, batch[0], settings, parallel.Ranks())
     assert torch.allclose(again.flatten(0, 1), output.log_probs, atol=1e-5)
-    logits = torch.tensor([[0.0, 0.3, 0.9, -1.0, 2.0]]).expand(20_000, -1)
-    drawn = rollout.SeededSampling(list(range(20_000)), 0.5)(None, logits).argmax(1)
+    logits = torch.tensor([[0.0, 0.3, 0.9, -1.0, 2.0]]).expand(10, -1)
+    sampler = rollout.SeededSampling(list(range(10)), 0.5)  # 2,000 tokens of 10 rows: noise is drawn ahead
+    drawn = torch.cat([sampler(None, logits).argmax(1) for _ in range(2_000)])
     for token in range(5):
         p = losses.token_log_probs(logits[:1], torch.tensor([token]), 0.5).exp().item()
         assert (drawn == token).float().mean().item() == pytest.approx(p, abs=4 * (p / 20_000) ** 0.5 + 1e-4), token
