@@ -47,7 +47,7 @@ ROUNDS = 100_000  # in cubic time 200 tags cost seconds, 1,000 minutes
     "<answer>" * 1000, "<answer>" * ROUNDS, "<answer>x" * ROUNDS + "</answer>", "</answer>" * ROUNDS,
     "<answer></answer>" * ROUNDS, "<think>" * ROUNDS, "<think></think>" * ROUNDS, " " * ROUNDS, "<think>x" * ROUNDS,
     "<think>x</think>" + " " * ROUNDS, "<answer>```" + " " * ROUNDS + "x```</answer>", "```" * ROUNDS,
-    "<think>x</think><answer>{" + '"a": 1, ' * ROUNDS + "</answer>",
+    "<think>x</think><answer>{" + '"a": 1, ' * (ROUNDS // 10) + "</answer>",  # Python's own parser: slow, but linear
     "<think>" + "the circle moves left and " * 4096,  # a CoT that loops until it is cut off
 ], ids=lambda text: f"{text[:20]}... {len(text)}")
 def test_reading_takes_linear_time(text):

@@ -216,21 +216,21 @@ def test_replacing_a_folder_is_atomic(tmp_path):
     assert os.listdir(path) == ["newer"]
 
 
-WIDTH, RANK = 4096, 64
+ROWS, WIDTH, RANK = 256, 4096, 64
 
 
 @pytest.mark.parametrize("size, cosine, lost", [(2e-4, 0.63, 0.77), (1e-3, 0.95, 0.32)])
 def test_what_bf16_leaves_of_lora_at_the_width_of_the_8b(size, cosine, lost):
-    """A layer of 4,096 (std .03) with LoRA of rank 64 and |B| as after some 100 and 500 Adam steps at 2e-6:
+    """256 rows of a layer of 4,096 (std .03) with LoRA of rank 64 and |B| as after some 100 and 500 Adam steps at 2e-6:
     merged in bf16 most of its weights are the base's again. What Survival says is what the layer's outputs say."""
     torch.manual_seed(0)
-    base = (torch.randn(WIDTH, WIDTH) * 0.03).bfloat16().float()
+    base = (torch.randn(ROWS, WIDTH) * 0.03).bfloat16().float()
     a = (torch.rand(RANK, WIDTH) * 2 - 1) / WIDTH**0.5  # as a linear layer's start
-    b = size * torch.randn(WIDTH, RANK).sign()
+    b = size * torch.randn(ROWS, RANK).sign()
     change = 2 * b @ a  # alpha / r = 2
     kept = Survival()
     kept.add("layers.0.mlp.up_proj", base + change, change)
-    x = torch.randn(16, WIDTH)
+    x = torch.randn(ROWS, WIDTH)
     rounded = (base + change).bfloat16().float()
     outputs = torch.nn.functional.cosine_similarity((x @ (rounded - base).T).flatten(), (x @ change.T).flatten(), dim=0)
     assert kept.cosines()["mlp"] == pytest.approx(outputs.item(), abs=0.02) == pytest.approx(cosine, abs=0.03)
