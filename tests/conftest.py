@@ -23,11 +23,18 @@ import toy.base_model
 import toy.world
 from losses import group_advantages
 from model import DeScore
-from plumbing import settings
+from plumbing import settings, training
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SIZES = {"train_cold_start": 8, "val_cold_start": 3, "train_rl": 6, "test_in_domain": 6, "test_genai_bench": 4,
          "test_videogen_rewardbench": 4}
+
+
+@pytest.fixture(autouse=True)
+def no_curves(request, monkeypatch):
+    """Some 60 runs end with a figure of six panels; those of a test marked `curves` are drawn."""
+    if not request.node.get_closest_marker("curves"):
+        monkeypatch.setattr(training, "draw_curves", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -205,6 +205,7 @@ def weights(folder):
     return DeScore.from_pretrained(str(folder / "model")).state_dict()
 
 
+@pytest.mark.curves
 def test_four_steps_are_two_and_resume_and_two(with_cots, base_dir, tmp_path):
     cold_start.main(arguments(with_cots, base_dir, tmp_path / "whole", val=with_cots["train_cold_start"]))
     cold_start.main(arguments(with_cots, base_dir, tmp_path / "parts", max_steps=2))

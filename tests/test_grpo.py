@@ -369,6 +369,7 @@ def test_samples_are_the_worst_and_the_best(batch, model, tmp_path):
 
 
 # -- the script -------------------------------------------------------------------------------------------------------
+@pytest.mark.curves
 def test_script_runs_logs_saves_and_resumes(world, tiny_model_dir, tmp_path):
     def go(out, steps, *more):
         grpo.main(["--model", tiny_model_dir, "--data", world["train_rl"], "--out", str(tmp_path / out),
