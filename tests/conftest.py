@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread c
 if os.environ.get("DESCORE_TEST_GPU") != "1":  # `make test-gpu`. All other tests compare to the bit: no GPU for them
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import copy
 import csv
 import pathlib
 import runpy
@@ -82,10 +83,18 @@ def base_dir(tmp_path_factory, processor):
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def opened(base_dir):
+    """A DeScore on the tiny base, and torch's random state behind it: to open a folder takes longer than most tests."""
+    return fresh_model(base_dir, 0), torch.get_rng_state()
+
+
 @pytest.fixture
-def model(base_dir):
-    """A fresh DeScore on the tiny base, with a head whose rewards differ visibly."""
-    return fresh_model(base_dir, 0)
+def model(opened):
+    """A fresh DeScore on the tiny base, with a head whose rewards differ visibly; only the processor is everyone's."""
+    one, random_state = opened
+    torch.set_rng_state(random_state)
+    return copy.deepcopy(one, {id(one.processor): one.processor})
 
 
 @pytest.fixture(scope="session")
