@@ -173,6 +173,18 @@ def with_cots(world, tmp_path_factory):
     return {"train_cold_start": str(path)}
 
 
+@pytest.fixture(scope="module")
+def two_steps(with_cots, base_dir, tmp_path_factory):
+    """--out of a run of two steps: `go_on(two_steps, folder)` gives a test its own."""
+    out = tmp_path_factory.mktemp("two_steps")
+    cold_start.main(arguments(with_cots, base_dir, out, max_steps=2))
+    return out
+
+
+def go_on(run, folder):
+    return shutil.copytree(run, folder, dirs_exist_ok=True)
+
+
 def test_pairs_without_cots_are_named_and_count_as_masked(with_cots, base_dir, tmp_path, capsys):
     """CoTs in one of seven pairs are no cold start with thinking: it is said, and masked_share says 6/7."""
     rows = list(csv.DictReader(open(with_cots["train_cold_start"], encoding="utf-8")))
@@ -206,9 +218,9 @@ def weights(folder):
 
 
 @pytest.mark.curves
-def test_four_steps_are_two_and_resume_and_two(with_cots, base_dir, tmp_path):
+def test_four_steps_are_two_and_resume_and_two(with_cots, base_dir, two_steps, tmp_path):
     cold_start.main(arguments(with_cots, base_dir, tmp_path / "whole", val=with_cots["train_cold_start"]))
-    cold_start.main(arguments(with_cots, base_dir, tmp_path / "parts", max_steps=2))
+    go_on(two_steps, tmp_path / "parts")
     # a kill while saving leaves a folder without its final name: it must not be taken for a checkpoint
     shutil.copytree(tmp_path / "parts/checkpoints/step-000002", tmp_path / "parts/checkpoints/step-000003.tmp")
     cold_start.main([*arguments(with_cots, base_dir, tmp_path / "parts"), "--resume"])
@@ -270,11 +282,10 @@ def test_skip_bad_videos_counts_and_lists(with_cots, base_dir, tmp_path, capsys)
     assert "bad.mp4" in (tmp_path / "b" / "skipped.jsonl").read_text()
 
 
-def test_a_second_run_in_the_same_folder(with_cots, base_dir, tmp_path, capsys):
+def test_a_second_run_in_the_same_folder(with_cots, base_dir, two_steps, tmp_path, capsys):
     """Refused; --overwrite removes what a run wrote and nothing else, and not what the new run reads."""
     out, flags = tmp_path / "out", lambda **more: arguments(with_cots, base_dir, tmp_path / "out", **more)
-    cold_start.main(flags(max_steps=2))
-    before = weights(out)
+    before = weights(go_on(two_steps, out))
     refuses(capsys, cold_start.main, *flags(max_steps=1), says="holds a run (checkpoints, metrics.jsonl, model)")
     refuses(capsys, cold_start.main, *flags(max_steps=1), "--resume", "--overwrite", says="give one of them")
     refuses(capsys, cold_start.main, *flags(model=out / "model"), "--overwrite", says="lies in what --overwrite would")
@@ -287,42 +298,39 @@ def test_a_second_run_in_the_same_folder(with_cots, base_dir, tmp_path, capsys):
     refuses(capsys, cold_start.main, *flags(), "--resume", says="a model but no checkpoint")
 
 
-def test_a_kill_between_saving_and_logging_loses_no_line(with_cots, base_dir, tmp_path):
+def test_a_kill_between_saving_and_logging_loses_no_line(with_cots, base_dir, two_steps, tmp_path):
     """The step's metrics lie in the checkpoint too: tests/kills.py found their line missing after a resume."""
-    flags = [*arguments(with_cots, base_dir, tmp_path, max_steps=2), "--resume"]
-    cold_start.main(flags)
-    path = tmp_path / "metrics.jsonl"
+    path = go_on(two_steps, tmp_path) / "metrics.jsonl"
     before = logs.read_metrics(str(tmp_path))
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:1]))
-    cold_start.main(flags)
+    cold_start.main([*arguments(with_cots, base_dir, tmp_path, max_steps=2), "--resume"])
     after = logs.read_metrics(str(tmp_path))
     assert [line["step"] for line in after] == [1, 2] and after[1]["loss"] == before[1]["loss"]
 
 
-def test_resume_with_other_settings(with_cots, base_dir, tmp_path, capsys):
+def test_resume_with_other_settings(with_cots, base_dir, two_steps, tmp_path, capsys):
     """What decides what is learned is refused by name; a new rate is used, printed and kept."""
     flags = lambda **more: [*arguments(with_cots, base_dir, tmp_path, **more), "--resume"]
-    cold_start.main(flags(max_steps=1))
+    go_on(two_steps, tmp_path)
     says = "begun with --batch-pairs 2, --mask-probability 0.5, --seed 0"
     refuses(capsys, cold_start.main, *flags(seed=1, batch_pairs=1, mask_probability=1), says=says)
     other = tmp_path / "other.csv"
     other.write_text(open(with_cots["train_cold_start"]).read().replace("one", "another"))
     refuses(capsys, cold_start.main, *flags(data=other), says="is not the file that the run")
     kept = weights(tmp_path)
-    cold_start.main(flags(max_steps=2, lr=0, micro_pairs=2))
+    cold_start.main(flags(max_steps=3, lr=0, micro_pairs=2))
     assert "--lr was 0.001, from here on 0.0" in capsys.readouterr().out
     assert logs.read_metrics(str(tmp_path))[-1]["lr"] == 0
     assert all(torch.equal(kept[name], value) for name, value in weights(tmp_path).items())  # rate 0: nothing moved
     (line,) = (tmp_path / "changes.jsonl").read_text().splitlines()
     changed = json.loads(line)
-    assert changed["after_step"] == 1 and changed["lr"] == [0.001, 0.0] and "seed" not in changed
+    assert changed["after_step"] == 2 and changed["lr"] == [0.001, 0.0] and "seed" not in changed
 
 
-def test_a_run_of_code_that_drew_otherwise_is_not_resumed(with_cots, base_dir, tmp_path, capsys):
+def test_a_run_of_code_that_drew_otherwise_is_not_resumed(with_cots, base_dir, two_steps, tmp_path, capsys):
     """Its second half would draw pairs that the first half had, and leave others out, without a word."""
-    flags = arguments(with_cots, base_dir, tmp_path, max_steps=1)
-    cold_start.main(flags)
-    path = tmp_path / "settings.json"
+    flags = arguments(with_cots, base_dir, tmp_path, max_steps=2)
+    path = go_on(two_steps, tmp_path) / "settings.json"
     saved = json.loads(path.read_text())
     path.write_text(json.dumps({name: value for name, value in saved.items() if name != "draws"}))  # as before 5956bef
     refuses(capsys, cold_start.main, *flags, "--resume", says="was begun by code that drew pairs and masks otherwise")
@@ -330,10 +338,9 @@ def test_a_run_of_code_that_drew_otherwise_is_not_resumed(with_cots, base_dir, t
     cold_start.main([*flags, "--resume"])
 
 
-def test_nothing_in_a_checkpoint_can_run(with_cots, base_dir, tmp_path, capsys):
+def test_nothing_in_a_checkpoint_can_run(with_cots, base_dir, two_steps, tmp_path, capsys):
     """Random states are numbers and tensors; an index that names more than torch's own classes is refused unread."""
-    cold_start.main(arguments(with_cots, base_dir, tmp_path, max_steps=1))
-    folder = tmp_path / "checkpoints" / "step-000001"
+    folder = go_on(two_steps, tmp_path) / "checkpoints" / "step-000002"
     assert set(torch.load(folder / "random-0.pt", weights_only=True)) == {"python", "numpy", "torch"}
 
     class Evil:
