@@ -1,6 +1,6 @@
 # make demo   the whole pipeline on a laptop: scripts/demo.sh; SEED=1 RUNS=runs/seed1 for another seed
-# make test   the tests of heart, plumbing and toy: CPU, offline, a process per core; test-all: with the shelf's;
-#             test TRANSFORMERS=5.24.0: with another version, in a .venv-5.24.0 of its own
+# make test   the tests of heart, plumbing and toy: CPU, offline, a process per core, without those marked slow (FAST=: with
+#             them); test-all: all tests, the shelf's, too; test TRANSFORMERS=5.24.0: in a .venv-5.24.0 with that version
 # make lint   undefined, unused and shadowed names; nothing is reformatted
 # make road   every command of lab/road/README.md on made-up files, with a tiny model
 # make seeds  the demo with three seeds, and mean and spread over them
@@ -18,18 +18,21 @@ $(VENV)/.ready: requirements.txt
 	$(VENV)/bin/python -m pip install -q -r requirements.txt
 	touch $@
 
-# A test process per core, four at most; the tests of a file share its fixtures, so they stay together.
-PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --dist loadscope
+# A test process per core, four at most; the tests of a file share its fixtures, so they stay together, and the files
+# come in the order of tests/conftest.py, not by their number of tests.
+SPREAD = -n auto --maxprocesses 4 --dist loadscope --no-loadscope-reorder
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest $(SPREAD)
+FAST ?= not slow
 ifndef TRANSFORMERS
 test: setup
-	$(PYTEST) tests
+	$(PYTEST) -m "$(FAST)" tests
 else
 # make test TRANSFORMERS=5.24.0: with another version, in .venv-5.24.0, which borrows all other packages from .venv.
 # TESTS=tests/test_model.py runs a part of them.
 OTHER = $(VENV)-$(TRANSFORMERS)
 SITE = -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 test: $(OTHER)/.ready
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(OTHER)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadscope $(TESTS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(OTHER)/bin/python -m pytest $(SPREAD) $(TESTS)
 $(OTHER)/.ready: $(VENV)/.ready
 	$(PYTHON) -m venv $(OTHER)
 	$(VENV)/bin/python $(SITE) > "$$($(OTHER)/bin/python $(SITE))/borrowed.pth"

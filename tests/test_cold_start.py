@@ -139,6 +139,7 @@ def test_coins_differ_from_epoch_to_epoch_and_not_from_run_to_run(settings):
     assert 60 < coins.sum() < 132  # 192 tosses at .5
 
 
+@pytest.mark.slow
 def test_micro_batches_of_btt_are_the_batch(with_cots, base_dir, tmp_path):
     """The loss is divided by the whole batch's pairs, so it does not matter in how many forwards they come."""
     logs_of = []

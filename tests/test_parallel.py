@@ -97,7 +97,7 @@ def test_two_ranks_equal_one_in_stage_2(world, tiny_model_dir, tmp_path):
     assert all(torch.equal(b[name], c[name]) for name in b)
 
 
-@pytest.mark.parametrize("flag", [["--shard-ranks", "1"], ["--cpu-offload"]])
+@pytest.mark.parametrize("flag", [pytest.param(["--shard-ranks", "1"], marks=pytest.mark.slow), ["--cpu-offload"]])
 def test_a_shard_of_one_equals_one_process(world, base_dir, tmp_path, flag):
     """torchrun with one process: FSDP2 on a mesh of one, as on one GPU whose weights wait in the host's memory."""
     flags = ["--model", base_dir, "--data", world["train_cold_start"], "--batch-pairs", "2", "--lr", "1e-3",

@@ -51,7 +51,7 @@ def test_other_ranks_stop_silently(stop, monkeypatch, capsys):
     assert stop.requested and not capsys.readouterr().err
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", [pytest.param("0", marks=pytest.mark.slow), "2"])
 def test_sigterm_to_the_whole_group_ends_the_run_after_its_step(workers, world, base_dir, tmp_path):
     """As torchrun, slurm and Ctrl-C send it: to the decoders and loader workers, too, which the step still needs."""
     command = [sys.executable, "cold_start.py", "--model", base_dir, "--data", world["train_cold_start"], "--workers",

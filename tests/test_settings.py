@@ -118,6 +118,7 @@ def test_every_script_ends_with_cli(script):
     assert script.read_text(encoding="utf-8").endswith('if __name__ == "__main__":\n    cli(main)\n')
 
 
+@pytest.mark.slow
 def test_bad_input_in_a_process_of_its_own(tmp_path):
     done = run("toy.look", "--data", tmp_path / "nowhere.csv", check=False)
     assert done.returncode == 2 and done.stderr.splitlines() == [done.stderr.strip()], done.stderr

@@ -119,6 +119,7 @@ def stage_2_gradients(model, world):
     return sums.totals(), gradients(model)
 
 
+@pytest.mark.slow
 def test_compiled_parts_compute_the_same(model, world, compiling, tmp_path, monkeypatch):
     """LoRA, the reference with the adapter off, gradient checkpointing; names and files as before.
 

@@ -179,7 +179,7 @@ def lose_the_last_step(out):
     shutil.rmtree(out / "checkpoints" / "step-000002")
 
 
-@pytest.mark.parametrize("train", ["lora", "full", "head"])
+@pytest.mark.parametrize("train", ["full", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "head"))])
 def test_stage_1_goes_on_bit_for_bit(world, base, tmp_path, train):
     """lm_head rests in stage 1, tied or not; but a tied matrix is trained as the embedding, and has its Adam state."""
     flags = ["--model", base, "--data", world["train_cold_start"], "--train", train, *STAGE_1, "--max-steps", 2]
@@ -194,6 +194,7 @@ def test_stage_1_goes_on_bit_for_bit(world, base, tmp_path, train):
     assert torch.equal(through[words], before[words]) == (train != "full")
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one(world, folder, tmp_path):
     """Stage 2 with all of the LLM trained. FSDP2 shards the matrix once, for both uses; the engine beside the shards
     gets it whole; after the last step is lost, --resume on two ranks ends where the run that went through did."""
