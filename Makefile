@@ -1,4 +1,5 @@
 # make demo   the whole pipeline on a laptop: scripts/demo.sh; SEED=1 RUNS=runs/seed1 for another seed
+# make 8b     the same for the 8B on 8 GPUs: scripts/8b.sh; DATA=folder RUNS=runs/8b
 # make test   the tests of heart, plumbing and toy: CPU, offline, a process per core, without those marked slow (FAST=: with
 #             them); test-all: all tests, the shelf's, too; test TRANSFORMERS=5.24.0: in a .venv-5.24.0 with that version
 # make lint   undefined, unused and shadowed names; nothing is reformatted
@@ -11,7 +12,7 @@ VENV ?= .venv
 RUNS ?= runs
 PY = HF_HUB_OFFLINE=1 $(VENV)/bin/python
 
-.PHONY: demo seeds study post-train post-seeds post-dpo post-grpo post-random post-gold road page notebook test test-all test-lab test-gpu lint setup clean
+.PHONY: demo 8b seeds study post-train post-seeds post-dpo post-grpo post-random post-gold road page notebook test test-all test-lab test-gpu lint setup clean
 setup: $(VENV)/.ready
 $(VENV)/.ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -57,6 +58,9 @@ lint: setup
 SEED ?= 0
 demo: setup
 	PATH="$(abspath $(VENV))/bin:$$PATH" SEED=$(SEED) RUNS=$(RUNS) bash scripts/demo.sh
+
+8b: setup
+	PATH="$(abspath $(VENV))/bin:$$PATH" bash scripts/8b.sh
 
 TABLE = --runs "discriminative=$(1)/eval/discriminative/*/report.json" "stage 2, its own text=$(1)/eval/stage2/*/text/report.json" \
 	"DeScore stage 1=$(1)/eval/stage1/*/report.json" "DeScore stage 2=$(1)/eval/stage2/*/report.json"

@@ -86,13 +86,14 @@ def test_stage_1_trains_on_what_was_sampled(val_csv, base_dir, model, tmp_path, 
     for wrong in ([*letters, 70], [10**6], [-1]):  # edited text, or another tokenizer's ids
         with pytest.raises(data.InputError, match="line 7: the CoT's tokens do not spell"):
             dataclasses.replace(pairs[0], line=7, cot_a="circle", cot_a_tokens=wrong).cot_ids(tokenizer)
-    items = [(dataclasses.replace(pairs[0], cot_a="circle", cot_b="circle", cot_a_tokens=letters, cot_b_tokens=None),
-              model.encode(pairs[0].videos, [pairs[0].prompt] * 2))]
+    pair = dataclasses.replace(pairs[0], cot_a="circle", cot_b="circle", cot_a_tokens=letters, cot_b_tokens=None)
+    items = [data.Drawn(pair, model.encode(pair.videos, [pair.prompt] * 2))]
     rewards = torch.cat(cold_start.score_pairs(model, items))
     ids = [letters, [*word, tokenizer.eos_token_id]]
     assert torch.allclose(rewards, model.score(items[0][1], ids), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_ranks_collect_the_same(world, base_dir, tmp_path, capsys):
     """Two ranks as one process; and several files with one engine as each by itself."""
     flags = ["--model", base_dir, "--max-new-tokens", "6"]

@@ -330,9 +330,9 @@ def test_seeds_differ_between_rollouts_videos_steps(items, model, settings):
     assert len({tuple(c) for r in first for row in r.cots for c in row}) == 12
     reseeded = grpo.generate(items, engine, dataclasses.replace(settings, seed=1), 0)
     assert [r.cots for r in reseeded] != [r.cots for r in first]
-    (same,) = grpo.generate([(items[0][0], [items[0][1][0]] * 2)], engine, settings, 0)
+    (same,) = grpo.generate([items[0]._replace(prefixes=[items[0].prefixes[0]] * 2)], engine, settings, 0)
     assert same.cots[0] != same.cots[1]  # A and B of a pair draw for themselves, even if they are one clip
-    twins = [items[0], (dataclasses.replace(items[0][0], line=99), items[0][1])]  # one clip in two lines of the CSV
+    twins = [items[0], items[0]._replace(pair=dataclasses.replace(items[0].pair, line=99))]  # one clip, two lines
     one, two = grpo.generate(twins, engine, settings, 0)
     assert one.cots != two.cots  # a line of the CSV has random streams of its own
     greedy = grpo.generate(items, engine, dataclasses.replace(settings, temperature=0.0), 0)

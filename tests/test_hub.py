@@ -16,7 +16,7 @@ from layout import lay_out
 from model import DeScore
 from plumbing.hub import write_card
 from plumbing.settings import InputError
-from tests.conftest import ROOT, refuses, run, write_csv
+from tests.conftest import ROOT, refuses, write_csv
 
 COMMITS = "a" * 40, "b" * 40
 
@@ -78,8 +78,8 @@ def test_a_name_that_no_cache_has(cache, capsys):
 def test_a_script_takes_a_name_and_a_revision(cache, tiny_clips, tmp_path):
     a, b = (os.path.abspath(path) for path in tiny_clips[:2])
     pairs = write_csv(tmp_path / "pairs.csv", ["path_A", "path_B", "prompt", "TA"], [[a, b, "a red circle rises", "A"]])
-    run("evaluate.py", "--model", "someone/descore@v1", "--data", pairs, "--out", tmp_path / "out",
-        "--max-new-tokens", 6, env={"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"})
+    evaluate.main(["--model", "someone/descore@v1", "--data", pairs, "--out", str(tmp_path / "out"),
+                   "--max-new-tokens", "6"])
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert "descore@v1" in json.dumps(report) and COMMITS[1] not in json.dumps(report)
     made = json.loads((tmp_path / "out" / "settings.json").read_text())["made_with"]["model"]

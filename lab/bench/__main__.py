@@ -151,7 +151,7 @@ def stage1(world) -> list[dict]:
     model.to(world.ranks.device).train()
     cots = [" red" * n for n in (s.cot_tokens, s.cot_tokens // 2)]
     prefixes = [make_prefix(world.processor, 4 * s.cot_tokens, s.seed + video) for video in (0, 1)]
-    item = data.PreferencePair("a", "b", "a prompt", 1, *cots), prefixes
+    item = data.Drawn(data.PreferencePair("a", "b", "a prompt", 1, *cots), prefixes)
 
     def step(together: bool) -> float:
         """One forward and backward of a pair: both videos in a batch, or one after the other."""

@@ -202,7 +202,7 @@ def run_case(case: str, folder: str, s: Settings, ranks, rate: float | None) -> 
     if stage == 1:
         settings.max_length = 10**9
         pair = data.PreferencePair("a", "b", "a prompt", 1, " red" * (c - 1), " red" * (c - 1))  # and EOS: C tokens
-        cots, update = [[c], [c]], stage_1(model, (pair, prefixes), settings, ranks)
+        cots, update = [[c], [c]], stage_1(model, data.Drawn(pair, prefixes), settings, ranks)
     else:
         settings.rollouts, settings.micro_rollouts = s.rollouts, s.micro_rollouts
         settings.mini_pairs = settings.batch_pairs  # on-policy: no pass for old log-probs

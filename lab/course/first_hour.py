@@ -112,7 +112,7 @@ a, b = (decode_cot(model.processor.tokenizer, cot) for cot in cots)
 thought = dataclasses.replace(pair, cot_a=a, cot_b=b, cot_a_tokens=cots[0], cot_b_tokens=cots[1])
 with torch.no_grad():
     by_hand = -torch.log(torch.sigmoid(rewards[0] - rewards[1]))
-    by_script = bt_loss(*cold_start.score_pairs(model, [(thought, prefixes)]))
+    by_script = bt_loss(*cold_start.score_pairs(model, [data.Drawn(thought, prefixes)]))
     by_mini = mini.cold_start_loss(model, pair, prefixes, cots, masked=False)
 print("by hand = cold_start.py:", torch.allclose(by_hand, by_script, atol=1e-5))
 print("by hand = mini.py:      ", torch.allclose(by_hand, by_mini, atol=1e-5))
