@@ -48,7 +48,7 @@ def test_a_number_out_of_range_is_one_sentence(script, flags, says, capsys):
     refuses(capsys, script.main, *flags, says=says)
 
 
-@pytest.mark.parametrize("version", ["4.46.3", "5.17.0"])
+@pytest.mark.parametrize("version", [pytest.param("4.46.3", marks=pytest.mark.slow), "5.17.0"])
 def test_an_old_transformers_is_one_sentence_in_every_script(tmp_path, version):
     """Told by what is installed, before it is imported: the oldest have no Qwen3-VL and would end in a traceback."""
     installed = tmp_path / f"transformers-{version}.dist-info"
