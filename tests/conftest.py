@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread c
 if os.environ.get("DESCORE_TEST_GPU") != "1":  # `make test-gpu`. All other tests compare to the bit: no GPU for them
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import collections
 import copy
 import csv
 import pathlib
@@ -29,6 +30,18 @@ from plumbing import settings, training
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SIZES = {"train_cold_start": 8, "val_cold_start": 3, "train_rl": 6, "test_in_domain": 6, "test_genai_bench": 4,
          "test_videogen_rewardbench": 4}
+
+
+# Those that take longest, all with few tests: a worker that begins one of them last works on alone.
+LONG = [f"test_{name}.py" for name in ("parallel", "settings", "speed", "mixed_precision", "resume", "evaluate", "tied",
+                                       "toy", "change_one_thing", "cold_start", "grpo")]
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first, then by number of tests; `make test` gives a worker a file at a time, in this order."""
+    tests = collections.Counter(item.path for item in items)
+    rank = lambda path: LONG.index(path.name) if path.name in LONG else len(LONG)
+    items.sort(key=lambda item: (rank(item.path), -tests[item.path], str(item.path)))
 
 
 @pytest.fixture(autouse=True)
