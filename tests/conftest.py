@@ -26,6 +26,7 @@ import toy.world
 from losses import group_advantages
 from model import DeScore
 from plumbing import settings, training
+from tests import forks
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SIZES = {"train_cold_start": 8, "val_cold_start": 3, "train_rl": 6, "test_in_domain": 6, "test_genai_bench": 4,
@@ -147,17 +148,13 @@ def judge(rollouts, tokenizer, settings):
 
 def run(*command, env=None, ranks=0, check=True):
     """Runs one of our scripts as a user would, with `ranks` under torchrun. Returns the finished process."""
-    start = [sys.executable, *([] if str(command[0]).endswith(".py") or ranks else ["-m"])]
-    if ranks:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    done = subprocess.run(
-        [*start, *map(str, command)],
-        cwd=ROOT,
-        env={**os.environ, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    command = [*([] if str(command[0]).endswith(".py") or ranks else ["-m"]), *map(str, command)]
+    if env is None:
+        done = forks.run(command, str(ROOT), ranks)
+    else:  # a new Python: libraries read their environment when they are imported
+        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+        done = subprocess.run([sys.executable, *start, *command], cwd=ROOT, env={**os.environ, **env},
+                              capture_output=True, text=True, timeout=240)
     if check:
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done

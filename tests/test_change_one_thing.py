@@ -5,11 +5,11 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 
 from plumbing.checkpoint import HEAD_FILE, read_tensors
+from tests import forks
 from tests.conftest import ROOT
 
 SOURCES = ("*.py", "plumbing/*.py", "docs/*.diff", "docs/*.md")
@@ -35,8 +35,7 @@ def patched(tmp_path):
 
 def run(folder, *command):
     """A command of the changed code, in a process of its own: this one has imported the code as it was."""
-    command = [sys.executable, *map(str, command)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    done = forks.run([*map(str, command)], str(folder))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 
