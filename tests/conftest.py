@@ -147,7 +147,8 @@ def judge(rollouts, tokenizer, settings):
 
 
 def run(*command, env=None, ranks=0, check=True):
-    """Runs one of our scripts as a user would, with `ranks` under torchrun. Returns the finished process."""
+    """Runs one of our scripts as a user would, in a fork (forks.py); with `env`, {} too, by a new Python or torchrun.
+    Returns the finished process."""
     command = [*([] if str(command[0]).endswith(".py") or ranks else ["-m"]), *map(str, command)]
     if env is None:
         done = forks.run(command, str(ROOT), ranks)

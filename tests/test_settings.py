@@ -120,6 +120,6 @@ def test_every_script_ends_with_cli(script):
 
 @pytest.mark.slow
 def test_bad_input_in_a_process_of_its_own(tmp_path):
-    done = run("toy.look", "--data", tmp_path / "nowhere.csv", check=False)
+    done = run("toy.look", "--data", tmp_path / "nowhere.csv", env={}, check=False)  # no fork: what imports print shows
     assert done.returncode == 2 and done.stderr.splitlines() == [done.stderr.strip()], done.stderr
     assert done.stderr.startswith("error: ") and "nowhere.csv: no such file" in done.stderr
