@@ -41,6 +41,6 @@ def test_an_out_that_is_a_file_is_told_before_any_work(tmp_path, world, tiny_mod
 
 
 def test_bad_input_in_a_process_of_its_own(tmp_path):
-    done = run("lab.study.compare", "--runs", "x=/nowhere/*.json", "--out", tmp_path, check=False)
+    done = run("lab.study.compare", "--runs", "x=/nowhere/*.json", "--out", tmp_path, env={}, check=False)
     assert done.returncode == 2 and done.stderr.splitlines() == [done.stderr.strip()], done.stderr
     assert done.stderr.startswith("error: ") and "no such report" in done.stderr
