@@ -26,6 +26,7 @@ def same_metrics(one, two, names, tolerance):
             assert a[name] == pytest.approx(b[name], rel=tolerance, abs=tolerance), (a["step"], name)
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_in_stage_1(world, base_dir, tmp_path):
     """FSDP2 over two gloo ranks, micro-batches on one: the same losses, norms and weights; resume on one rank."""
     flags = ["--model", base_dir, "--data", world["train_cold_start"], "--val", world["val_cold_start"],
