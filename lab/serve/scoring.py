@@ -139,9 +139,10 @@ class Scorer:
 
     def left(self, waiting: Waiting) -> bool:
         """True if nobody waits for it any more: its request timed out, or its client left."""
-        if waiting.answer.cancelled():
+        gone = waiting.answer.cancelled()  # asked once: another thread changes it, and who leaves must leave at once
+        if gone:
             self.under_way.discard(waiting)
-        return waiting.answer.cancelled()
+        return gone
 
     def how(self) -> tuple[int, float]:
         """CoT tokens at most, temperature: one CoT is greedy, several are sampled."""

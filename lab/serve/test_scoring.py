@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -120,6 +121,16 @@ def test_a_client_that_leaves_leaves_the_engine_too(scorer, engine, clips):  # n
     (status, body), metrics = joined(scorer, engine, client)
     assert status == 200 and body["errors"] == [None] and engine.cancelled == 1
     assert metrics["descore_running_videos"] == 0
+
+
+def test_who_leaves_while_it_is_asked_leaves_at_once_or_at_the_next_turn():
+    """Gone for the engine, yet still under way, it would be cancelled a second time, which ended the thread."""
+    asked = iter([False, True, True, True])
+    waiting = scoring.Waiting({}, PROMPT)
+    waiting.answer.cancelled = lambda: next(asked)
+    thread = types.SimpleNamespace(under_way={waiting})
+    for _ in range(2):
+        assert scoring.Scorer.left(thread, waiting) == (waiting not in thread.under_way)
 
 
 def test_an_engine_that_dies_is_one_sentence_and_no_wait(scorer, engine, clips, capsys):  # noqa: F811
