@@ -88,14 +88,14 @@ def plan_memory(config, s: Load, n: dict[str, int] | None = None) -> dict[str, f
     memory = {use: size * (not s.cpu_offload) for use, size in memory.items()}
     if s.stage == 2 and s.engine == "transformers" and (gpus > 1 or s.cpu_offload):
         memory["unsharded copy that samples, bf16"] = 2 * (n["llm"] + n["vision"])
-    if gpus == 1:
+    if gpus == 1 and not s.cpu_offload:
         memory["bf16 copies of the trained weights (autocast)"] = 2 * trained
     else:  # a block, the next one on its way, and what lies outside the blocks; the gradients of a block and of those
         memory["gathered weights, bf16"] = 2 * (2 * n["block"] + n["root"])
         memory["gathered gradients, bf16 and fp32"] = 6 * (n["block"] + n["root"]) if full else 0
     layers, width = text.num_hidden_layers, 2 * text.hidden_size  # width: bytes of a bf16 hidden state
     stream = 0
-    if gpus == 1 and full:  # autocast over fp32 weights keeps the residual stream in fp32
+    if gpus == 1 and full and not s.cpu_offload:  # autocast over fp32 weights keeps the residual stream in fp32
         stream, width = 10 * text.hidden_size, 2 * width
 
     def kept(*parts):  # by forwards of (tokens, bytes inside a block); recomputing, inside one block at a time
