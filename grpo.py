@@ -345,7 +345,7 @@ def run(model: DeScore, pairs, settings: Settings, ranks, rewards=None) -> None:
     own = None if ranks.sharded else model.backbone  # under FSDP the transformers engine needs an unsharded copy
     engine = make_engine(
         settings.engine, settings.model, model.processor, ranks, own, settings.seed, settings.engine_max_len,
-        settings.rows_per_batch, memory=settings.engine_memory, tp=settings.engine_tp,
+        settings.rows_per_batch, ranks.autocast, memory=settings.engine_memory, tp=settings.engine_tp,
     )
     parallel.shard(model, ranks, settings.shard_ranks, settings.cpu_offload)
     train(model, reference, engine, pairs, settings, ranks, rewards)

@@ -169,11 +169,13 @@ class TransformersEngine:
 
 
 def make_engine(
-    name: str, path: str, processor, ranks, backbone=None, seed=0, max_model_len=12288, rows_per_batch=64, **vllm
+    name: str, path: str, processor, ranks, backbone=None, seed=0, max_model_len=12288, rows_per_batch=64,
+    autocast=contextlib.nullcontext, **vllm
 ):
     """COLLECTIVE: "transformers" or "vllm", on the weights of the Hugging Face folder `path`.
 
-    `backbone`: an unsharded one that is already there, for the transformers engine to use as it is. `max_model_len`:
+    `backbone`: an unsharded one that is already there, for the transformers engine to use as it is, `autocast` as its
+    trainer has it; who evaluates has none, and samples in the type that was asked for. `max_model_len`:
     prompt + CoT tokens that vLLM takes at most. `vllm`: memory (its share of the GPU), tp (ranks that hold one engine
     together), sleeps (between calls: there is a trainer). InputError: flags that do not go together.
     """
@@ -192,4 +194,4 @@ def make_engine(
     shared = backbone is not None
     if not shared:
         backbone = load_backbone(path, torch.float32 if on_cpu else torch.bfloat16).to(ranks.device).eval()
-    return TransformersEngine(backbone, processor, shared, rows_per_batch, ranks.autocast)
+    return TransformersEngine(backbone, processor, shared, rows_per_batch, autocast)

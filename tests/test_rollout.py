@@ -133,17 +133,20 @@ def test_seeded_sampling_draws_from_the_softmax():
     assert share.tolist() == pytest.approx([0.473, 0.334, 0.193], abs=0.04)
 
 
-def test_the_engine_samples_as_the_trainer_computes(base_dir, world):
-    """On one GPU in bf16 under autocast: else another policy samples than the one whose log-probs are taken."""
+@pytest.mark.parametrize("trains", [True, False])
+def test_the_engine_samples_as_its_caller_computes(base_dir, world, trains):
+    """A trainer on one GPU in bf16 under autocast: else another policy samples than the one whose log-probs are taken.
+    An evaluation with --dtype float32 in fp32: nothing may cast there because a trainer would."""
     ranks, seen = parallel.Ranks(), set()
     model = DeScore.from_pretrained(base_dir, new_head=True)
     model.make_trainable("lora", vision=False, lora_r=4, lora_dropout=0.0)
     ranks.autocast = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
-    engine = rollout.make_engine("transformers", base_dir, model.processor, ranks, model.backbone)
+    how = {"autocast": ranks.autocast} if trains else {}
+    engine = rollout.make_engine("transformers", base_dir, model.processor, ranks, model.backbone, **how)
     model.backbone.lm_head.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
     _, prefixes = data.EncodedPairs(data.read_pairs(world["train_rl"]), model.processor)[0]
     (cots, _) = engine.generate(prefixes, [[1, 2], [3, 4]], 6)
-    assert seen == {torch.bfloat16} and all(cots)
+    assert seen == {torch.bfloat16 if trains else torch.float32} and all(cots)
 
 
 def test_rare_tokens_are_sampled():
