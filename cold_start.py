@@ -2,7 +2,7 @@
 
     CSV with collected CoTs (collect_cots.py) + a Qwen3-VL  ->  OUT/model, a DeScore folder; metrics.jsonl, curves.png
 
-    laptop   python cold_start.py --model runs/base --data runs/data/train_cots.csv --out runs/try --max-steps 9
+    laptop   python cold_start.py --model runs/base --data runs/data/train_cots.csv --out runs/try --max-steps 3
     8 GPUs   torchrun --nproc_per_node 8 cold_start.py --data train_cots.csv --val val_cots.csv --out runs/stage1
 
 The defaults are the paper's. What to expect: the loss starts near ln 2 = 0.6931; `accuracy` starts near .5 and rises;

@@ -181,7 +181,7 @@ def lose_the_last_step(out):
 
 @pytest.mark.parametrize("train", ["full", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lora", "head"))])
 def test_stage_1_goes_on_bit_for_bit(world, base, tmp_path, train):
-    """lm_head rests in stage 1, tied or not; but a tied matrix is trained as the embedding, and has its Adam state."""
+    """lm_head is frozen in stage 1, tied or not; but a tied matrix is trained as the embedding and has Adam state."""
     flags = ["--model", base, "--data", world["train_cold_start"], "--train", train, *STAGE_1, "--max-steps", 2]
     flags = [*map(str, flags), "--out", str(tmp_path)]
     cold_start.main(flags)

@@ -21,12 +21,9 @@ import platform
 import statistics
 import tempfile
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 import cold_start
 import data
@@ -296,8 +293,8 @@ def table(rows: list[dict]) -> str:
 
 def draw(results: dict, path: str) -> None:
     """All sections as one PNG; without the panels of sections that did not run."""
-    figure, axes = plt.subplots(2, 3, figsize=(15, 8))
-    axes = dict(zip(("speed", "memory", "G", "P", "C", "others"), axes.flat))
+    figure = Figure(figsize=(15, 8))
+    axes = dict(zip(("speed", "memory", "G", "P", "C", "others"), figure.subplots(2, 3).flat))
     timed = [row for row in results.get("stage2", []) if isinstance(row.get("seconds"), list)]
     names = list(dict.fromkeys(f"{row['P : C']}\nG {row['G']}" for row in timed))
     for k, layout in enumerate(LAYOUTS):
@@ -338,7 +335,6 @@ def draw(results: dict, path: str) -> None:
             axis.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110, bbox_inches="tight")
-    plt.close(figure)
 
 
 def main(argv=None) -> None:

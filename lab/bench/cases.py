@@ -210,7 +210,8 @@ def update_released(world, rollouts: grpo.PairRollouts, settings: grpo.Settings)
     model, ranks, size = world.model, world.ranks, min(settings.rollouts, world.settings.released_micro)
     names = ("input_ids", "spans", "position_ids", "pixel_values_videos", "video_grid_thw")
 
-    def full_log_probs(model, batch):  # -> (N, T), from logits (B * L, V) at EVERY position
+    def full_log_probs(model, batch):
+        """(N, T), from logits (B * L, V) at EVERY position."""
         ends = torch.tensor([0, *batch["frames"]]).cumsum(0)  # on the host, as in ours: the tower does not wait
         logits = model.backbone(**{name: batch[name] for name in names}, video_cu_seqlens=ends, use_cache=False).logits
         logits = logits.flatten(0, 1)
