@@ -333,7 +333,7 @@ def open_policy(settings: Settings, ranks, new_head: bool = False) -> DeScore:
 
 def run(model: DeScore, pairs, settings: Settings, ranks, rewards=None) -> None:
     """COLLECTIVE: adds reference and engine, trains, saves. rewards: as in `train`."""
-    gpu.prepare(model, settings, ranks, lambda: max(
+    compiled = gpu.prepare(model, settings, ranks, lambda: max(
         lengths_of(pairs, model.processor, settings, ranks, data.sequence_lengths).values()))
     reference = None
     if settings.kl_coef > 0 and settings.train == "full":  # with LoRA the reference is the model without its adapter
@@ -345,7 +345,7 @@ def run(model: DeScore, pairs, settings: Settings, ranks, rewards=None) -> None:
     own = None if ranks.sharded else model.backbone  # under FSDP the transformers engine needs an unsharded copy
     engine = make_engine(
         settings.engine, settings.model, model.processor, ranks, own, settings.seed, settings.engine_max_len,
-        settings.rows_per_batch, ranks.autocast, memory=settings.engine_memory, tp=settings.engine_tp,
+        settings.rows_per_batch, ranks.autocast, compiled, memory=settings.engine_memory, tp=settings.engine_tp,
     )
     parallel.shard(model, ranks, settings.shard_ranks, settings.cpu_offload)
     train(model, reference, engine, pairs, settings, ranks, rewards)

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 import data
 from plumbing.adapters import base_of
 from plumbing.checkpoint import load_backbone, read_config
+from plumbing.gpu import DECODING, fixed_cache
 from plumbing.hub import local_folder
 from plumbing.settings import InputError, arg
 from plumbing.vllm_engine import VLLMEngine
@@ -72,9 +73,13 @@ def banned_tokens(tokenizer, vocab_size: int) -> list[int]:
 
 @torch.no_grad()
 def sample_cots(
-    backbone, processor, prefixes: list[dict], seeds: list[list[int]], max_new_tokens: int, temperature: float = 1.0
+    backbone, processor, prefixes: list[dict], seeds: list[list[int]], max_new_tokens: int, temperature: float = 1.0,
+    compiled: bool = False,
 ) -> list[list[list[int]]]:
     """Samples len(seeds[i]) CoTs for prefix i, whose video and prompt are read once. temperature 0 is greedy.
+
+    compiled: one token's forward becomes a few kernels; its first call takes a minute, and the cache is as long from
+    the start as it may become.
 
     Returns [prefix][sample] -> token ids, the EOS included when it was reached, absent when cut off at max_new_tokens.
     """
@@ -103,11 +108,15 @@ def sample_cots(
         use_cache=True, logits_to_keep=1,
     )
     cache = "cache" if "cache" in read else "past_key_values"  # its name since transformers 5.24, and before
-    read[cache].batch_select_indices(which)  # a copy of the prompt's keys and values for each of its CoTs
+    past = read[cache]  # of each prompt: its keys and values are copied for each of its CoTs
+    if compiled:
+        past, config.compile_config = fixed_cache(past, which, length + max_new_tokens), DECODING
+    else:
+        past.batch_select_indices(which)
     backbone.model.rope_deltas = backbone.model.rope_deltas[which]
     tokens = backbone.generate(
         input_ids=ids[which], attention_mask=mask[which], generation_config=config, logits_processor=sampling,
-        **{cache: read[cache]},
+        **{cache: past},
     )[:, length:].tolist()
     backbone.train(was_training)
     ended = [row[: row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row for row in tokens]
@@ -125,14 +134,17 @@ class TransformersEngine:
 
     `backbone` is the trainer's own when there is one process (then `sync` has nothing to do), or an unsharded copy
     beside an FSDP model. `autocast`: how the trainer computes, so that the policy that samples is the one that learns.
+    `compiled`: as in `sample_cots`.
     """
 
     needs = ("input_ids", "mm_token_type_ids", "pixel_values_videos", "video_grid_thw")  # of a prefix
     limit = None  # prompt + CoT tokens: as many as memory holds
 
-    def __init__(self, backbone, processor, shared: bool, rows_per_batch=64, autocast=contextlib.nullcontext):
+    def __init__(
+        self, backbone, processor, shared: bool, rows_per_batch=64, autocast=contextlib.nullcontext, compiled=False
+    ):
         self.backbone, self.processor, self.shared, self.requests = backbone, processor, shared, rows_per_batch
-        self.autocast = autocast
+        self.autocast, self.compiled = autocast, compiled
 
     def generate(self, prefixes, seeds, max_new_tokens, temperature=1.0) -> list[list[list[int]]]:
         """len(seeds[i]) CoTs for prefix i: token ids, EOS included unless cut off. Each depends on its own seed."""
@@ -145,7 +157,8 @@ class TransformersEngine:
             part = slice(start, start + per_batch)
             with self.autocast():
                 cots = sample_cots(
-                    self.backbone, self.processor, prefixes[part], seeds[part], max_new_tokens, temperature)
+                    self.backbone, self.processor, prefixes[part], seeds[part], max_new_tokens, temperature,
+                    self.compiled)
             yield from enumerate(cots, start)
 
     def sync(self, named_weights) -> None:
@@ -170,14 +183,14 @@ class TransformersEngine:
 
 def make_engine(
     name: str, path: str, processor, ranks, backbone=None, seed=0, max_model_len=12288, rows_per_batch=64,
-    autocast=contextlib.nullcontext, **vllm
+    autocast=contextlib.nullcontext, compiled=False, **vllm
 ):
     """COLLECTIVE: "transformers" or "vllm", on the weights of the Hugging Face folder `path`.
 
-    `backbone`: an unsharded one that is already there, for the transformers engine to use as it is, `autocast` as its
-    trainer has it; who evaluates has none, and samples in the type that was asked for. `max_model_len`:
-    prompt + CoT tokens that vLLM takes at most. `vllm`: memory (its share of the GPU), tp (ranks that hold one engine
-    together), sleeps (between calls: there is a trainer). InputError: flags that do not go together.
+    `backbone`: an unsharded one that is already there, for the transformers engine to use as it is, `autocast` and
+    `compiled` as its trainer has it; who evaluates has neither, and samples in the type that was asked for.
+    `max_model_len`: prompt + CoT tokens that vLLM takes at most. `vllm`: memory (its share of the GPU), tp (ranks that
+    hold one engine together), sleeps (between calls: there is a trainer). InputError: flags that do not go together.
     """
     on_cpu, path = ranks.device.type == "cpu", local_folder(path)
     if name == "vllm":
@@ -194,4 +207,4 @@ def make_engine(
     shared = backbone is not None
     if not shared:
         backbone = load_backbone(path, torch.float32 if on_cpu else torch.bfloat16).to(ranks.device).eval()
-    return TransformersEngine(backbone, processor, shared, rows_per_batch, autocast)
+    return TransformersEngine(backbone, processor, shared, rows_per_batch, autocast, compiled)

@@ -9,6 +9,8 @@ import shutil
 import sysconfig
 
 import torch
+from transformers import CompileConfig
+from transformers.cache_utils import Cache, StaticLayer
 from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 from plumbing.settings import InputError, arg
@@ -126,12 +128,12 @@ def plan_memory(config, s: Load, n: dict[str, int] | None = None) -> dict[str, f
 
 
 # ---- 2. Before the first step ---------------------------------------------------------------------------------
-def prepare(model, settings, ranks, longest) -> None:
+def prepare(model, settings, ranks, longest) -> bool:
     """COLLECTIVE: what both stages do to a model before parallel.shard. longest(): tokens of the longest sequence in
     the data, without CoTs in stage 2; asked for only if there is a GPU.
 
     --gradient-checkpointing: as told; else off if the plan fits the GPU without, on a CPU always on. Says what is
-    planned, and what would fit if this does not; InputError if not even the states do.
+    planned, and what would fit if this does not; InputError if not even the states do. Returns whether it compiles.
     """
     recompute = settings.gradient_checkpointing
     if ranks.device.type == "cuda":
@@ -140,8 +142,11 @@ def prepare(model, settings, ranks, longest) -> None:
         ranks.print(text)
     if recompute in (True, None):
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-    if compile_parts(model, settings.compile, ranks.device):
-        ranks.print("compiled: mlp, norms and rotary embedding of each layer; the first steps take a minute longer")
+    compiled = compile_parts(model, settings.compile, ranks.device)
+    if compiled:
+        ranks.print("compiled: mlp, norms and rotary embedding of each layer, and sampling by transformers; the first "
+                    "steps take a minute or two longer")
+    return compiled
 
 
 def load_of(settings, ranks, longest: int) -> Load:
@@ -224,3 +229,36 @@ def compile_parts(model, wanted: bool | None, device: torch.device, backend: str
     if not hasattr(rotary, "_torchdynamo_orig_callable"):  # a function of transformers' module: once
         modeling_qwen3_vl.apply_rotary_pos_emb = torch.compile(rotary, dynamic=True, backend=backend)
     return True
+
+
+# What `generate` compiles: the whole forward of one token. Not the default mode, "reduce-overhead": the memory that
+# CUDA graphs keep for themselves would be missing in the update.
+DECODING = CompileConfig(mode="default")
+DECODING._compile_all_devices = True  # a CPU, too, for the tests: the caller has decided
+
+
+class FixedLayer(StaticLayer):
+    """Keys and values of one layer, in tensors as long as they may become; all of the type of the first ones.
+
+    Under autocast keys come in fp32 and values in bf16, and transformers' own layer then takes neither.
+    """
+
+    def update(self, keys, values, *args, **more):
+        dtype = self.dtype if self.is_initialized else keys.dtype
+        return super().update(keys.to(dtype), values.to(dtype), *args, **more)
+
+
+def fixed_cache(past, which: torch.Tensor, tokens: int) -> Cache:
+    """Rows `which` of a growing cache, with room for `tokens` in all; `past` is used up, layer by layer.
+
+    A growing cache has another shape for each token, so compiled decoding would be traced anew for each. transformers
+    compiles by itself what `generate` calls with a fixed one: for its shape, and where another comes with rows, lengths
+    or both as symbols, so three traces at most. Lengths are multiples of 64, as kernels like them.
+    """
+    length, kind = -(-tokens // 64) * 64, which.device.type
+    fixed = Cache([FixedLayer(length) for _ in past.layers])
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else past.layers[0].keys.dtype
+    for i in range(len(past.layers)):
+        layer, past.layers[i] = past.layers[i], None
+        fixed.update(layer.keys[which].to(dtype), layer.values[which].to(dtype), i)
+    return fixed

@@ -123,8 +123,8 @@ class CommonSettings:
     lora_alpha: int = arg(128, "LoRA alpha; the update is scaled by alpha / r (paper, stage 1: 128)", at_least=1)
     gradient_checkpointing: bool | None = arg(None, "recompute activations in backward: less memory, a third more "
                                                     "time; default: on, unless a GPU holds the plan without")
-    compile: bool | None = arg(None, "compile mlp, norms and rotary embedding; default: on a GPU (its first steps take "
-                                     "a minute longer)")
+    compile: bool | None = arg(None, "compile mlp, norms and rotary embedding, and sampling by transformers; default: "
+                                     "on a GPU (its first steps take a minute or two longer)")
     max_steps: int | None = arg(None, "stop after this many steps, if --epochs gives as many", at_least=1)
     lr_head: float | None = arg(None, "learning rate of query and head; default --lr (paper: the same)", at_least=0)
     max_grad_norm: float = arg(

@@ -137,6 +137,15 @@ def test_a_cot_does_not_depend_on_its_batch_mates(world, tiny_model_dir):
     assert together[0][0] != together[0][1]
 
 
+def test_compiled_sampling_draws_the_same(world, tiny_model_dir):
+    """Traced with inductor; other kernels round otherwise, so of ten CoTs most are equal, and each begins the same."""
+    model = DeScore.from_pretrained(tiny_model_dir, parallel.Ranks().device).eval()
+    prefixes = [data.EncodedPairs(data.read_pairs(world["train_rl"]), model.processor)[i][1][0] for i in range(2)]
+    plain, found = (sum(sample_cots(model.backbone, model.processor, prefixes, [[*range(5)], [*range(5, 10)]], 12,
+                                    compiled=compiled), []) for compiled in (False, True))
+    assert sum(a == b for a, b in zip(plain, found)) >= 6 and [a[0] for a in plain] == [b[0] for b in found]
+
+
 def test_rewards_are_the_cpu_s(world, tiny_model_dir):
     videos = [path for pair in data.read_pairs(world["train_rl"])[:2] for path in pair.videos]
     rewards = []

@@ -345,7 +345,7 @@ def test_the_loop_hands_each_pair_with_its_advantages_to_one_update(world, tiny_
     Of each video's two CoTs one is well formed and one is not, in turn: A is +.7071 for the good, -.7071 for the bad.
     """
     def scripted(_, path, processor, *more, **options):
-        assert more[-1].__func__ is parallel.Ranks.autocast  # samples as it trains
+        assert more[-2].__func__ is parallel.Ranks.autocast and more[-1] is False  # samples as it trains
         return Scripted(processor.tokenizer, [cot(), "<think>what?</think>"] * 8)
 
     updates, update = [], grpo.update
