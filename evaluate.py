@@ -202,7 +202,10 @@ def resolve(settings: Settings, ranks) -> Settings:
 
 
 def one_video(settings: Settings, ranks, workers: Workers) -> None:
-    """Prints CoT and reward of --video. First what may be wrong with the clip: the models take minutes to open."""
+    """Prints CoT and reward of --video. First what may be wrong with the clip: the models take minutes to open.
+
+    InputError: no such clip, or one that cannot be read.
+    """
     if not os.path.isfile(settings.video):
         folder = os.path.dirname(settings.video) or "."
         raise InputError(f"--video {settings.video}: no such file; see what there is with: ls {folder}")

@@ -109,6 +109,7 @@ class PairRollouts:
 
     @property
     def num_tokens(self) -> int:
+        """CoT tokens of both videos' rollouts."""
         return sum(len(cot) for row in self.cots for cot in row)
 
     def totals(self) -> torch.Tensor:

@@ -66,7 +66,7 @@ def write_model(model, path: str, write=True) -> None:
 
 
 def trained_settings(path: str) -> dict:
-    """descore.json of a checkpoint, folder or name/repo: sizes, how training sampled frames, the rewards' scale."""
+    """descore.json of a folder or name/repo: sizes, how frames were sampled, the rewards' scale. InputError: damaged."""
     folder = local_folder(path)
     require_head(path, folder)
     try:
@@ -96,7 +96,7 @@ def open_model(
     """DeScore.from_pretrained; `cls` is DeScore. Two more choices for training:
 
     empty: the backbone stays on the meta device, without memory, until `load_empty`; parallel.shard does that block by
-    block. merged: as `load_backbone` has it.
+    block. merged: as `load_backbone` has it. InputError: the head belongs to another base.
     """
     name, path = path, local_folder(path, revision)
     has_head = os.path.isfile(os.path.join(path, SETTINGS_FILE))
@@ -299,7 +299,7 @@ def read_tensors(file: str) -> dict[str, torch.Tensor]:
 
 
 def open_tensors(file: str):
-    """safetensors' handle, for `with`: reads single tensors."""
+    """safetensors' handle, for `with`: reads single tensors. InputError: missing or damaged."""
     try:
         return safe_open(file, "pt")
     except (OSError, SafetensorError) as error:
@@ -351,7 +351,7 @@ def read_adapters(path: str, backbone, dtype: torch.dtype, merged: bool | None) 
     """Sets backbone.folded or backbone.beside, layer -> (A, B) fp32, from ADAPTER_FILE; True if any stand beside.
 
     folded: they are in the weights, and are only handed on to the next save. beside: the weights are to be read
-    without them. Which of the two: as `load_backbone` has it.
+    without them. Which of the two: as `load_backbone` has it. InputError: adapters of another model.
     """
     file, found = os.path.join(path, ADAPTER_FILE), {}
     if os.path.isfile(file):

@@ -205,7 +205,10 @@ def _check_annotations(where, more):
 
 
 def refuse_outside(root: str, path: str, line: int) -> None:
-    """A downloaded CSV must not make us open, and show on the page, files elsewhere: `..`, absolute, symlinks."""
+    """A downloaded CSV must not make us open, and show on the page, files elsewhere: `..`, absolute, symlinks.
+
+    InputError: it lies outside `root`.
+    """
     try:
         inside = os.path.commonpath([os.path.realpath(root), os.path.realpath(path)]) == os.path.realpath(root)
     except ValueError:  # a path with a zero byte

@@ -244,6 +244,7 @@ class FixedLayer(StaticLayer):
     """
 
     def update(self, keys, values, *args, **more):
+        """Appends keys and values (rows, H_kv, new, d) -> all of them, (rows, H_kv, length, d)."""
         dtype = self.dtype if self.is_initialized else keys.dtype
         return super().update(keys.to(dtype), values.to(dtype), *args, **more)
 

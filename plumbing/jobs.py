@@ -64,6 +64,7 @@ def read_log(out: str, name: str) -> dict[tuple[str, str], dict]:
     """All ranks' lines of a phase, {(video, prompt): record}. A last line cut short by a kill is left out.
 
     Where a clip was replaced, there may be several records of one name: the one of the clip that is there now is given.
+    InputError: a damaged line before the last.
     """
     records = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(out), f"{name}*.jsonl"))):
@@ -131,7 +132,10 @@ class Phase:
                 yield mine[start : start + size]
 
     def write(self, item: Item, fields: dict) -> None:
-        """Keeps one result. Flushed at once, so a kill loses only what is under way."""
+        """Keeps one result. Flushed at once, so a kill loses only what is under way.
+
+        InputError: a reward that is not finite.
+        """
         if not np.isfinite(fields.get("reward", 0.0)):
             raise InputError(f"{item.video}: reward {fields['reward']}; the checkpoint is broken.")
         what = {"content": self.content.get(item.video), "made_from": self.made_from.get(item.key)}
@@ -142,7 +146,7 @@ class Phase:
         self.bar.update(1)
 
     def refuse(self, item: Item, error: InputError) -> None:
-        """A bad item: left out and listed with --skip-bad-videos, else the end, with its line named."""
+        """A bad item: left out and listed with --skip-bad-videos, else InputError, with its line named."""
         if not self.skip:
             raise InputError(f"line {item.line}: {error} (--skip-bad-videos leaves it out)") from error
         unsupported = isinstance(error, Unsupported)
@@ -181,7 +185,7 @@ def fingerprint(model: str) -> str:
 
 
 def require_same_settings(out: str, s, names: tuple[str, ...], wording: str, ranks) -> None:
-    """COLLECTIVE: refuses a folder that holds results of another model, wording or setting: they must not be mixed.
+    """COLLECTIVE: InputError if the folder's results are of another model, wording or setting: they must not be mixed.
 
     names: the settings that decide on results. OUT/settings.json keeps all of s beside them.
     """

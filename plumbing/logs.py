@@ -49,6 +49,7 @@ class Sums:
         self.values, self.losses = {}, []
 
     def add(self, **values) -> None:
+        """Keeps values by name; tensors stay where they are, unread."""
         for name, value in values.items():
             self.values.setdefault(name, []).append(value.detach() if torch.is_tensor(value) else value)
 

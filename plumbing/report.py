@@ -91,6 +91,7 @@ def shown(value, interval=None) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
+    """Rows of cells as a Markdown table."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]) + "\n"
 
 

@@ -158,6 +158,7 @@ class _Index(pickle.Unpickler):
     }
 
     def find_class(self, module, name):
+        """The classes of an optimizer's state, and no other: UnpicklingError names it."""
         if name not in self.KNOWN.get(module, ()):
             raise pickle.UnpicklingError(f"it names {module}.{name}")
         return super().find_class(module, name)

@@ -154,7 +154,10 @@ def require(settings, **wanted: str) -> None:
 
 
 def grpo_flags(s, ranks) -> None:
-    """Stage 2: both inputs, a length range, and mini-batches that divide batches and can be shared out."""
+    """Stage 2: both inputs, a length range, and mini-batches that divide batches and can be shared out.
+
+    InputError if not.
+    """
     require(s, data="a CSV in DeScore's RL format", model="a DeScore folder")
     if s.length_low >= s.length_high:
         raise InputError(f"--length-low {s.length_low} must be below --length-high {s.length_high}.")
@@ -164,7 +167,10 @@ def grpo_flags(s, ranks) -> None:
 
 
 def annotated_pairs(pairs: list, path: str) -> None:
-    """Stage 2 rewards CoTs by true verdicts: every pair needs those of both videos."""
+    """Stage 2 rewards CoTs by true verdicts: every pair needs those of both videos.
+
+    InputError: the first line without.
+    """
     for pair in pairs:
         if not pair.annotation_a or not pair.annotation_b:
             raise InputError(f"{path}, line {pair.line}: has no video_1_scores / video_2_scores in `answer`; stage 2 "
@@ -172,14 +178,14 @@ def annotated_pairs(pairs: list, path: str) -> None:
 
 
 def collecting_flags(s) -> None:
-    """Collecting CoTs: as many outputs as inputs."""
+    """Collecting CoTs: as many outputs as inputs. InputError if not."""
     require(s, data="a CSV of preference pairs")
     if len(s.data) != len(s.out) or len(set(s.out)) != len(s.out):
         raise InputError(f"{len(s.data)} --data need as many --out, all different; got {len(s.out)}.")
 
 
 def evaluation_flags(s) -> None:
-    """Evaluation: one thing to judge, and what it needs."""
+    """Evaluation: one thing to judge, and what it needs. InputError if not."""
     require(s)
     problems = {
         "give --data FILE or --benchmark NAME": not (s.video or s.data or s.benchmark),
@@ -196,7 +202,7 @@ def evaluation_flags(s) -> None:
 
 
 def writable(folders: list[str]) -> None:
-    """Makes the folders; fails on one that cannot be written before hours of generation."""
+    """Makes the folders; fails on one that cannot be written before hours of generation. InputError names it."""
     try:
         for folder in folders:
             os.makedirs(folder or ".", exist_ok=True)

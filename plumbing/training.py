@@ -118,7 +118,10 @@ def _remove_run(settings):
 
 
 def divide(num_pairs: int, settings, ranks) -> tuple[int, int]:
-    """(updates per epoch, pairs per update on each rank). The last, incomplete batch of an epoch is left out."""
+    """(updates per epoch, pairs per update on each rank). The last, incomplete batch of an epoch is left out.
+
+    InputError: ranks do not divide a batch, or the pairs do not fill one.
+    """
     micro_pairs = getattr(settings, "micro_pairs", 1)  # pairs per forward; stage 2 has one pair, that is 2 G CoTs
     if settings.batch_pairs % (ranks.world * micro_pairs):
         raise InputError(f"--batch-pairs {settings.batch_pairs} is not a multiple of {ranks.world} ranks x "
@@ -194,7 +197,7 @@ class Run:
             save_checkpoint(s.out, step, self.model, self.optimizer, self.ranks, s.keep, more, begin)
 
     def finish_step(self, step: int, metrics: dict[str, float], line: str) -> None:
-        """Logs the step; after Ctrl-C ends the run. `line` is what the screen shows."""
+        """Logs the step; after Ctrl-C ends the run. `line` is what the screen shows. KeyboardInterrupt then."""
         self.log.step(step, metrics, f"step {step:5d}/{self.total}  {line}  {self.seconds():.1f} s")
         if self.stopping:
             self.background.wait()

@@ -143,7 +143,8 @@ def _turn(path: str, frame) -> tuple[bool, bool, bool]:
 
 def frames_pyav(clip: Clip, times: list[float], size: tuple[int, int]) -> tuple[np.ndarray, list[int]]:
     """Decodes in order from the first frame on, and scales those that are asked for. Never jumps: behind an open key
-    frame a jump lands frames late."""
+    frame a jump lands frames late.
+    InputError: no frame, or a damaged one; Unsupported: times that run back or are missing."""
     from av.video.reformatter import VideoReformatter
 
     out, numbers, scaler = np.empty((len(times), *size, 3), np.uint8), [], VideoReformatter()
@@ -187,7 +188,10 @@ def frames_pyav(clip: Clip, times: list[float], size: tuple[int, int]) -> tuple[
 
 
 def frames_decord(clip: Clip, times: list[float], size: tuple[int, int]) -> tuple[np.ndarray, list[int]]:
-    """The reader that the released code uses. It finds frames by number, so it gets plain files alone."""
+    """The reader that the released code uses. It finds frames by number, so it gets plain files alone.
+
+    Unsupported: any other.
+    """
     from decord import DECORDError, VideoReader, cpu
 
     if not clip.plain:

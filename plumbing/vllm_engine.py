@@ -126,7 +126,8 @@ class VLLMEngine:
     def step(self) -> list[tuple]:
         """One more token for each CoT under way. Returns (key, CoTs, log-probs) of the prefixes whose CoTs have ended.
 
-        What it raises ends the engine: nothing tells in which state that left it.
+        What it raises ends the engine: nothing tells in which state that left it. InputError: vLLM read the video as
+        other tokens than the trainer.
         """
         ended = []
         for output in self.llm.llm_engine.step():

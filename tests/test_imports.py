@@ -54,3 +54,23 @@ def test_scripts_never_import_each_other():
     """Run as `python a.py`, a script is `__main__`: imported from another, its module would stand in memory twice."""
     scripts = {name for name in MODULES if rank(name) == 1 and "cli(main)" in MODULES[name].read_text("utf-8")}
     assert not {name: EDGES[name] & scripts for name in scripts if EDGES[name] & scripts}
+
+
+# ---- Docstrings -----------------------------------------------------------------------------------------------
+def public(node):
+    """Functions and classes of a module, and methods; not what stands inside a function."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not child.name.startswith("_"):
+            yield child
+            yield from public(child) if isinstance(child, ast.ClassDef) else ()
+
+
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if "test_" not in name and ".lessons" not in name))
+def test_everything_public_has_a_docstring_that_names_its_error(module):
+    """A script's `main` raises for the person who typed: `plumbing.settings.cli` makes a sentence of it."""
+    for node in public(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        text = ast.get_docstring(node)
+        assert text, f"{module}.{node.name} has no docstring"
+        raised = any(isinstance(n, ast.Raise) and "InputError(" in ast.unparse(n) for n in ast.walk(node))
+        if raised and node.name != "main" and not isinstance(node, ast.ClassDef):
+            assert "InputError" in text, f"{module}.{node.name} raises InputError and does not say so"

@@ -140,6 +140,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """w <- w - lr * the update with all singular values near 1, of each matrix w."""
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for w in filter(lambda w: w.grad is not None, group["params"]):

@@ -109,7 +109,10 @@ def make_world(s) -> types.SimpleNamespace:
 
 
 def make_prefix(processor, length: int, seed: int) -> dict:
-    """A real `encode_prompt` of exactly `length` tokens: about 3/4 video where there is room, filled up with words."""
+    """A real `encode_prompt` of exactly `length` tokens: about 3/4 video where there is room, filled up with words.
+
+    InputError: fewer tokens than a clip needs.
+    """
     rng, room = np.random.default_rng(seed), max(1, 0.75 * (length - 34))  # 34: chat layout and timestamps
     steps = max(4, round(room / 196))  # a time step is two frames, of at most 448 x 448 pixels = 14 x 14 tokens
     side = 32 * max(1, int((room / steps) ** 0.5))

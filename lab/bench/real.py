@@ -68,7 +68,10 @@ class Settings:
 
 # ---- 1. The world: a cut configuration, a model, a pair ------------------------------------------------------
 def cut_copy(s: Settings, folder: str) -> None:
-    """DIR without its weights, config.json with the layers asked for."""
+    """DIR without its weights, config.json with the layers asked for.
+
+    InputError: no config.json, or more layers than it has.
+    """
     if not s.model or not os.path.isfile(os.path.join(s.model, "config.json")):
         raise InputError(f"--model {s.model}: no config.json in it; give a folder of a published Qwen3-VL: "
                          "hf download Qwen/Qwen3-VL-8B-Instruct --local-dir DIR")
@@ -122,7 +125,10 @@ def load(folder: str, s: Settings, ranks, train: str, stage: int) -> DeScore:
 
 
 def clips_of(s: Settings) -> tuple[list, float | None]:
-    """(two videos, frames per second if they are in memory). Two unlike ones, or the head would have no gradient."""
+    """(two videos, frames per second if they are in memory). Two unlike ones, or the head would have no gradient.
+
+    InputError: another number of --clips.
+    """
     if s.clips:
         if len(s.clips) != 2:
             raise InputError(f"--clips: {len(s.clips)} given; a pair needs two.")

@@ -25,7 +25,10 @@ class DeScoreInference:
             self.model = DeScore.from_pretrained(load_from_pretrained, device, *(() if dtype is None else (dtype,)))
 
     def reward(self, video_paths: list[str], prompts: list[str], use_norm=True) -> list[dict[str, float]]:
-        """A dict for each clip. use_norm: a scale changes nothing, since the trainer divides by the group's spread."""
+        """A dict for each clip. use_norm: a scale changes nothing, since the trainer divides by the group's spread.
+
+        No reward at all ends the run (SystemExit): the trainer would go on with -1.
+        """
         try:
             if self.model is None:
                 rewards = rewards_of([open(path, "rb").read() for path in video_paths], prompts, url=self.where)

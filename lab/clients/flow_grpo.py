@@ -14,7 +14,10 @@ from .over_http import rewards_of
 
 
 def descore_score(device, fps=16.0):
-    """fps: of the clips; Wan's is 16. device: not used, the server has its own."""
+    """fps: of the clips; Wan's is 16. device: not used, the server has its own.
+
+    What it returns raises ValueError for videos of another shape or range.
+    """
 
     def score(videos, prompts, metadata):
         if videos.ndim != 5 or videos.shape[2] != 3 or not (-1e-3 <= videos.min() <= videos.max() <= 1 + 1e-3):

@@ -59,6 +59,7 @@ class Result:
         return int(2 * self.exercise.points * self.passed / len(self.exercise.lessons)) / 2
 
     def line(self) -> str:
+        """Number, points, title, and the message below."""
         e = self.exercise
         return f"{e.number:2d}  {self.points:4g} of {e.points:2d}  {e.title}\n      {self.message}"
 
@@ -91,7 +92,10 @@ def handed_in(folder: pathlib.Path, exercise: Exercise) -> dict[str, bytes]:
 
 
 def grade_one(exercise, submitted: dict[str, bytes], base: dict[str, str], variant=0, seconds=SECONDS, quiet=True):
-    """Only the submitted files over `base`, in a folder and a process of their own; then the lessons, in order."""
+    """Only the submitted files over `base`, in a folder and a process of their own; then the lessons, in order.
+
+    An error in a lesson is a message in the Result.
+    """
     passed, lesson, submission = 0, None, None
     with tempfile.TemporaryDirectory(prefix="course-") as folder:
         folder = pathlib.Path(folder)
@@ -125,7 +129,7 @@ def grade_one(exercise, submitted: dict[str, bytes], base: dict[str, str], varia
 
 
 def grade(folder: str, variant=0, exercises=EXERCISES, seconds=SECONDS) -> list[Result]:
-    """A folder that was handed in, over a blank copy."""
+    """A folder that was handed in, over a blank copy. InputError: no such folder."""
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder; --grade takes the folder that was handed in.")
     base, results = copies.student_files(variant, copies.RUN), []
@@ -141,7 +145,7 @@ def grade(folder: str, variant=0, exercises=EXERCISES, seconds=SECONDS) -> list[
 
 
 def chosen(number: str) -> list[Exercise]:
-    """"3" -> that exercise; "all"."""
+    """"3" -> that exercise; "all". InputError: another word."""
     found = [e for e in EXERCISES if number in ("all", str(e.number))]
     if not found:
         raise InputError(f"exercise {number}: there are exercises 1 to {len(EXERCISES)}.")
@@ -209,6 +213,7 @@ def write_autograder(out: str, variant: int) -> None:
 
 
 def report(results: list[Result]) -> None:
+    """Prints a line for each exercise, and the sum."""
     for result in results:
         print(result.line())
     print(f"\n{sum(r.points for r in results):g} of {sum(r.exercise.points for r in results)} points")

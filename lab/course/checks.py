@@ -28,6 +28,7 @@ def near(got, expected, tolerance=1e-5):
 
 
 def expect(condition, got):
+    """Wrong with what was got, unless the condition holds."""
     if not condition:
         raise Wrong(f"got {shown(got)}")
 
@@ -40,6 +41,7 @@ def plain(value):
 
 
 def shown(value) -> str:
+    """A value as a message shows it: six digits, 160 characters."""
     value = plain(value)
     if isinstance(value, list):
         return f"[{', '.join(map(shown, value))}]"[:160]

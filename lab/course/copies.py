@@ -109,6 +109,7 @@ def body_lines(file: str) -> set[str]:
 
 
 def bare(line: str) -> str:
+    """A line of a diff without its sign, comment and spaces: equal for equal code."""
     return re.sub(r"\s", "", line.split("  #")[0].strip().lstrip("+-"))
 
 
@@ -120,6 +121,7 @@ def leaks(files: dict[str, str]) -> list[str]:
 
 
 def write(files: dict[str, str], folder: pathlib.Path) -> None:
+    """{path: text} below a folder."""
     for name, text in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

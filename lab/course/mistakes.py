@@ -32,6 +32,7 @@ class Mistake:
 
     @property
     def file(self) -> str:
+        """The file of `place`."""
         return self.place.split("::")[0]
 
 
@@ -97,6 +98,7 @@ REWRITES = {
 # A file with a change, and its functions
 # ---------------------------------------------------------------------------------------------------------------
 def source(file: str) -> str:
+    """The text of a file of the project; my_tests.py has the tests of exercise 10's solution."""
     return MY_TESTS if file == "my_tests.py" else (ROOT / file).read_text(encoding="utf-8")
 
 

@@ -44,7 +44,10 @@ def sources(root: pathlib.Path) -> dict[str, Source]:
 
 
 def lines_html(file: Source | None, path: str, name: str) -> str:
-    """The lines of `path::name`, open if they are few. Of a test, what it says of its worked case is seen first."""
+    """The lines of `path::name`, open if they are few. Of a test, what it says of its worked case is seen first.
+
+    InputError: README names a place that is not there.
+    """
     place = f"{path}::{name}".strip(":")
     if not file:  # a student's copy has no test that names an exercise
         return f"<p><code>{place}</code></p>"
@@ -62,7 +65,10 @@ def lines_html(file: Source | None, path: str, name: str) -> str:
 
 
 def index_html(root: pathlib.Path, files: dict[str, Source]) -> str:
-    """The figure, the contents, the eight steps, who sees whom, and the rows of the map, each with its statement."""
+    """The figure, the contents, the eight steps, who sees whom, and the rows of the map, each with its statement.
+
+    InputError: the map and paper.md have other rows.
+    """
     intro, *parts = re.split(r"^## ", (root / HERE / "paper.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     said = dict(one.split("\n", 1) for one in parts)
     rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in part(root, MAP).splitlines()[2:]]
@@ -98,6 +104,7 @@ def build(root: pathlib.Path) -> dict[str, str]:
 
 
 def main(argv=None) -> None:
+    """Writes the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="build", help="the folder to write")
     out, pages = pathlib.Path(parser.parse_args(argv).out), build(ROOT)

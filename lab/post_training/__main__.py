@@ -212,7 +212,7 @@ def save_generator(path: str, generator: Generator, **more) -> None:
 
 
 def load_generator(path: str) -> tuple[Generator, dict]:
-    """-> the generator, and all that was saved with it"""
+    """-> the generator, and all that was saved with it. InputError: not there."""
     if not os.path.exists(path):
         raise InputError(f"{path}: is not there; first run `python -m lab.post_training base`, same --out and --seed.")
     kept = torch.load(path)
@@ -222,7 +222,10 @@ def load_generator(path: str) -> tuple[Generator, dict]:
 
 
 def post_train(method: str, s: Settings, progress=True) -> None:
-    """--updates updates from the base, or from where the run of this name stopped."""
+    """--updates updates from the base, or from where the run of this name stopped.
+
+    InputError: that run had other settings.
+    """
     folder = os.path.join(seed_folder(s), arm_name(method, s))
     path, settings = os.path.join(folder, "state.pt"), dataclasses.asdict(s) | {"method": method}
     base, _ = load_generator(os.path.join(seed_folder(s), "base.pt"))
@@ -258,7 +261,7 @@ def post_train(method: str, s: Settings, progress=True) -> None:
 
 
 def make_base(s: Settings) -> None:
-    """OUT/seedK/base.pt, and the gold judge."""
+    """OUT/seedK/base.pt, and the gold judge. InputError: the folder's base had other settings."""
     path, settings = os.path.join(seed_folder(s), "base.pt"), {"steps": s.base_steps, "wrong": s.wrong, "seed": s.seed}
     gold_judge(s.out, s.judge_steps, s.pool)
     if os.path.exists(path):
@@ -273,7 +276,10 @@ def make_base(s: Settings) -> None:
 
 
 def measure(s: Settings) -> None:
-    """Every generator in --out on the same prompts and start noise; kept, then summed up over the seeds."""
+    """Every generator in --out on the same prompts and start noise; kept, then summed up over the seeds.
+
+    InputError: no --reward.
+    """
     if s.reward in ("gold", "random"):
         raise InputError("--reward: measure needs the DeScore folder; the gold judge measures anyway.")
     judge, score, rendered = gold_judge(s.out, s.judge_steps, s.pool), None, report.rendered_clips(s.eval_prompts)

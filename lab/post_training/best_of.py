@@ -34,7 +34,7 @@ def ranking(items: list[Item], rewards: dict) -> dict[str, list[tuple[float, str
 
 
 def read_videos(s: Settings) -> list[Item]:
-    """The videos of --data, each once."""
+    """The videos of --data, each once. InputError: none, or an empty cell."""
     items, root = {}, s.root or os.path.dirname(s.data)
     for line, row in open_table(s.data, ("path", "prompt"))[1]:
         video, prompt = os.path.normpath(os.path.join(root, row["path"].strip())), row["prompt"].strip()
@@ -73,7 +73,10 @@ def write_best_and_worst(path: str, groups: dict[str, list[tuple[float, str]]]) 
 
 
 def rewards_of(s: Settings, items: list[Item], ranks) -> tuple[dict, list[dict], object]:
-    """COLLECTIVE: thinks and scores, resumable in --out -> ({item.key: record}, what was skipped, the engine)."""
+    """COLLECTIVE: thinks and scores, resumable in --out -> ({item.key: record}, what was skipped, the engine).
+
+    InputError: none got a reward.
+    """
     writable([s.out])
     require_same_settings(s.out, s, evaluate.MADE_WITH, WORDING, ranks)
     workers, thoughts, skipped = Workers(s, ranks), None, []

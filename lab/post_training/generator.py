@@ -85,6 +85,8 @@ class Block(nn.Module):
         nn.init.zeros_(self.modulate.bias)
 
     def forward(self, h: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        """h (N, tokens, width), c (N, width) -> (N, tokens, width): attention and an MLP, each scaled, shifted and
+        gated by the condition."""
         scale, shift, gate, scale2, shift2, gate2 = self.modulate(c)[:, None].chunk(6, -1)  # (N, 1, width) each
         q, k, v = self.qkv(self.norm(h) * (1 + scale) + shift).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         h = h + gate * self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))

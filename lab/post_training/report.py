@@ -151,7 +151,10 @@ def verdict(before: list[dict], after: list[dict], random: list[dict]) -> str:
 # Tables
 # ---------------------------------------------------------------------------------------------------------------
 def find_runs(out: str) -> dict[int, dict[str, str]]:
-    """{seed: {"base": its file, "grpo-descore": its file, ...}} of a folder that post_train wrote."""
+    """{seed: {"base": its file, "grpo-descore": its file, ...}} of a folder that post_train wrote.
+
+    InputError: it holds none.
+    """
     seeds = sorted(int(n[4:]) for n in (os.listdir(out) if os.path.isdir(out) else ()) if n.startswith("seed"))
     runs = {}
     for seed in seeds:

@@ -194,7 +194,7 @@ class Wan:
 
     @torch.no_grad()
     def encode(self, path: str) -> torch.Tensor:
-        """The first frames of a video file -> latents."""
+        """The first frames of a video file -> latents. InputError: too few frames."""
         s = self.s
         clip = open_clip(path)
         if len(clip.stamps) < s.frames:
@@ -215,7 +215,7 @@ class Wan:
             torch.save({**state, "trained": [parameter.detach().cpu() for parameter in self.trained]}, file)
 
     def resume(self, out: str, optimizer) -> int:
-        """Reads OUT/state.pt back, if it is there. -> how many updates are done."""
+        """Reads OUT/state.pt, if there, -> updates done. InputError: it had other settings or another grid of times."""
         path = os.path.join(out, "state.pt")
         if not os.path.exists(path):
             return 0
@@ -236,7 +236,8 @@ class Wan:
 def grpo_update(wan: Wan, items: list[tuple[int, str]], score, optimizer, s: Settings, ranks) -> dict[str, float]:
     """COLLECTIVE: clips, rewards, advantages, optimizer steps. items: (number, prompt), the same on all ranks.
 
-    score(clips, prompts) -> rewards (G,). One that fails must raise: a made-up number would poison its whole group.
+    score(clips, prompts) -> rewards (G,). One that fails must raise, and one that is not finite is an InputError: a
+    made-up number would poison its whole group.
     """
     groups, rewards, longcat = [], [], s.noise == "longcat"
     for number, prompt in ranks.share(items):
@@ -303,7 +304,7 @@ def check(s: Settings, ranks) -> None:
 
 
 def read_items(s: Settings) -> list:
-    """Prompts, or pairs with a winner."""
+    """Prompts, or pairs with a winner. InputError: none, or another kind of file than the method takes."""
     if s.method == "dpo":
         items = [pair for pair in data.read_pairs(s.data) if pair.label]
     else:
@@ -320,7 +321,7 @@ def read_items(s: Settings) -> list:
 
 
 def open_pipeline(path: str, dtype: torch.dtype):
-    """Wan's pipeline; the VAE in fp32, as Wan is published to be used."""
+    """Wan's pipeline; the VAE in fp32, as published. InputError: a package or the weights are missing."""
     try:
         import ftfy  # noqa: F401  diffusers cleans prompts with it, and without it goes on: other tokens, without a word
         from diffusers import WanPipeline

@@ -144,7 +144,10 @@ def train_judge(seed: int, steps: int, pool: int, progress=True) -> tuple[Judge,
 
 
 def gold_judge(out: str, steps: int, pool: int) -> Judge:
-    """The judge of a folder, trained once, kept in OUT/judge.pt: one for all seeds, or they could not be compared."""
+    """The judge of a folder, trained once, kept in OUT/judge.pt: one for all seeds, or they could not be compared.
+
+    InputError: it was trained for another number of steps.
+    """
     path = os.path.join(out, "judge.pt")
     if not os.path.exists(path):
         judge, accuracy = train_judge(0, steps, pool)

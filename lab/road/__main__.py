@@ -56,6 +56,7 @@ class Clips:
         self.rng, self.truth, self.scored = np.random.default_rng(seed), {}, []
 
     def wish(self) -> dict:
+        """What a made-up prompt asks for."""
         return toy.world.random_wish(self.rng)
 
     def write(self, path, wish: dict) -> dict:
@@ -184,6 +185,7 @@ GENAI_VOTES = ("leftvote", "tievote", "rightvote", "bothbad_vote")
 
 
 def genai_bench(folder, clips: Clips) -> None:
+    """GenAI-Bench as published: a parquet file that names videos by their address; all four votes."""
     url = "https://huggingface.co/datasets/tianleliphoebe/genai-arena-video-mp4/blob/main/dir/"
     rows = [{"prompt": f"A red square rising, number {k}.", "left_model": "one", "right_model": "two",
              "left_video": f"{url}{k}l.mp4", "right_video": f"{url}{k}r.mp4", "vote_type": vote}
@@ -192,16 +194,19 @@ def genai_bench(folder, clips: Clips) -> None:
 
 
 def genai_videos(folder, clips: Clips) -> None:
+    """And its videos, as they lie after download."""
     for k in range(len(GENAI_VOTES)):
         clips.pair(folder / "dir", f"{k}l.mp4", f"{k}r.mp4")
 
 
 def write_json(path, rows: list) -> None:
+    """Rows as one JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rows), encoding="utf-8")
 
 
 def write_parquet(path, rows: list[dict]) -> None:
+    """Rows as one parquet file."""
     import pyarrow
     from pyarrow import parquet
 
@@ -233,9 +238,11 @@ class Annotator(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def respond(self, request: dict) -> tuple[int, dict, bytes]:
+        """One request -> status, headers, body, as an OpenAI-compatible endpoint answers."""
         return 200, {}, completion(json.dumps(self.verdicts(request)))
 
     def verdicts(self, request: dict) -> dict:
+        """The true verdicts of the request's video, one in eight with an error."""
         url = request["messages"][0]["content"][0]["video_url"]["url"]
         key = hashlib.sha256(base64.b64decode(url.split(",", 1)[1])).hexdigest()
         wrong = {"subject": "1"} if int(key[:8], 16) % 8 == 0 else {}

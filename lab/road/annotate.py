@@ -54,7 +54,10 @@ class Settings:
 
 
 def read_replies(path: str) -> list[dict]:
-    """The records of OUT.jsonl; a last line cut short by a kill is left out."""
+    """The records of OUT.jsonl; a last line cut short by a kill is left out.
+
+    InputError: a damaged line before the last.
+    """
     records = []
     if os.path.isfile(path):
         with open(path, "rb") as file:
@@ -68,6 +71,7 @@ def read_replies(path: str) -> list[dict]:
 
 
 def tokens(record: dict) -> int:
+    """Tokens that were paid for."""
     return sum(record.get("usage", {}).values())
 
 
@@ -99,6 +103,7 @@ def ask_all(questions: list[Question], records: list[dict], s: Settings) -> str:
 
 
 def write(record: dict, log, records: list[dict]) -> None:
+    """Keeps a reply, in the list and in OUT.jsonl, flushed at once."""
     records.append(record)
     log.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
     log.flush()
@@ -144,6 +149,7 @@ def agreement(path: str, verdicts: dict[tuple[str, str], dict], s: Settings) -> 
 
     Intervals: 95 % bootstrap over prompts. Beside them what always giving the humans' commonest verdict would reach:
     most human labels are "as asked", so a high share alone says little.
+    InputError: humans and annotator have no video in common.
     """
     rows, seen = collections.defaultdict(list), set()
     for pair in data.read_pairs(path, s.dimension):

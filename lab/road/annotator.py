@@ -84,7 +84,10 @@ def read_reply(choice) -> dict[str, str]:
 
 
 def open_client(s):
-    """The client of the endpoint; it repeats what is worth repeating, and waits as Retry-After says."""
+    """The client of the endpoint; it repeats what is worth repeating, and waits as Retry-After says.
+
+    InputError: openai is not installed.
+    """
     try:
         import openai
     except ImportError:

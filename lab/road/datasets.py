@@ -159,6 +159,7 @@ def mj_bench_video(args, tally: Tally) -> list[Pair]:
 
     "Video 1" is video_0. Polarity and columns: scripts/data_processor/dataset.py (`process_labels`: 1 good, 2 bad, else
     irrelevant; `deal_preference`) and datas/test.json of the authors' github.com/aiming-lab/MJ-Video.
+    A row with an unknown preference or score is dropped, and counted in `tally`.
     """
     videos, pairs = Videos(args.videos, args.check_videos), []
     for name, row in numbered(args.json):
@@ -237,7 +238,10 @@ def share_of(text: str) -> float:
 
 
 def write_pairs(pairs: list[Pair], path: str) -> None:
-    """Pairs -> the CSV of their kind: GenAI-Bench's, stage 2's if there are verdicts, else stage 1's."""
+    """Pairs -> the CSV of their kind: GenAI-Bench's, stage 2's if there are verdicts, else stage 1's.
+
+    InputError: the CSV would not lie beside or above the videos.
+    """
     folder = os.path.dirname(os.path.abspath(path))
     rows = []
     for pair in pairs:
@@ -262,7 +266,10 @@ def write_pairs(pairs: list[Pair], path: str) -> None:
 
 
 def convert(args) -> None:
-    """One sub-command: reads, leaves benchmark prompts out, splits by prompt, writes, reports."""
+    """One sub-command: reads, leaves benchmark prompts out, splits by prompt, writes, reports.
+
+    InputError: a flag out of its range, a file that exists, or no pair left.
+    """
     for path in (args.out, args.val):
         if path and os.path.exists(path) and not args.overwrite:
             raise InputError(f"{path}: exists already; name another file, or replace it with --overwrite.")

@@ -20,6 +20,7 @@ def import_released(path: str) -> DeScore:
 
     The row becomes our query, rm_head.weight our head. Nothing is unpickled but plain tensors (weights_only). Their
     prompt and the place of the CoT differ from ours, so rewards will be near theirs, not equal.
+    InputError: a file is missing or of another shape.
     """
     file = os.path.join(path, "rm_head.pth")
     try:

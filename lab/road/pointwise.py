@@ -41,7 +41,10 @@ class Settings(evaluate.Settings):
 
 
 def read_numbers(path: str, column: str) -> dict[tuple[str, str], float]:
-    """{(absolute path of the video, prompt): number} of a CSV path,prompt,COLUMN."""
+    """{(absolute path of the video, prompt): number} of a CSV path,prompt,COLUMN.
+
+    InputError: no video, no number, or a video twice.
+    """
     folder, found = os.path.dirname(os.path.abspath(path)), {}
     for line, row in open_table(path, ("path", "prompt", column))[1]:
         key = os.path.normpath(os.path.join(folder, row["path"].strip())), row["prompt"].strip()

@@ -21,9 +21,11 @@ class Tally:
         self.read, self.dropped = 0, {}
 
     def drop(self, reason: str, name: str) -> None:
+        """Counts a row that is left out, and why."""
         self.dropped.setdefault(reason, []).append(name)
 
     def report(self) -> str:
+        """How many rows were read and dropped, by reason, with three names of each."""
         lines = [f"  read {self.read} rows"]
         for reason, names in self.dropped.items():
             more = ", ..." if len(names) > 3 else ""

@@ -40,7 +40,7 @@ def v1_row(row: dict) -> tuple[str, str, int]:
 
 
 def convert(args) -> None:
-    """Reads, writes the CSV; rows that cannot be used are counted and named."""
+    """Reads, writes the CSV; rows that cannot be used are counted and named. InputError: no row can be used."""
     writable([os.path.dirname(args.out)])
     tally, videos, rows = Tally(), Videos(args.videos, args.check_videos), []
     v1 = args.set == "v1"

@@ -130,7 +130,10 @@ class RewardServer:
         return web.json_response(body)
 
     async def read(self, request) -> dict:
-        """The fields of either form. aiohttp limits the size while it reads, and answers 413."""
+        """The fields of either form. aiohttp limits the size while it reads, and answers 413.
+
+        InputError: a broken form.
+        """
         if request.content_type == "multipart/form-data":
             try:
                 form = await request.post()

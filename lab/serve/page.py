@@ -130,7 +130,10 @@ def write_page(
 
 
 def page_of(run: str, path: str, limit: int) -> None:
-    """The page of an evaluation, from its settings.json, scores.csv and thoughts.jsonl; its CSV is read again."""
+    """The page of an evaluation, from its settings.json, scores.csv and thoughts.jsonl; its CSV is read again.
+
+    InputError: no settings.json.
+    """
     home = os.path.dirname(os.path.normpath(run)) if os.path.basename(os.path.normpath(run)) == "text" else run
     try:
         with open(os.path.join(home, "settings.json"), encoding="utf-8") as file:

@@ -29,7 +29,7 @@ def is_known_container(raw: bytes) -> bool:
 
 
 def decode_base64(text) -> bytes:
-    """Strict: what is no base64 is refused, not skipped over."""
+    """Strict: what is no base64 is an InputError, not skipped over."""
     try:
         return base64.b64decode(text, validate=True)
     except (TypeError, ValueError, binascii.Error):
@@ -37,7 +37,10 @@ def decode_base64(text) -> bytes:
 
 
 def open_file(raw: bytes, fps: float, max_pixels: int, max_seconds: float, limit: float = LIMIT) -> data.Video:
-    """A video file's bytes -> sampled frames, by way of a temporary file. Opened and decoded within `limit` s each."""
+    """A video file's bytes -> sampled frames, by way of a temporary file. Opened and decoded within `limit` s each.
+
+    InputError: no video, a broken one, or longer than max_seconds.
+    """
     if not is_known_container(raw):
         raise InputError("the video is empty or no mp4, mov, webm, mkv or avi file.")
     with tempfile.NamedTemporaryFile(prefix="descore-", suffix=".mp4") as file:
@@ -53,7 +56,10 @@ def open_file(raw: bytes, fps: float, max_pixels: int, max_seconds: float, limit
 
 
 def open_images(images: list, source_fps: float, fps: float, max_pixels: int, max_seconds: float) -> data.Video:
-    """All frames of a clip, each a PNG or JPEG in base64 -> sampled frames. Only the sampled ones are decoded."""
+    """All frames of a clip, each a PNG or JPEG in base64 -> sampled frames. Only the sampled ones are decoded.
+
+    InputError: no image, another size, or longer than max_seconds.
+    """
     if not images or len(images) > max_seconds * source_fps:
         raise InputError(f"{len(images)} frames at {source_fps:g} fps: 1 frame to {max_seconds:g} s are read.")
     indices, frames, size = data.sample_indices(len(images), source_fps, fps), [], None
@@ -77,7 +83,7 @@ def open_images(images: list, source_fps: float, fps: float, max_pixels: int, ma
 # 2. From a request to videos and prompts
 # ---------------------------------------------------------------------------------------------------------------
 def read_json(body: bytes) -> dict:
-    """The JSON form -> the same fields as the multipart form's."""
+    """The JSON form -> the same fields as the multipart form's. InputError: no JSON object."""
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError):
@@ -91,7 +97,10 @@ def read_json(body: bytes) -> dict:
 
 
 def read_form(form) -> dict:
-    """The multipart form, as aiohttp read it: `prompt` and the files `video`, as many of both."""
+    """The multipart form, as aiohttp read it: `prompt` and the files `video`, as many of both.
+
+    InputError: `video` is no file.
+    """
     files = form.getall("video", [])
     if any(isinstance(file, str) for file in files):
         raise InputError("`video` must be sent as a file, with a file name.")
@@ -114,7 +123,10 @@ def require_text(prompt: str) -> None:
 
 
 def check_fields(fields: dict, max_videos: int, source_fps: float) -> tuple[list[str], list, float]:
-    """-> prompts, uploads, frames per second of those sent as images (`source_fps` where the request has no `fps`)."""
+    """-> prompts, uploads, frames per second of those sent as images (`source_fps` where the request has no `fps`).
+
+    InputError: a field is missing, of another type, or too many.
+    """
     prompts, videos = fields["prompt"], fields["video"]
     if not isinstance(prompts, list) or not isinstance(videos, list) or not prompts:
         raise InputError("`prompt` and `video` are needed: one text and one video, or lists of them.")

@@ -29,6 +29,7 @@ class Cell(NamedTuple):
 
     @property
     def record(self) -> str:
+        """Where a finished cell says what it ran, and in which time."""
         return f"{self.path}.cell.json"
 
 

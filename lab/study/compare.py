@@ -60,6 +60,7 @@ def read_scores(path: str, data_path: str, pairs: list, root: str) -> np.ndarray
     """Ready-made rewards (n, 2) of the pairs' A and B; nan where the file has none. Read row by row: it may be large.
 
     reward_A,reward_B: row k belongs to row k of the data. path,reward[,prompt]: looked up; paths as in the data.
+    InputError: other columns, another number of rows, a path twice, or another prompt than the data's.
     """
     first, _ = open_table(path)
     rewards, found = np.full((len(pairs), 2), float("nan")), {}
@@ -92,7 +93,7 @@ def read_scores(path: str, data_path: str, pairs: list, root: str) -> np.ndarray
 
 def compare_scores(s: Settings) -> None:
     """--scores FILE ... -> one report. Every file is judged on the pairs that ALL of them scored, or the easier pairs
-    would favour one of them."""
+    would favour one of them. InputError: no pairs are given."""
     if bool(s.data) == bool(s.benchmark) or (s.benchmark and (len(s.benchmark) > 1 or not s.root)):
         raise InputError("--scores needs the pairs: --data FILE, or one --benchmark NAME and its --root.")
     writable([s.out])
@@ -145,6 +146,7 @@ def compare_runs(runs: list[str], out: str, training: list[str] = ()) -> str:
 
     Where a label has several reports of one benchmark, of several seeds, a cell is their mean and standard deviation.
     `training`: folders of whole runs (stage1, discriminative, stage2), summed up in a second table.
+    InputError: a label without a report.
     """
     found, benchmarks = {}, []  # label -> {benchmark: numbers of each seed}
     for run in runs:
@@ -183,7 +185,10 @@ def mean_and_spread(values: list) -> str:
 
 
 def training_table(folders: list[str]) -> str:
-    """What the base model could do and how both stages went, one column per folder, and mean and spread over them."""
+    """What the base model could do and how both stages went, one column per folder, and mean and spread over them.
+
+    InputError: a folder that no demo wrote.
+    """
 
     def lines(folder, stage):
         with open(os.path.join(folder, stage, "metrics.jsonl"), encoding="utf-8") as file:

@@ -44,6 +44,7 @@ def bars(axis, groups: dict[str, dict[str, list[float]]]) -> None:
 
 
 def paradigms(axis, claim) -> None:
+    """Claim 1: a bar for each paradigm."""
     bars(axis, claim["more"]["accuracy"])
     axis.set_ylabel("accuracy, equal scores count half")
 
@@ -62,6 +63,7 @@ def gradient_noise(axis, claim) -> None:
 
 
 def masking(axis, claim) -> None:
+    """Accuracy over the masking probability, a line for each kind of CoT."""
     curve = claim["more"]["curve"]
     kinds = next(iter(curve.values()))
     lines(axis, [float(p) for p in curve], {f"{kind} CoT": [curve[p][kind] for p in curve] for kind in kinds})
@@ -96,6 +98,7 @@ def data_efficiency(axis, claim) -> None:
 
 
 def error_tolerance(axis, claim) -> None:
+    """Accuracy over the number of corrupted verdicts, of the head and of the score in the text."""
     more = claim["more"]
     lines(axis, list(range(len(more["head"]))), {"head": more["head"], "score in the text": more["text"]})
     axis.axhline(np.mean(more["no_think"]), color="tab:green", linestyle=":", label="head, no CoT")
@@ -104,6 +107,7 @@ def error_tolerance(axis, claim) -> None:
 
 
 def fine_grained(axis, claim) -> None:
+    """The head's hits where the text calls a tie or errs, with intervals."""
     intervals(axis, claim["parts"], claim["decides"])
     axis.set(xlabel="head's hits minus 1/2", ylim=(-1, 2))
     axis.set_yticks(axis.get_yticks(), [f"{row['n']} pairs,\n{name.split('scores ')[1]}"
@@ -111,6 +115,7 @@ def fine_grained(axis, claim) -> None:
 
 
 def reads_both(axis, claim) -> None:
+    """Accuracy lost by a changed video or CoT, with intervals."""
     intervals(axis, {name.removeprefix("lost by: "): row for name, row in claim["parts"].items()},
               [name.removeprefix("lost by: ") for name in claim["decides"]])
     axis.set(xlabel="accuracy lost")
@@ -211,6 +216,7 @@ def looks(axis, found) -> None:
 
 
 def noise_by_length(axis, found) -> None:
+    """Claim 16: how alike two draws' gradients are, over the length of the CoTs."""
     curves = found[16]["more"]["cosine"]
     tokens = [t for t, values in next(iter(curves.values())).items() if values]
     curves = {name: [row[t] for t in tokens] for name, row in curves.items()}

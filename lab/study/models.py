@@ -204,7 +204,7 @@ def gradients(run: str, draws: int = DRAWS) -> None:
 
 
 def settings_of(folder: str, kind):
-    """The settings that a training run saved, as the dataclass `kind`."""
+    """The settings that a training run saved, as the dataclass `kind`. InputError: it holds none."""
     try:
         with open(os.path.join(folder, "settings.json"), encoding="utf-8") as file:
             saved = json.load(file)

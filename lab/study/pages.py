@@ -237,7 +237,7 @@ def write(folder: str, result: dict) -> None:
 
 def publish(folder: str) -> None:
     """lab/study/study.json, PAGES and the figures from FOLDER/study.json; from FOLDER/worlds.json what is the second
-    world's. Whichever is there."""
+    world's. Whichever is there. InputError: neither is, or it holds trials."""
     found = {name: result for name in ("study", "worlds") if (result := read(f"{folder}/{name}.json"))}
     if not found:
         raise InputError(f"{folder}: holds no study.json or worlds.json; run `make study` first.")

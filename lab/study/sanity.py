@@ -69,7 +69,10 @@ def apart(pairs: list) -> list:
 
 
 def unrelated_prompts(pairs: list) -> list[str]:
-    """For each pair the prompt of another: the first that differs, going on from the pair itself."""
+    """For each pair the prompt of another: the first that differs, going on from the pair itself.
+
+    InputError: all pairs have one prompt.
+    """
     prompts = [pair.prompt for pair in pairs]
     if len(set(prompts)) < 2:
         raise InputError("sanity needs pairs of at least two different prompts; give a CSV with more pairs.")
@@ -149,6 +152,7 @@ class ChangedWorkers(Workers):
     change = AS_IT_IS
 
     def frames(self, item: Item) -> data.Video:
+        """The item's frames, changed if its change is one of the video."""
         video = super().frames(item)
         if self.change not in FRAMES:
             return video
@@ -195,7 +199,10 @@ def run(test: evaluate.TestSet, s: Settings, ranks, workers: ChangedWorkers) -> 
 
 
 def rows_of(pairs: list, items: dict, rewards: dict) -> list[dict]:
-    """One row per change and kind of CoT, on the pairs that have all rewards (a bad video may have been skipped)."""
+    """One row per change and kind of CoT, on the pairs that have all rewards (a bad video may have been skipped).
+
+    InputError: no pair has them.
+    """
     arrays = {}
     for (change, cot), found in rewards.items():
         values = [found.get(item.key, {"reward": np.nan})["reward"] for item in items[change]]

@@ -112,6 +112,7 @@ class World:
         self.think("data/train_cots.csv", pairs, cots)
 
     def at(self, name: str) -> str:
+        """A path of this world's folder."""
         return os.path.normpath(f"{self.run}/{name}")
 
     def add(self, name, command, *needs, minutes=1.0, done=None, **changes) -> None:
@@ -133,6 +134,7 @@ class World:
                  minutes=0.7 * self.long)
 
     def test_cots(self) -> None:
+        """The base's CoTs of the three test sets."""
         pairs, cots = ([f"{folder}/{csv}" for csv in CSVS.values()] for folder in ("data", "study/cots"))
         self.think("study/cots", pairs, cots)
 
@@ -164,6 +166,7 @@ class World:
         self.judge("eval/discriminative", "discriminative/model", "discriminative")
 
     def unpack(self, name) -> None:
+        """A training's checkpoints as folders that an evaluation can open."""
         self.add(f"{name}/at", [*TOOL, "unpack", self.at(name)], name, minutes=0.3)
 
     def cost(self) -> None:
@@ -187,6 +190,7 @@ class World:
             self.add(f"study/flops_{pathlib.Path(name).stem}.json", words, "data/train_cots.csv", minutes=3, **less)
 
     def gradients(self) -> None:
+        """Both losses' gradients at stage 1's model, of several draws of CoTs (claim 16)."""
         draws = ["--draws", "2"] * bool(self.steps)
         self.add("study/gradients.json", ["-m", "lab.study.models", "gradients", "--run", self.run, *draws], "stage1",
                  "stage2", out=None, minutes=self.long)
