@@ -66,7 +66,7 @@ def write_model(model, path: str, write=True) -> None:
 
 
 def trained_settings(path: str) -> dict:
-    """descore.json of a folder or name/repo: sizes, how frames were sampled, the rewards' scale. InputError: damaged."""
+    """descore.json of a folder or name/repo: sizes, how frames were sampled, the rewards' scale. InputError: broken."""
     folder = local_folder(path)
     require_head(path, folder)
     try:

@@ -236,8 +236,7 @@ class Wan:
 def grpo_update(wan: Wan, items: list[tuple[int, str]], score, optimizer, s: Settings, ranks) -> dict[str, float]:
     """COLLECTIVE: clips, rewards, advantages, optimizer steps. items: (number, prompt), the same on all ranks.
 
-    score(clips, prompts) -> rewards (G,). One that fails must raise, and one that is not finite is an InputError: a
-    made-up number would poison its whole group.
+    score(clips, prompts) -> rewards (G,). It must raise where one fails: made up, it poisons all. InputError: infinite.
     """
     groups, rewards, longcat = [], [], s.noise == "longcat"
     for number, prompt in ranks.share(items):
