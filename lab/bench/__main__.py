@@ -188,9 +188,10 @@ def rollout(world) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         world.model.backbone.save_pretrained(folder)
         world.processor.save_pretrained(folder)
-        for name in ("transformers", "vllm"):
+        for name in ("transformers", *["transformers, compiled"] * (not s.quick), "vllm"):
+            kind, *compiled = name.split(", ")
             try:
-                engines[name] = make_engine(name, folder, world.processor, world.ranks)
+                engines[name] = make_engine(kind, folder, world.processor, world.ranks, compiled=bool(compiled))
                 sample(name)  # warms up
             except (InputError, RuntimeError, ValueError) as error:
                 if name == "transformers":
