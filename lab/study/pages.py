@@ -107,9 +107,9 @@ def many(result: dict) -> str:
     still = sum(row["verdict"] == SEEN == verdict(row | {"low": low, "high": high}, margin)
                 for (margin, row), (low, high) in zip(kept, alone))
     seen = sum(row["verdict"] == SEEN for _, row in kept)
-    return (f"{len(rows)} intervals of 95 % were looked at: if nothing here had any effect, {0.025 * len(rows):.1f} of "
-            f"them would lie above 0 by chance. By seeds alone, {still} of the {seen} rows that are seen and whose "
-            "seeds were kept are seen.\n")
+    return (f"{len(rows)} intervals of 95 % were looked at: if nothing here had any effect, some "
+            f"{0.025 * len(rows):.1f} of them would lie above 0 by chance, more where seeds differ. By seeds alone, "
+            f"{still} of the {seen} rows that are seen and whose seeds were kept are seen.\n")
 
 
 def ladder(result: dict) -> str:

@@ -234,12 +234,20 @@ def efficiency(runs: dict, world: str):
                 more["reaches"].setdefault(f"{who}: {unit}", []).append(min(enough, default=None))
                 more["curves"].setdefault(f"{who}: {unit}", []).append(
                     [[paid[who][step], mean(sets)] for step, sets in curve[who].items()])
+    for unit, steps in more["bought"].items():
+        if all(before == after for _, before, after in steps):  # the budget ends at a checkpoint: one row, not two
+            del parts[f"BT - coupled, equal {unit}{ways[1]}"]
     return {name: row for name, row in parts.items() if row}, more
+
+
+def beyond(own: dict, swapped: dict) -> dict:
+    """Hits with the own CoTs and with the pair's two swapped, minus 1: 0 for who reads the text alone, and turns."""
+    return {seed: {name: hits + swapped[seed][name] - 1 for name, hits in sets.items()} for seed, sets in own.items()}
 
 
 def looking(runs: dict, pairs: tuple[int, ...], masks: tuple[float, ...]):
     """12 to 15: p x pairs, stopped early and not: what a black clip costs under a kept CoT; claims 3 and 6 again."""
-    parts, more = {}, {}
+    parts, more, stops = {}, {}, {}
 
     def hits(p, n, who, kind, names=SETS):
         cell = f"look_mask{100 * p:.0f}_{n}.json"
@@ -251,26 +259,34 @@ def looking(runs: dict, pairs: tuple[int, ...], masks: tuple[float, ...]):
         kinds = {kind: hits(p, n, who, kind) for kind in ("own", "absent", "swapped", "black clip")}
         if kinds["own"]:
             more[row] = {kind: measures.per_seed(values) for kind, values in kinds.items()}
+        if when == "early":
+            stops[row] = [early(f"{runs[seed]}/looking/mask{100 * p:.0f}_{n}")[0] for seed in kinds["own"]]
         if p < 1:
-            wrong = [hits(p, n, label, "wrong 2", SETS[:1]) for label in (who, "text")]
+            right, wrong = (measures.minus(*(hits(p, n, label, f"wrong {k}", SETS[:1]) for label in (who, "text")))
+                            for k in (0, 2))
             parts[f"black clip costs: {row}"] = measures.minus(kinds["own"], kinds["black clip"])
-            parts[f"head - text, 2 wrong: {row}"] = measures.minus(*wrong)
+            parts[f"own CoT + swapped CoT - 1: {row}"] = beyond(kinds["own"], kinds["swapped"])
+            parts[f"head - text, 2 wrong: {row}"] = wrong
+            parts[f"the same, minus head - text, 0 wrong: {row}"] = measures.minus(wrong, right)
             parts[f"with CoT - never a CoT: {row}"] = measures.minus(kinds["own"], hits(1, n, who, "absent"))
         if p:
             parts[f"absent CoT, - p 0: {row}"] = measures.minus(kinds["absent"], hits(0, n, who, "absent"))
-    return {name: row for name, row in parts.items() if row}, {"accuracy": more}
+    return {name: row for name, row in parts.items() if row}, {
+        "accuracy": more, "stopped at": {row: steps for row, steps in stops.items() if steps}}
 
 
 def lengths(runs: dict, worlds: dict[int, str]):
-    """16: cosines of two draws' gradients (claim 2), CoTs as short as today's minus longer ones."""
+    """16: cosines of two draws' gradients (claim 2), CoTs as short as today's minus longer ones; claim 2 at each."""
     names, found = ("GRPO, preference", "GRPO, rules", "BT"), {}
     for tokens, world in worlds.items():
         here = ready(runs, world, "study/gradients.json")
-        found[tokens] = {n: {seed: {"draws": np.array(load(run, "study/gradients.json")[n]["cosine"])}
+        found[tokens] = {n: {seed: {"draws": measures.of_draws(load(run, "study/gradients.json")[n]["cosine"])}
                              for seed, run in here.items()} for n in names}
     short, *longer = worlds
     parts = {f"cosine of {n}: {short} - {tokens} tokens": measures.minus(found[short][n], found[tokens][n])
              for tokens in longer for n in names}
+    parts |= {f"cosine: BT - {n}, {tokens} tokens": measures.minus(found[tokens]["BT"], found[tokens][n])
+              for tokens in worlds for n in names[:2]}
     more = {n: {str(tokens): measures.per_seed(rows[n]) for tokens, rows in found.items()} for n in names}
     return {name: row for name, row in parts.items() if row}, {"cosine": more}
 

@@ -111,6 +111,16 @@ def test_the_interval_of_seeds_alone_is_student_s():
     assert row["by_seed"] == pytest.approx([0, 0.1, 0.2])
 
 
+def test_cosines_share_their_draws():
+    """Values of the kernel (a + b) / 2 of 32 draws: the mean over pairs is the draws' mean, whose standard error is
+    s / sqrt 32; each draw's mean over the others lies half as far out, so that a bootstrap of those would halve it."""
+    draws = np.random.default_rng(0).normal(size=32)
+    others = (draws.sum() - draws) / 31
+    values = measures.of_draws((draws + others) / 2)
+    assert values.mean() == pytest.approx(draws.mean())
+    assert values.std() == pytest.approx(draws.std(), rel=0.05)
+
+
 def test_cosines_have_no_margin_of_accuracies():
     (claim,) = [claim for claim in study.CLAIMS if "cosine" in claim.decides[0]]
     assert claim.margin == 0 and {c.margin for c in study.CLAIMS if c is not claim} == {MARGIN}

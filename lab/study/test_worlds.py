@@ -270,13 +270,18 @@ def test_when_a_head_looks(tmp_path):
     right = {50: {"own": 80, "absent": 70, "swapped": 30, "black clip": 60, "wrong 2": 50},
              0: {"own": 80, "absent": 50, "swapped": 20, "black clip": 80, "wrong 2": 50},
              100: {"own": 10, "absent": 90, "swapped": 10, "black clip": 10, "wrong 2": 10}}
+    for kinds in right.values():
+        kinds["wrong 0"] = 90
     for seed in (0, 1, 2):
         folder = tmp_path / f"seed{seed}/looking"
-        folder.mkdir(parents=True)
         for mask, kinds in right.items():
+            (folder / f"mask{mask}_2880").mkdir(parents=True)
+            lines = [json.dumps({"step": 120 * k, "val_accuracy": v}) for k, v in ((1, .6), (2, .7), (3, .7), (4, .5))]
+            (folder / f"mask{mask}_2880/metrics.jsonl").write_text("\n".join(lines) + "\n")
             row = {kind: hits(k) for kind, k in kinds.items()}
             sets = {name: {"model early": row, "model last": {k: v[::-1] for k, v in row.items()},
-                           "text": {"own": hits(75), "wrong 2": hits(55)}} for name in models.SETS}
+                           "text": {"own": hits(75), "wrong 0": hits(85), "wrong 2": hits(55)}}
+                    for name in models.SETS}
             (folder / f"look_mask{mask}_2880.json").write_text(json.dumps(sets))
             mark(folder, f"look_mask{mask}_2880.json")
     expected = {12: (0.2, SEEN), 13: (0.2, SEEN), 14: (-0.05, NOT_SEEN), 15: (-0.1, NOT_SEEN)}
@@ -284,7 +289,12 @@ def test_when_a_head_looks(tmp_path):
         found = judge(number, tmp_path)
         assert found["parts"][found["decides"][0]]["mean"] == pytest.approx(mean), number
         assert found["verdict"] == said, number
-    parts = judge(12, tmp_path)["parts"]
+    found = judge(12, tmp_path)
+    parts = found["parts"]
+    assert parts["own CoT + swapped CoT - 1: p 0.5, 2880 pairs"]["mean"] == pytest.approx(0.1)
+    assert parts["own CoT + swapped CoT - 1: p 0, 2880 pairs"]["mean"] == pytest.approx(0)  # it turns with the text
+    assert parts["the same, minus head - text, 0 wrong: p 0.5, 2880 pairs"]["mean"] == pytest.approx(-0.05 - 0.05)
+    assert found["more"]["stopped at"]["p 0.5, 2880 pairs"] == [240] * 3
     assert parts["black clip costs: p 0, 2880 pairs"]["mean"] == 0 and "black clip costs: p 0.5, 360 pairs" not in parts
     assert parts["absent CoT, - p 0: p 1, 2880 pairs"]["mean"] == pytest.approx(0.4)
 
@@ -351,7 +361,6 @@ def test_equal_budgets_by_hand(made_up, tmp_path):  # noqa: F811
     means = {name: row["mean"] for name, row in found["parts"].items()}
     assert means == pytest.approx({"BT - coupled, equal pairs": (10 - 18) / N} | {
         f"BT - coupled, equal {unit}": (17 - 13) / N for unit in second.UNITS[1:]} | {
-        "BT - coupled, equal pairs, coupled rounded up": (10 - 18) / N} | {
         f"BT - coupled, equal {unit}, coupled rounded up": (17 - 15) / N for unit in second.UNITS[1:]})
     assert found["more"]["bought"] == {"pairs": [[1, 2, 2]] * 3, **{u: [[4, 0, 1]] * 3 for u in second.UNITS[1:]}}
     assert found["verdict"] == SEEN and not any("pairs" in name for name in found["decides"])
@@ -371,6 +380,7 @@ def test_length_and_noise(tmp_path):
     assert found["verdict"] == SEEN and found["margin"] == 0
     assert found["parts"]["cosine of GRPO, preference: 55 - 440 tokens"]["mean"] == pytest.approx(0.29)
     assert found["parts"]["cosine of BT: 55 - 250 tokens"]["mean"] == 0
+    assert found["parts"]["cosine: BT - GRPO, rules, 440 tokens"]["mean"] == 0
 
 
 def test_six_seeds_are_six(made_up, tmp_path):  # noqa: F811
@@ -395,7 +405,7 @@ def test_the_whole_report_of_a_run_that_has_just_begun(tmp_path, capsys, monkeyp
     assert [rule["number"] for rule in rules["rules"]] == [10, 11, 9, 12, 13, 14, 15, 16, 17, 18, 19, 20]
     assert all(rule["verdict"] == NOT_RUN and rule["rule"] for rule in rules["rules"])
     said = capsys.readouterr().out
-    assert said.index("rule:") < said.index("core-hours") < said.index("0 of 114 cells done")
+    assert said.index("rule:") < said.index("core-hours") < said.index("0 of 363 cells done")
     assert json.loads((tmp_path / "r/worlds.json").read_text())["cells"]["done"] == 0
     assert (tmp_path / "r/worlds.png").is_file()
 

@@ -255,11 +255,11 @@ def judged(claim: study.Claim, runs: dict, stage: str) -> dict:
     return found | {"stage": stage, "seeds": seeds, "planned": len(SEEDS[stage]), "verdict": whole}
 
 
-def report(runs: str, cells: list[Cell], now: str, trial: int | None) -> None:
-    """RUNS/worlds.json, worlds.md and worlds.png from what is there."""
+def report(runs: str, now: str, trial: int | None) -> None:
+    """RUNS/worlds.json, worlds.md and worlds.png from what is there of all stages, whatever --only says."""
     folders = {seed: f"{runs}/seed{seed}" for seed in SEEDS["seeds"]}
-    every = plan(runs, SEEDS, trial)  # whatever --only says: all claims are judged
-    second.STALE = {cell.path for cell in every if os.path.exists(cell.record) and not is_done(cell)}
+    cells = plan(runs, SEEDS, trial)
+    second.STALE = {cell.path for cell in cells if os.path.exists(cell.record) and not is_done(cell)}
     found = [judged(claim, folders, stage) for stage, some in claims().items() for claim in some]
     spent = [read(cell.record) for cell in cells if is_done(cell)]
     counts = {"done": len(spent), "planned": len(cells), "commits": sorted({record["commit"] for record in spent}),
@@ -298,7 +298,7 @@ def main(argv=None) -> None:
         to_do = [cell.minutes for cell in cells if not is_done(cell)]
         print(f"{len(to_do)} of {len(cells)} cells to do, about {sum(to_do) / 60:.1f} core-hours", flush=True)
         wrong = run_all(cells, args.jobs, now)
-    report(args.runs, cells, now, args.steps)
+    report(args.runs, now, args.steps)
     if wrong:
         raise InputError(f"{len(wrong)} cells are missing, the first: {wrong[0]} Mend it and run the command again.")
 
