@@ -33,6 +33,13 @@ def test_what_is_malformed_loses_the_format_reward_only():
     assert rules.rollout_reward(cot(style="3"), 2000, TRUTH).total == pytest.approx(0.76)
 
 
+@pytest.mark.parametrize("answer", ['{{"subject": "2"}}', "{[1]: 2}", "{set()}"])
+def test_a_literal_that_cannot_exist_is_no_answer(answer):
+    """A set of a dict is Python's grammar, and a TypeError: one such CoT of thousands would end a step of stage 2."""
+    assert rules.extract_answer(f"<answer>{answer}</answer>") is None
+    assert rules.rollout_reward(f"<think>a</think><answer>{answer}</answer>", 2000, TRUTH).quality == 0
+
+
 def test_a_cot_makes_no_noise(recwarn):
     """What is sampled is no code of ours: "1and" is a SyntaxWarning to Python's parser, once for each such CoT."""
     with pytest.raises(ValueError, match="neither JSON"):
