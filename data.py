@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from plumbing.decoder import CORES, LIMIT, detach
+from plumbing.decoder import CORES, LIMIT, allow_many_files, detach
 from plumbing.formats import read_records
 from plumbing.settings import InputError
 from plumbing.video import FrameCache, from_memory, open_clip, resize
@@ -320,9 +320,9 @@ class EncodedPairs(torch.utils.data.Dataset):
     An InputError is returned, and raised by `take`: a DataLoader wraps what a worker raises in its own traceback text.
     """
 
-    def __init__(self, pairs, processor, fps=2.0, max_pixels=448 * 448, frame_cache: str | None = None):
+    def __init__(self, pairs, processor, fps=2.0, max_pixels=448 * 448, frame_cache: str | None = None, cache_gb=50.0):
         self.pairs, self.processor, self.fps, self.max_pixels = pairs, processor, fps, max_pixels
-        self.cache = FrameCache(frame_cache, gigabytes=50.0) if frame_cache else None
+        self.cache = FrameCache(frame_cache, cache_gb) if frame_cache else None
 
     def sample(self, path: str) -> Video:
         """sample_frames, through the frame cache if there is one."""
@@ -345,6 +345,8 @@ class EncodedPairs(torch.utils.data.Dataset):
 def take(dataset: torch.utils.data.Dataset, order: list[int], workers: int | None = 0):
     """Yields dataset[i] for i in `order`, read ahead by processes (0: none; None: by the cores). Raises InputError."""
     workers = min(8, max(2, CORES - 2)) if workers is None else workers  # two cores for the trainer and its logs
+    if workers:
+        allow_many_files()  # each tensor that a worker hands over keeps one open, while it lives
     # A loader draws a seed when it starts: from a generator of its own, or a resumed run has other dropout masks.
     own = torch.Generator()
     loader = torch.utils.data.DataLoader(

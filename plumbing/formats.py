@@ -186,7 +186,8 @@ def _read_row(csv_path, line, row, read_row, root):
     if not path_a or not path_b:
         raise InputError(f"{where}: a video path is empty.")
     more = {key: value or None for key, value in more.items()}
-    if bool((more.get("cot_a") or "").strip()) != bool((more.get("cot_b") or "").strip()):
+    filled = [bool((more.get(f"cot_{side}") or "").strip() or more.get(f"cot_{side}_tokens")) for side in "ab"]
+    if filled[0] != filled[1]:  # tokens alone: one that was sampled as nothing but its end
         raise InputError(f"{where}: only one of CoT_A and CoT_B is filled; a pair needs both, or neither.")
     _check_annotations(where, more)
     extra = {k: v for k, v in row.items() if k.endswith("_model")}

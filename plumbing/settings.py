@@ -118,6 +118,7 @@ class CommonSettings:
     workers: int | None = arg(None, "processes that decode ahead; 0: decode in this one; default: 2 to 8, by this "
                                     "rank's cores", at_least=0)
     frame_cache: str | None = arg(None, "folder that keeps sampled frames, so that later epochs need not decode")
+    frame_cache_gb: float = arg(50.0, "GB that it may hold (a clip of 5 s: 7 MB); the rest is decoded anew", above=0)
     # model and optimisation
     lora_r: int = arg(64, "LoRA rank, with --train lora (paper, stage 1: 64)", at_least=1)
     lora_alpha: int = arg(128, "LoRA alpha; the update is scaled by alpha / r (paper, stage 1: 128)", at_least=1)
@@ -182,6 +183,8 @@ def collecting_flags(s) -> None:
     require(s, data="a CSV of preference pairs")
     if len(s.data) != len(s.out) or len(set(s.out)) != len(s.out):
         raise InputError(f"{len(s.data)} --data need as many --out, all different; got {len(s.out)}.")
+    if over := {os.path.realpath(path) for path in s.data} & {os.path.realpath(path) for path in s.out}:
+        raise InputError(f"--out {min(over)}: is one of --data, and would lose its other columns; give another name.")
 
 
 def evaluation_flags(s) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import sys
 import zipfile
 
 import numpy as np
@@ -263,18 +264,19 @@ VERSION = 3  # of how frames are sampled: a change there must not find old frame
 
 
 class FrameCache:
-    """A folder of sampled frames.
+    """A folder of sampled frames, which grows to `gigabytes` (and 1 % for each process that writes), then no further.
 
-    At most `gigabytes` (and 1 % for each process that writes); the least recently used go first. The key holds path,
-    size, time of change, fps and pixel budget: an edited clip is decoded again. Raw uint8 frames: 16 s of 448 x 448 at
-    2 fps are 19 MB. Several processes may share a folder: files appear by renaming.
+    Nothing is ever removed: with a new order in each epoch, what was used longest ago is what comes next, so a cache
+    that makes room finds next to nothing again; one that stays as it is finds the share that fits. And the folder may
+    hold other files. The key holds path, size, time of change, fps and pixel budget: an edited clip is decoded again.
+    Raw uint8 frames: 16 s of 448 x 448 at 2 fps are 19 MB. Several processes may share a folder: files appear by
+    renaming.
     """
 
     def __init__(self, folder: str, gigabytes: float):
         self.folder, self.limit = folder, gigabytes * 1e9
-        self.written = 0  # bytes since the last look at the folder
         writable([folder])
-        self._shrink()
+        self._look()
 
     def sample(self, path: str, fps: float, max_pixels: int, decode) -> dict:
         """The fields of the data.Video that `decode(path, fps, max_pixels)` gives; from the cache where it can."""
@@ -287,7 +289,6 @@ class FrameCache:
         file = os.path.join(self.folder, key.hexdigest()[:32] + ".npz")
         try:
             with np.load(file) as saved:
-                os.utime(file)  # used now: the oldest are removed first
                 return {
                     "frames": saved["frames"], "source_fps": float(saved["source_fps"]),
                     "total_num_frames": int(saved["total_num_frames"]),
@@ -295,22 +296,25 @@ class FrameCache:
                 }
         except (OSError, EOFError, ValueError, zipfile.BadZipFile):  # not there, or cut short
             fields = vars(decode(path, fps, max_pixels))
-        temporary = f"{file}.{os.getpid()}.tmp"
-        with open(temporary, "wb") as target:
-            np.savez(target, **fields)
-        self.written += os.path.getsize(temporary)
-        os.replace(temporary, file)
-        if self.written > self.limit / 100:  # listing a large folder takes longer than decoding a clip
-            self._shrink()
+        if self.held + self.written < self.limit:
+            self._write(file, fields)
         return fields
 
-    def _shrink(self):
-        self.written = 0
-        with contextlib.suppress(FileNotFoundError):  # another process may remove the same file
-            files = sorted((e.stat().st_mtime, e.stat().st_size, e.path) for e in os.scandir(self.folder))
-            total = sum(size for _, size, _ in files)
-            for _, size, path in files:
-                if total <= self.limit:
-                    break
-                os.remove(path)
-                total -= size
+    def _write(self, file, fields):
+        temporary = f"{file}.{os.getpid()}.tmp"
+        try:
+            with open(temporary, "wb") as target:
+                np.savez(target, **fields)
+            self.written += os.path.getsize(temporary)
+            os.replace(temporary, file)
+        except OSError as error:  # a full disk must not end a training that can go on without
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            self.limit = 0
+            print(f"--frame-cache {self.folder}: takes no more ({first_line(error)})", file=sys.stderr)
+        if self.written > self.limit / 100:  # listing a large folder takes longer than decoding a clip
+            self._look()
+
+    def _look(self):
+        self.held = sum(entry.stat().st_size for entry in os.scandir(self.folder) if entry.name.endswith(".npz"))
+        self.written = 0  # bytes since this look

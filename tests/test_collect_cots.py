@@ -11,6 +11,7 @@ import torch
 import cold_start
 import collect_cots
 import data
+from plumbing import formats
 from plumbing.jobs import read_log
 from tests.conftest import refuses, run, write_csv
 
@@ -121,3 +122,23 @@ def test_a_clip_replaced_under_its_name_is_thought_about_anew(tmp_path, base_dir
     assert (tmp_path / "cots.csv").read_text() == (tmp_path / "fresh.csv").read_text()
     lines = (tmp_path / "cots.csv.thoughts" / "thoughts.jsonl").read_text().splitlines()
     assert [os.path.basename(json.loads(line)["video"]) for line in lines] == ["a.mp4", "b.mp4", "b.mp4"]
+
+
+def test_a_cot_that_is_nothing_but_its_end_can_be_trained_on(world, processor, tmp_path):
+    """Sampled as [EOS], its text is empty; one in thousands would make stage 1 refuse the whole CSV."""
+    pairs, eos = data.read_pairs(world["train_cold_start"])[:1], processor.tokenizer.eos_token_id
+    cots = [("", [eos]), ("a", [*processor.tokenizer("a")["input_ids"], eos])]
+    thoughts = {(video, pairs[0].prompt): {"thoughts": [text], "token_ids": [ids]}
+                for video, (text, ids) in zip(pairs[0].videos, cots)}
+    formats.write_cots(str(tmp_path / "cots.csv"), pairs, thoughts)
+    (pair,) = data.read_pairs(str(tmp_path / "cots.csv"))
+    assert [list(ids) for ids in pair.cot_ids(processor.tokenizer)] == [ids for _, ids in cots]
+
+
+def test_the_input_is_not_written_over(world, base_dir, tmp_path, capsys):
+    path = shutil.copy(world["train_cold_start"], tmp_path / "pairs.csv")
+    link = tmp_path / "link.csv"
+    link.symlink_to(path)
+    before = open(path).read()
+    refuses(capsys, collect_cots.main, "--model", base_dir, "--data", path, "--out", link, says="is one of --data")
+    assert open(path).read() == before

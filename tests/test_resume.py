@@ -221,3 +221,23 @@ def test_a_disk_that_takes_no_more_is_one_sentence(world, base_dir, tmp_path):
     assert len(lines) == 1 and "step-000001: could not be written (" in lines[0] and "is the disk full" in lines[0]
     assert [line["step"] for line in read_metrics(str(tmp_path))] == [1] or len(read_metrics(str(tmp_path))) == 2
     assert os.listdir(tmp_path / "checkpoints") == ["step-000001.tmp"]
+
+
+HOLD = """
+import resource, sys, torch
+import data
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+class Fake(torch.utils.data.Dataset):
+    def __getitem__(self, index):
+        return [torch.zeros(9) for _ in range(4)]
+print(len(list(data.take(Fake(), range(60), 2))))
+"""
+
+
+def test_a_batch_of_many_tensors_may_keep_many_files_open(tmp_path):
+    """A login shell allows 1,024, which 128 pairs of 2 prefixes of 4 tensors are; here 128, and 240 tensors."""
+    (tmp_path / "hold.py").write_text(HOLD)
+    found = subprocess.run([sys.executable, tmp_path / "hold.py"], env=os.environ | {"PYTHONPATH": str(ROOT)},
+                           capture_output=True, text=True)
+    assert found.stdout == "60\n", found.stderr[-500:]
