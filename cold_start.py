@@ -110,7 +110,7 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
     """The loop of stage 1; the steps are those of the docstring at the top."""
     optimizer = parallel.make_optimizer(model, settings)
     run = Run("stage 1", model, optimizer, len(pairs), settings, ranks)
-    how = (model.processor, settings.fps, settings.max_pixels, settings.frame_cache)
+    how = (model.processor, settings.fps, settings.max_pixels, settings.frame_cache, settings.frame_cache_gb)
     # The whole schedule is known now, so loader workers can decode ahead; a resumed run starts it at its own step.
     drawn = data.EncodedPairs(draw(pairs, run, settings), *how)
     val_set = data.EncodedPairs(val_pairs, *how)
@@ -156,7 +156,7 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
 def prepare_pairs(path: str, settings: Settings, ranks, need_cots: bool) -> list[data.PreferencePair]:
     """COLLECTIVE: reads a CSV, drops ties for plain BT, drops bad videos if asked, and says how many.
 
-    InputError: no CoTs where they are needed; a missing video.
+    InputError: no CoTs where they are needed; ties alone where a winner is; a missing video.
     """
     pairs = data.read_pairs(path, settings.dimension, settings.video_root)
     # A CSV has both CoTs of a pair or neither. Without any the head would learn to score without thinking, unnoticed.
@@ -173,6 +173,8 @@ def prepare_pairs(path: str, settings: Settings, ranks, need_cots: bool) -> list
         ties = sum(pair.label == 0 for pair in pairs)
         pairs = [pair for pair in pairs if pair.label != 0]
         ranks.print(f"{path}: {len(pairs)} pairs; {ties} ties left out (--loss btt uses them)")
+    if not any(pair.label for pair in pairs) and (settings.loss == "bt" or not need_cots):
+        raise InputError(f"{path}: in no pair one video is better; only --data of --loss btt may be ties alone.")
     return readable_pairs(pairs, settings, ranks, data.sample_frames)
 
 

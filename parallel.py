@@ -9,6 +9,7 @@ deadlocks. So never under `if rank == 0`, and never behind a condition that can 
 
 import contextlib
 import datetime
+import os
 import sys
 
 import torch
@@ -32,8 +33,8 @@ class Ranks:
         # It finds the device and starts the process group (NCCL or gloo). FSDP2 is called directly, below: accelerate's
         # own FSDP plugin turns into DDP on CPU without a word, so it could not be tested.
         on_cpu = not torch.cuda.is_available()
-        # Gradients that live in the host's memory are summed by gloo, all else by NCCL.
-        backend = "cuda:nccl,cpu:gloo" if cpu_offload and not on_cpu else None
+        # Gradients that live in the host's memory are summed by gloo, all else by NCCL. Without torchrun: see `start`.
+        backend = "cuda:nccl,cpu:gloo" if cpu_offload and not on_cpu and "LOCAL_RANK" in os.environ else None
         # A rank may wait long for the slowest at the end of a phase: NCCL's own 10 minutes would end the run there.
         group = InitProcessGroupKwargs(backend=backend, timeout=datetime.timedelta(hours=24))
         self.accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[group])

@@ -18,7 +18,7 @@ import torch
 
 from plumbing.hub import write_card
 from plumbing.checkpoint import save_model
-from plumbing.jobs import task_seed
+from plumbing.jobs import fingerprint, task_seed
 from plumbing.logs import Log, draw_curves, read_metrics, read_numbers, reward_scale
 from plumbing.resume import Background, checkpoints_of, load_checkpoint, read_json, save_checkpoint
 from plumbing.settings import InputError, flag_of, writable, write_json, write_jsonl
@@ -33,7 +33,7 @@ MAY_CHANGE = {
     "lr", "lr_vision", "lr_head", "max_grad_norm",  # size of a step: what a loss that is not finite asks for
     "epochs", "max_steps",  # how long it trains
     "max_length", "skip_bad_videos",  # limits that an error in mid-training asks to change
-    "data", "val", "video_root", "frame_cache",  # where files lie; that --data holds the same pairs is checked below
+    "data", "val", "video_root", "frame_cache", "frame_cache_gb",  # where files lie; --data's content is checked below
     "out", "val_every", "save_every", "keep", "resume", "overwrite",  # what is written, and how often
     "workers", "micro_pairs", "micro_rollouts", "rows_per_batch", "gradient_checkpointing", "compile",  # speed, memory
     "engine", "engine_memory", "engine_tp", "engine_max_len", "shard_ranks", "cpu_offload",  # who computes, and where
@@ -70,7 +70,8 @@ def _claim(settings, ranks):
                              "it, or give another --out.")
     elif not saved and os.path.isdir(os.path.join(out, "model")):
         raise InputError(f"{out}: holds a model but no checkpoint to go on from; --overwrite starts anew.")
-    now = {**dataclasses.asdict(settings), "data_sha256": _sha256(settings.data), "draws": DRAWS}
+    now = {**dataclasses.asdict(settings), "draws": DRAWS}
+    now |= {"data_sha256": _sha256(settings.data), "model_sha256": fingerprint(settings.model)}
     if settings.resume and saved:
         _compare(out, now, saved[-1], ranks)
     writable([out])
@@ -83,14 +84,16 @@ def _compare(out, now, newest, ranks):
         before = read_json(out, "settings.json")
     except (OSError, ValueError) as error:
         raise InputError(f"{out}/settings.json: is missing or damaged; --overwrite starts anew.") from error
+    before.setdefault("model_sha256", now["model_sha256"])  # begun by code that did not keep it
     if before.get("draws") != DRAWS:
         raise InputError(f"{out}: was begun by code that drew pairs and masks otherwise; give another --out.")
     changed = {name: [before.get(name), now[name]] for name in now if before.get(name) != now[name]}
     fixed = sorted(changed.keys() - MAY_CHANGE)
-    if fixed == ["data_sha256"]:
-        raise InputError(f"{now['data']}: is not the file that the run in {out} was trained on; give another --out.")
+    for what in ("data", "model"):  # under the same name: a checkpoint holds no more than what is trained
+        if f"{what}_sha256" in fixed and what not in fixed:
+            raise InputError(f"{now[what]}: is not what the run in {out} was begun with; give another --out.")
     if fixed:
-        was = ", ".join(f"{flag_of(name)} {before.get(name)}" for name in fixed if name != "data_sha256")
+        was = ", ".join(f"{flag_of(name)} {before.get(name)}" for name in fixed if not name.endswith("_sha256"))
         raise InputError(f"{out}: was begun with {was}, which --resume cannot change; give another --out.")
     if told := {name: values for name, values in changed.items() if name not in ("resume", "overwrite", "out")}:
         for name, (old, new) in told.items():
@@ -157,7 +160,13 @@ class Run:
         position = load_checkpoint(settings.out, model, optimizer, ranks) if settings.resume else {"step": 0}
         # The run's own: with more --epochs a share of the new total would begin the warm-up again.
         self.warmup_steps = position.get("warmup_steps", self.warmup_steps)
-        self.first = position["step"]
+        self.first, before = position["step"], position.get("num_pairs", num_pairs)
+        if before != num_pairs:
+            ranks.print(f"{num_pairs} pairs, {before} until step {self.first}: others can be read or are left out now; "
+                        "they are shuffled anew, so some come twice in this epoch, and some not at all")
+            if ranks.is_main:
+                change = {"after_step": self.first, "num_pairs": [before, num_pairs]}
+                write_jsonl(os.path.join(settings.out, "changes.jsonl"), [change], add=True)
         self.log, self.stop, self.began = Log(settings.out, ranks, position), StopSignal(), time.time()
         self.background = Background()  # writes checkpoints
 
@@ -192,7 +201,7 @@ class Run:
         """
         self.stopping, s = self.ranks.sum({"stop": self.stop.requested})["stop"] > 0, self.settings
         if self.stopping or self.is_due(step, s.save_every):
-            more = {"metrics": metrics, "warmup_steps": self.warmup_steps}
+            more = {"metrics": metrics, "warmup_steps": self.warmup_steps, "num_pairs": self.num_pairs}
             begin = self.background.begin
             save_checkpoint(s.out, step, self.model, self.optimizer, self.ranks, s.keep, more, begin)
 

@@ -10,6 +10,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import cold_start
 import data
@@ -317,7 +318,7 @@ def test_resume_with_other_settings(with_cots, base_dir, two_steps, tmp_path, ca
     refuses(capsys, cold_start.main, *flags(seed=1, batch_pairs=1, mask_probability=1), says=says)
     other = tmp_path / "other.csv"
     other.write_text(open(with_cots["train_cold_start"]).read().replace("one", "another"))
-    refuses(capsys, cold_start.main, *flags(data=other), says="is not the file that the run")
+    refuses(capsys, cold_start.main, *flags(data=other), says="other.csv: is not what the run in")
     kept = weights(tmp_path)
     cold_start.main(flags(max_steps=3, lr=0, micro_pairs=2))
     assert "--lr was 0.001, from here on 0.0" in capsys.readouterr().out
@@ -326,6 +327,44 @@ def test_resume_with_other_settings(with_cots, base_dir, two_steps, tmp_path, ca
     (line,) = (tmp_path / "changes.jsonl").read_text().splitlines()
     changed = json.loads(line)
     assert changed["after_step"] == 2 and changed["lr"] == [0.001, 0.0] and "seed" not in changed
+
+
+def test_another_model_under_the_same_name_is_not_resumed(with_cots, base_dir, two_steps, tmp_path, capsys):
+    """Stage 1 run again with --overwrite, or a hub name whose main branch moved: a checkpoint holds what is trained
+    alone, so old adapters would go on over another base."""
+    base = tmp_path / "base"
+    shutil.copytree(base_dir, base)
+    flags = arguments(with_cots, base, tmp_path / "out", max_steps=2)
+    path = go_on(two_steps, tmp_path / "out") / "settings.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps(saved | {"model": str(base)}))  # its content is the same
+    cold_start.main([*flags, "--resume"])
+    tensors = load_file(base / "model.safetensors")
+    name = next(name for name in tensors if "visual" in name)
+    save_file({**tensors, name: tensors[name] + 1}, base / "model.safetensors", {"format": "pt"})
+    refuses(capsys, cold_start.main, *flags, "--resume", says="base: is not what the run in")
+
+
+def test_pairs_that_come_or_go_between_two_halves_are_told(with_cots, base_dir, two_steps, tmp_path, capsys):
+    """A clip that could be read at the start, and cannot any more: --skip-bad-videos then shuffles other pairs."""
+    step = go_on(two_steps, tmp_path) / "checkpoints/step-000002/step.json"
+    held = json.loads(step.read_text())
+    assert held["num_pairs"] == 6  # a tie is left out
+    step.write_text(json.dumps(held | {"num_pairs": 7}))
+    cold_start.main([*arguments(with_cots, base_dir, tmp_path, max_steps=2), "--resume"])
+    assert "6 pairs, 7 until step 2" in capsys.readouterr().out
+    changes = [json.loads(line) for line in (tmp_path / "changes.jsonl").read_text().splitlines()]
+    assert {"after_step": 2, "num_pairs": [7, 6]} in changes
+
+
+@pytest.mark.parametrize("flags", [{"loss": "bt"}, {"loss": "btt", "val": "same"}])
+def test_ties_alone_are_told_before_a_model_is_opened(with_cots, base_dir, tmp_path, capsys, monkeypatch, flags):
+    rows = list(csv.DictReader(open(with_cots["train_cold_start"], encoding="utf-8")))
+    same = write_csv(tmp_path / "same.csv", list(rows[0]), [list((row | {"GSB": "same"}).values()) for row in rows])
+    ties = {"train_cold_start": same}
+    flags = {name: same if value == "same" else value for name, value in flags.items()}
+    monkeypatch.setattr(cold_start.checkpoint, "open_on_rank", None)
+    refuses(capsys, cold_start.main, *arguments(ties, base_dir, tmp_path / "out", **flags), says="ties alone")
 
 
 def test_a_run_of_code_that_drew_otherwise_is_not_resumed(with_cots, base_dir, two_steps, tmp_path, capsys):

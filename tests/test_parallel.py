@@ -16,6 +16,7 @@ import grpo
 import parallel
 from model import DeScore
 from plumbing import logs
+from plumbing.settings import InputError
 from tests.conftest import ROOT, run
 from tests.kills import alive, family, kill_all
 
@@ -165,3 +166,26 @@ def test_each_part_has_its_own_rate_and_0_is_one():
     optimizer = parallel.make_optimizer(Parts(), settings)
     assert [group["base_lr"] for group in optimizer.param_groups] == [2.0, 2.0, 0.0]  # 0 freezes; None is --lr
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.5}
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_backend_for_two_devices_is_asked_for_under_torchrun_alone(monkeypatch, started):
+    """accelerate takes a backend without torchrun for a group that is there, and asks it for its size: a traceback,
+    where `start` has a sentence."""
+    asked = []
+
+    class Recorder:
+        process_index, num_processes, device, is_main_process = 0, 1, torch.device("cuda"), True
+
+        def __init__(self, cpu, kwargs_handlers):
+            asked.append(kwargs_handlers[0].backend)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(parallel, "Accelerator", Recorder)
+    monkeypatch.setenv("LOCAL_RANK", "0") if started else monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if started:
+        parallel.Ranks(cpu_offload=True)
+    else:
+        with pytest.raises(InputError, match="start with torchrun"):
+            parallel.start(0, cpu_offload=True)
+    assert asked == ["cuda:nccl,cpu:gloo" if started else None]
