@@ -12,7 +12,7 @@ import numpy as np
 
 from lab.study import figures
 from lab.study.models import SETS
-from lab.study.verdict import SEEN, interquartile_mean, interval_of_seeds, summary, verdict
+from lab.study.verdict import NOT_RUN, SEEN, interquartile_mean, interval_of_seeds, summary, verdict
 from plumbing.report import table
 from plumbing.settings import InputError, write_json
 
@@ -244,6 +244,9 @@ def publish(folder: str) -> None:
     for name, result in found.items():
         if result.get("trial") or any(claim.get("trial") for claim in result["claims"]):
             raise InputError(f"{folder}/{name}.json: holds trials (--steps); only whole runs are published.")
+        for claim in result["claims"] if name == "worlds" else ():
+            if claim["verdict"] == NOT_RUN:  # some of its seeds or cells: in FOLDER's own report alone
+                claim.update(parts={}, more={})
         write_json(str(ROOT / f"lab/study/{name}.json"), result)
         for page in PAGES:
             text = (ROOT / page).read_text(encoding="utf-8")

@@ -452,6 +452,19 @@ def test_what_the_page_shows_stands_in_worlds_json():
     assert pages.filled(text, PUBLISHED, "WORLDS") == text, "run `python -m lab.study --runs RUNS --publish`"
 
 
+def test_a_claim_that_waits_for_seeds_is_not_published(tmp_path, monkeypatch):
+    """Its rows are of the seeds that happen to be there; the run's own report has them."""
+    for page in pages.PAGES:
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / page, tmp_path / page)
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    claims = [claim | ({"verdict": NOT_RUN} if claim["number"] == 10 else {}) for claim in PUBLISHED["claims"]]
+    (tmp_path / "worlds.json").write_text(json.dumps(PUBLISHED | {"claims": claims}))
+    pages.publish(str(tmp_path))
+    kept = {claim["number"]: claim for claim in pages.read(tmp_path / "lab/study/worlds.json")["claims"]}
+    assert kept[10]["parts"] == kept[10]["more"] == {} and kept[9]["parts"] and kept[11]["parts"]
+
+
 def test_a_row_that_two_claims_share_is_shown_and_counted_once():
     row = {"mean": 0.1, "low": 0.05, "high": 0.2, "n": 90, "seeds": 3, "by_seed": [0.1, 0.11, 0.09], "verdict": SEEN}
     other = row | {"mean": 0.2}

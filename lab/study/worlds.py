@@ -248,8 +248,8 @@ def plan(runs: str, only, steps: int | None) -> list[Cell]:
 
 # ---- 3. Results ----------------------------------------------------------------------------------------------
 def judged(claim: study.Claim, runs: dict, stage: str) -> dict:
-    """A claim's entry; its verdict waits for all of its seeds."""
-    found = study.judge(claim, runs)
+    """A claim's entry, of the seeds of its stage (others may have run for another); its verdict waits for all."""
+    found = study.judge(claim, {seed: runs[seed] for seed in SEEDS[stage] if seed in runs})
     seeds = min(found["parts"][name]["seeds"] if name in found["parts"] else 0 for name in claim.decides)
     whole = found["verdict"] if seeds == len(SEEDS[stage]) else study.NOT_RUN
     return found | {"stage": stage, "seeds": seeds, "planned": len(SEEDS[stage]), "verdict": whole}
