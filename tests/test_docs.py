@@ -29,9 +29,9 @@ def gone(path: str) -> bool:
     return not SHELF and bool(re.search(r"(?:^|/)lab[/.]", path))
 
 
-FOREIGN_FLAGS = {  # of torchrun, pip, hf and vllm
+FOREIGN_FLAGS = {  # of torchrun, pip, hf, vllm and docker
     "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--shutdown_timeout", "--index-url",
-    "--local-dir", "--repo-type", "--tensor-parallel-size", "--media-io-kwargs",
+    "--local-dir", "--repo-type", "--shm-size", "--tensor-parallel-size", "--media-io-kwargs",
 }
 
 
