@@ -277,9 +277,11 @@ def looking(runs: dict, pairs: tuple[int, ...], masks: tuple[float, ...]):
 
 def lengths(runs: dict, worlds: dict[int, str]):
     """16: cosines of two draws' gradients (claim 2), CoTs as short as today's minus longer ones; claim 2 at each."""
-    names, found = ("GRPO, preference", "GRPO, rules", "BT"), {}
+    names, found, bases = ("GRPO, preference", "GRPO, rules", "BT"), {}, {}
     for tokens, world in worlds.items():
         here = ready(runs, world, "study/gradients.json")
+        texts = [load(run, f"../base{f'_{world}' * (world != 'today')}", "measured.json") for run in here.values()]
+        bases[str(tokens)] = {n: [text[n] for text in texts] for n in ("greedy accuracy", "sampled valid format")}
         found[tokens] = {n: {seed: {"draws": measures.of_draws(load(run, "study/gradients.json")[n]["cosine"])}
                              for seed, run in here.items()} for n in names}
     short, *longer = worlds
@@ -288,7 +290,7 @@ def lengths(runs: dict, worlds: dict[int, str]):
     parts |= {f"cosine: BT - {n}, {tokens} tokens": measures.minus(found[tokens]["BT"], found[tokens][n])
               for tokens in worlds for n in names[:2]}
     more = {n: {str(tokens): measures.per_seed(rows[n]) for tokens, rows in found.items()} for n in names}
-    return {name: row for name, row in parts.items() if row}, {"cosine": more}
+    return {name: row for name, row in parts.items() if row}, {"cosine": more, "base": bases}
 
 
 def main(argv=None) -> None:

@@ -376,7 +376,11 @@ def test_length_and_noise(tmp_path):
             rows = {name: {"cosine": [cosine] * 32} for name in ("GRPO, preference", "GRPO, rules", "BT")}
             (folder / "study/gradients.json").write_text(json.dumps(rows))
             mark(folder, "study/gradients.json")
+            base = tmp_path / f"seed{seed}/base{'' if tokens == 'today' else '_' + tokens}"
+            base.mkdir()
+            (base / "measured.json").write_text(json.dumps({"greedy accuracy": 0.8, "sampled valid format": 0.9}))
     found = judge(16, tmp_path)
+    assert found["more"]["base"]["440"] == {"greedy accuracy": [0.8] * 3, "sampled valid format": [0.9] * 3}
     assert found["verdict"] == SEEN and found["margin"] == 0
     assert found["parts"]["cosine of GRPO, preference: 55 - 440 tokens"]["mean"] == pytest.approx(0.29)
     assert found["parts"]["cosine of BT: 55 - 250 tokens"]["mean"] == 0
