@@ -57,8 +57,7 @@ def main(argv=None, write=cot_text, max_new_tokens=80) -> None:
         processor.save_pretrained(args.out)
         print(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters, loss {loss:.4f} nats a token")
         measured = base_model.measure(model, processor, args.seed + 1000, max_new_tokens=max_new_tokens)
-        for name, value in measured.items():
-            print(f"  {name:22s} {value:.3f}")
+        print("\n".join(f"  {name:22s} {value:.3f}" for name, value in measured.items()))
         write_json(f"{args.out}/measured.json", measured)
     print(f"{time.time() - start:.0f} s")
 

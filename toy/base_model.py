@@ -247,10 +247,10 @@ def pretrain_language(model, processor, seen: list[dict], frames, steps, batch, 
     # From here on the features are handed over in place of pixels, and the tower passes them on.
     visual.forward = lambda x, **_: Seen(None, x[:, :width], deepstack_features=list(x[:, width:].split(width, -1)))
     losses, bar = [], tqdm(range(steps), desc="language", disable=not progress)
-    verdicts = torch.tensor([processor.tokenizer(f" {verdict}")["input_ids"][0] for verdict in "012"])
-    own = np.random.default_rng(0)
-    plain = [processor.tokenizer(cot_text(random_wish(own), random_values(own)))["input_ids"] for _ in range(400)]
-    plain = torch.tensor(sorted({processor.tokenizer.eos_token_id}.union(*plain)))
+    own, encode = np.random.default_rng(0), processor.tokenizer
+    verdicts = torch.tensor([encode(f" {verdict}")["input_ids"][0] for verdict in "012"])
+    plain = [encode(cot_text(random_wish(own), random_values(own)))["input_ids"] for _ in range(400)]
+    plain = torch.tensor(sorted({encode.eos_token_id}.union(*plain)))
     for step in bar:
         picks, captions = rng.integers(len(seen), size=batch), 1.0 if step < 0.08 * steps else 0.05
         slips = SLIPS if step > 0.8 * steps else 0.0
@@ -266,9 +266,8 @@ def pretrain_language(model, processor, seen: list[dict], frames, steps, batch, 
         target = ids[:, 1:][learn[:, 1:]]  # (C,), all CoT tokens of the batch
         logits = model.lm_head(hidden[:, :-1][learn[:, 1:]])  # (C, vocabulary): the token at i is predicted at i - 1
         loss = torch.nn.functional.cross_entropy(logits, target, reduction="none")  # nats of each CoT token
-        weight = 1 + 4.0 * torch.isin(target, verdicts)  # else noise of the guessed colours and shapes drowns them
-        if write is not cot_text:  # prose around them, of other tokens: many, and what is drawn at random is noise too
-            weight = weight - 0.9 * ~torch.isin(target, plain)
+        # Verdicts count more, or the noise of guessed colours and shapes drowns them; prose, of other tokens, less.
+        weight = 1 + 4.0 * torch.isin(target, verdicts) - 0.9 * (write is not cot_text) * ~torch.isin(target, plain)
         (loss @ weight / weight.sum()).backward()
         update()
         losses.append(loss.mean().item())
