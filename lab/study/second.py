@@ -35,7 +35,7 @@ from model import DeScore
 from plumbing import checkpoint, training
 from plumbing.jobs import content_of, read_log
 from plumbing.logs import read_metrics
-from plumbing.settings import cli, write_json
+from plumbing.settings import InputError, cli, write_json
 from rules import overall_score
 from toy.world import cot_text
 
@@ -294,11 +294,15 @@ def lengths(runs: dict, worlds: dict[int, str]):
 
 
 def main(argv=None) -> None:
-    """One cell's computation; --out comes last."""
+    """One cell's computation; --out comes last. InputError: a base with prose that has not learned to judge."""
     what, *rest, _, out = argv or sys.argv[1:]
     if what == "base":
         count, seed = map(int, rest[:2])
         toy.__main__.main(["base", *rest[2:], "--out", out], prose(count, seed), 80 + 230 * count)
+        found = load(out, "measured.json")
+        if found["greedy accuracy"] < found["2 or N/A"] + 0.1 and "--steps" not in rest:  # which a trial has
+            raise InputError(f"{out}: its verdicts are right in {found['greedy accuracy']:.2f}, those of who never "
+                             f"watches in {found['2 or N/A']:.2f}: no claim can be asked of it; train it longer.")
     elif what == "rows":
         measures.first_rows(rest[0], out, int(rest[1]))
     elif what == "flops":

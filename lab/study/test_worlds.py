@@ -24,7 +24,7 @@ from plumbing.jobs import content_of
 from plumbing.logs import read_metrics
 from plumbing.settings import InputError, parse
 from rules import read_verdicts, well_formed
-from tests.conftest import ROOT
+from tests.conftest import ROOT, refuses
 from tests.kills import alive
 
 
@@ -366,6 +366,18 @@ def test_equal_budgets_by_hand(made_up, tmp_path):  # noqa: F811
     assert found["verdict"] == SEEN and not any("pairs" in name for name in found["decides"])
     reached = found["more"]["reaches"]
     assert reached["BT: FLOPs"] == [None] * 3 and reached["coupled: FLOPs"] == [2000] * 3
+
+
+def test_a_base_that_cannot_judge_ends_its_cell(tmp_path, monkeypatch, capsys):
+    """Else malformed or guessed texts, whose groups are flat, would pass for a noisy gradient."""
+    found = {"2 or N/A": 0.6, "greedy accuracy": 0.69}
+    monkeypatch.setattr(second.toy.__main__, "main", lambda *_: (tmp_path / "measured.json").write_text(
+        json.dumps(found)))
+    words = ["base", "1", "0", "--seed", "0", "--out", str(tmp_path)]
+    refuses(capsys, second.main, *words, says="no claim can be asked of it")
+    second.main([*words[:-2], "--steps", "2", *words[-2:]])  # a trial
+    found["greedy accuracy"] = 0.71
+    second.main(words)
 
 
 def test_length_and_noise(tmp_path):
