@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import re
 import sys
 import zipfile
 
@@ -316,5 +317,8 @@ class FrameCache:
             self._look()
 
     def _look(self):
-        self.held = sum(entry.stat().st_size for entry in os.scandir(self.folder) if entry.name.endswith(".npz"))
-        self.written = 0  # bytes since this look
+        self.held = self.written = 0  # bytes in the folder, and since this look
+        for entry in os.scandir(self.folder):
+            if re.fullmatch(r"[0-9a-f]{32}\.npz", entry.name):  # what else lies there is not ours
+                with contextlib.suppress(FileNotFoundError):  # removed by hand, while it is in use
+                    self.held += entry.stat().st_size
