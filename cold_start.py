@@ -110,10 +110,9 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
     """The loop of stage 1; the steps are those of the docstring at the top."""
     optimizer = parallel.make_optimizer(model, settings)
     run = Run("stage 1", model, optimizer, len(pairs), settings, ranks)
-    how = (model.processor, settings.fps, settings.max_pixels, settings.frame_cache, settings.frame_cache_gb)
     # The whole schedule is known now, so loader workers can decode ahead; a resumed run starts it at its own step.
-    drawn = data.EncodedPairs(draw(pairs, run, settings), *how)
-    val_set = data.EncodedPairs(val_pairs, *how)
+    drawn = data.EncodedPairs(draw(pairs, run, settings), model.processor, *settings.reading)
+    val_set = data.EncodedPairs(val_pairs, model.processor, *settings.reading)
     stream = data.take(drawn, range(len(drawn)), settings.workers)
 
     model.train()

@@ -144,8 +144,7 @@ def train(model, reference, engine, pairs, settings: Settings, ranks, rewards=No
     run = Run("stage 2", model, optimizer, len(pairs), settings, ranks)
     if run.first:
         engine.sync(parallel.trained_weights(model))
-    how = model.processor, settings.fps, settings.max_pixels, settings.frame_cache, settings.frame_cache_gb
-    dataset = data.EncodedPairs(pairs, *how)
+    dataset = data.EncodedPairs(pairs, model.processor, *settings.reading)
     order = [index for _, indices in run.draws() for index in indices]
     stream = data.take(dataset, order, settings.workers)
     tokenizer, mini_size = model.processor.tokenizer, settings.mini_pairs // ranks.world

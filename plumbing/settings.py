@@ -118,7 +118,7 @@ class CommonSettings:
     workers: int | None = arg(None, "processes that decode ahead; 0: decode in this one; default: 2 to 8, by this "
                                     "rank's cores", at_least=0)
     frame_cache: str | None = arg(None, "folder that keeps sampled frames, so that later epochs need not decode")
-    frame_cache_gb: float = arg(50.0, "GB that it may hold (a clip of 5 s: 7 MB); the rest is decoded anew", above=0)
+    frame_cache_gb: float = arg(50.0, "GB that it may hold (a clip of 5 s: 6 MB); the rest is decoded anew", above=0)
     # model and optimisation
     lora_r: int = arg(64, "LoRA rank, with --train lora (paper, stage 1: 64)", at_least=1)
     lora_alpha: int = arg(128, "LoRA alpha; the update is scaled by alpha / r (paper, stage 1: 128)", at_least=1)
@@ -139,6 +139,11 @@ class CommonSettings:
     keep: int = arg(2, "checkpoints kept on disk", at_least=1)
     resume: bool = arg(False, "go on from the newest checkpoint in --out, exactly where it was")
     overwrite: bool = arg(False, "first remove the run that --out holds")
+
+    @property
+    def reading(self) -> tuple:
+        """How clips are read: what data.EncodedPairs takes behind the processor. Each stage has its own max_pixels."""
+        return self.fps, self.max_pixels, self.frame_cache, self.frame_cache_gb
 
 
 # ---- 2. Flags that are missing or contradict each other: refused before anything is read, built or sampled ----
