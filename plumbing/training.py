@@ -38,6 +38,7 @@ MAY_CHANGE = {
     "workers", "micro_pairs", "micro_rollouts", "rows_per_batch", "gradient_checkpointing", "compile",  # speed, memory
     "engine", "engine_memory", "engine_tp", "engine_max_len", "shard_ranks", "cpu_offload",  # who computes, and where
 }
+CONTENT = {"data": "data_sha256", "model": "model_fingerprint"}  # what settings.json keeps beside a path
 DRAWS = "task_seed"  # how order and masks are drawn: by other code than the first half's, pairs would come twice
 
 
@@ -45,7 +46,8 @@ def claim_run(settings, ranks) -> None:
     """COLLECTIVE: makes --out this run's, and writes its settings.json; InputError on every rank if it must not be.
 
     A new run needs an --out without a run, or --overwrite. --resume needs the settings of the run that it goes on with,
-    but for MAY_CHANGE; what is changed is printed, and kept in changes.jsonl with the step after which it counts.
+    but for MAY_CHANGE, and data and model of the same content; what is changed is printed, and kept in changes.jsonl
+    with the step after which it counts.
     """
     problems = []
     if ranks.is_main:  # one looks and decides, all hear of it: others could see other files
@@ -71,7 +73,7 @@ def _claim(settings, ranks):
     elif not saved and os.path.isdir(os.path.join(out, "model")):
         raise InputError(f"{out}: holds a model but no checkpoint to go on from; --overwrite starts anew.")
     now = {**dataclasses.asdict(settings), "draws": DRAWS}
-    now |= {"data_sha256": _sha256(settings.data), "model_sha256": fingerprint(settings.model)}
+    now |= {"data_sha256": _sha256(settings.data), "model_fingerprint": fingerprint(settings.model)}
     if settings.resume and saved:
         _compare(out, now, saved[-1], ranks)
     writable([out])
@@ -84,16 +86,16 @@ def _compare(out, now, newest, ranks):
         before = read_json(out, "settings.json")
     except (OSError, ValueError) as error:
         raise InputError(f"{out}/settings.json: is missing or damaged; --overwrite starts anew.") from error
-    before.setdefault("model_sha256", now["model_sha256"])  # begun by code that did not keep it
+    before.setdefault("model_fingerprint", now["model_fingerprint"])  # begun by code that did not keep it
     if before.get("draws") != DRAWS:
         raise InputError(f"{out}: was begun by code that drew pairs and masks otherwise; give another --out.")
     changed = {name: [before.get(name), now[name]] for name in now if before.get(name) != now[name]}
     fixed = sorted(changed.keys() - MAY_CHANGE)
-    for what in ("data", "model"):  # under the same name: a checkpoint holds no more than what is trained
-        if f"{what}_sha256" in fixed and what not in fixed:
+    for what, content in CONTENT.items():  # under the same name: a checkpoint holds no more than what is trained
+        if content in fixed and what not in fixed:
             raise InputError(f"{now[what]}: is not what the run in {out} was begun with; give another --out.")
     if fixed:
-        was = ", ".join(f"{flag_of(name)} {before.get(name)}" for name in fixed if not name.endswith("_sha256"))
+        was = ", ".join(f"{flag_of(name)} {before.get(name)}" for name in fixed if name not in CONTENT.values())
         raise InputError(f"{out}: was begun with {was}, which --resume cannot change; give another --out.")
     if told := {name: values for name, values in changed.items() if name not in ("resume", "overwrite", "out")}:
         for name, (old, new) in told.items():
