@@ -174,6 +174,7 @@ def measure_set(test: TestSet, name: str, rewards: np.ndarray, complete: np.ndar
 def write_report(test: TestSet, settings: Settings) -> None:
     """The report and the scores of each kind that --score-from asks for: the head's in OUT, the text's in OUT/text."""
     name = os.path.basename(os.path.normpath(settings.model))
+    # One CoT, two scores: the head's and the one that the CoT states. Counted alike, so nothing else differs.
     for kind in settings.score_from:
         found = test.rewards if kind == "head" else text_rewards(test.thoughts)
         out = test.out if kind == "head" else os.path.join(test.out, "text")

@@ -33,7 +33,8 @@ class Ranks:
         # It finds the device and starts the process group (NCCL or gloo). FSDP2 is called directly, below: accelerate's
         # own FSDP plugin turns into DDP on CPU without a word, so it could not be tested.
         on_cpu = not torch.cuda.is_available()
-        # Gradients that live in the host's memory are summed by gloo, all else by NCCL. Without torchrun: see `start`.
+        # Gradients that live in the host's memory are summed by gloo, all else by NCCL. Only under torchrun: without it
+        # accelerate asks a group that nobody made for its size, where `start` has a sentence.
         backend = "cuda:nccl,cpu:gloo" if cpu_offload and not on_cpu and "LOCAL_RANK" in os.environ else None
         # A rank may wait long for the slowest at the end of a phase: NCCL's own 10 minutes would end the run there.
         group = InitProcessGroupKwargs(backend=backend, timeout=datetime.timedelta(hours=24))

@@ -35,7 +35,7 @@ def parse_literal(text: str):
         try:
             with warnings.catch_warnings(action="ignore"):  # "1and": Python's parser would speak to the user
                 return ast.literal_eval(text)
-        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:  # Type: {{...}}, a set
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:  # TypeError: a set of dicts
             raise ValueError(f"neither JSON nor a Python literal: {text[:60]!r}") from error
 
 

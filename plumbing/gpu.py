@@ -231,6 +231,7 @@ def compile_parts(model, wanted: bool | None, device: torch.device, backend: str
     return True
 
 
+# ---- 3. Sampling, compiled ------------------------------------------------------------------------------------
 # What `generate` compiles: the whole forward of one token. Not the default mode, "reduce-overhead": the memory that
 # CUDA graphs keep for themselves would be missing in the update.
 DECODING = CompileConfig(mode="default")
@@ -254,7 +255,7 @@ def fixed_cache(past, which: torch.Tensor, tokens: int) -> Cache:
 
     A growing cache has another shape for each token, so compiled decoding would be traced anew for each. transformers
     compiles by itself what `generate` calls with a fixed one: for its shape, and where another comes with rows, lengths
-    or both as symbols, so three traces at most. Lengths are multiples of 64, as kernels like them.
+    or both as symbols, so a few traces serve all batches. Lengths are multiples of 64, as kernels like them.
     """
     length, kind = -(-tokens // 64) * 64, which.device.type
     fixed = Cache([FixedLayer(length) for _ in past.layers])

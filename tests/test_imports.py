@@ -1,4 +1,7 @@
-"""Imports run one way, lab -> toy -> top level -> plumbing, and in no circle. Read from the source, by ast."""
+"""Imports run one way, lab -> toy -> top level -> plumbing, and in no circle; all that is public has a docstring.
+
+Read from the source, by ast.
+"""
 
 import ast
 

@@ -250,7 +250,7 @@ def pretrain_language(model, processor, seen: list[dict], frames, steps, batch, 
     own, encode = np.random.default_rng(0), processor.tokenizer
     verdicts = torch.tensor([encode(f" {verdict}")["input_ids"][0] for verdict in "012"])
     plain = [encode(cot_text(random_wish(own), random_values(own)))["input_ids"] for _ in range(400)]
-    plain = torch.tensor(sorted({encode.eos_token_id}.union(*plain)))
+    plain = torch.tensor(sorted({encode.eos_token_id}.union(*plain)))  # any other token that `write` uses is prose
     for step in bar:
         picks, captions = rng.integers(len(seen), size=batch), 1.0 if step < 0.08 * steps else 0.05
         slips = SLIPS if step > 0.8 * steps else 0.0

@@ -36,6 +36,6 @@ class DeScoreInference:
                 rewards = self.model.reward(video_paths, prompts, **self.how).tolist()
             if not all(map(math.isfinite, rewards)):
                 raise ValueError(f"the rewards {rewards} are not finite")
-        except Exception as error:
+        except Exception as error:  # any: the trainer makes -1.0 of each, and would train on it
             raise SystemExit(f"DeScore: no reward for {', '.join(map(str, video_paths))}: {error}") from error
         return [dict.fromkeys(NAMES, reward) for reward in rewards]

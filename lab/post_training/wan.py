@@ -230,13 +230,12 @@ class Wan:
         return state["done"]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The two updates
-# ---------------------------------------------------------------------------------------------------------------
+# ---- The two updates -----------------------------------------------------------------------------------------
 def grpo_update(wan: Wan, items: list[tuple[int, str]], score, optimizer, s: Settings, ranks) -> dict[str, float]:
     """COLLECTIVE: clips, rewards, advantages, optimizer steps. items: (number, prompt), the same on all ranks.
 
-    score(clips, prompts) -> rewards (G,). It must raise where one fails: made up, it poisons all. InputError: infinite.
+    score(clips, prompts) -> rewards (G,). One that fails must raise: a made-up number would poison its whole group.
+    InputError: a reward that is not finite.
     """
     groups, rewards, longcat = [], [], s.noise == "longcat"
     for number, prompt in ranks.share(items):
