@@ -255,7 +255,8 @@ def pretrain_language(model, processor, seen: list[dict], frames, steps, batch, 
         picks, captions = rng.integers(len(seen), size=batch), 1.0 if step < 0.08 * steps else 0.05
         slips = SLIPS if step > 0.8 * steps else 0.0
         around = one[:cut], one[cut + 1 :]
-        ids, learn = language_batch(processor, [seen[k] for k in picks], captions, slips, *around, rng, write)
+        now = write if step >= 0.6 * steps else cot_text  # to judge is learned first, then to go on judging amid prose
+        ids, learn = language_batch(processor, [seen[k] for k in picks], captions, slips, *around, rng, now)
         # Up to the video all rows are equal, then positions count on by one: one row's positions serve all. Padding is
         # on the right, where causal attention never looks, so no attention mask is needed either.
         types = (ids[:1] == model.config.video_token_id).int() * 2
