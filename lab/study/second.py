@@ -298,7 +298,7 @@ def main(argv=None) -> None:
     what, *rest, _, out = argv or sys.argv[1:]
     if what == "base":
         count, seed = map(int, rest[:2])
-        toy.__main__.main(["base", *rest[2:], "--out", out], prose(count, seed), 80 + 230 * count)
+        toy.__main__.main(["base", "--steps", "560", *rest[2:], "--out", out], prose(count, seed), 80 + 230 * count)
         found = load(out, "measured.json")
         if found["greedy accuracy"] < found["2 or N/A"] + 0.1 and "--steps" not in rest:  # which a trial has
             raise InputError(f"{out}: its verdicts are right in {found['greedy accuracy']:.2f}, those of who never "
