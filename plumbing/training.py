@@ -63,17 +63,17 @@ def _claim(settings, ranks):
     out, saved = settings.out, checkpoints_of(settings.out)
     if settings.resume and settings.overwrite:
         raise InputError("--resume goes on with the run in --out, --overwrite removes it; give one of them.")
-    if settings.overwrite:
-        _remove_run(settings)
-    elif not settings.resume:
+    if not (settings.overwrite or settings.resume):
         names = ("checkpoints", "metrics.jsonl", "model")
         if held := [name for name in names if os.path.exists(os.path.join(out, name))]:
             raise InputError(f"{out}: holds a run ({', '.join(held)}); --resume goes on with it, --overwrite removes "
                              "it, or give another --out.")
-    elif not saved and os.path.isdir(os.path.join(out, "model")):
+    if settings.resume and not saved and os.path.isdir(os.path.join(out, "model")):
         raise InputError(f"{out}: holds a model but no checkpoint to go on from; --overwrite starts anew.")
     now = {**dataclasses.asdict(settings), "draws": DRAWS}
     now |= {"data_sha256": _sha256(settings.data), "model_fingerprint": fingerprint(settings.model)}
+    if settings.overwrite:  # only now: a mistyped --data or --model, just told, must not cost a finished run
+        _remove_run(settings)
     if settings.resume and saved:
         _compare(out, now, saved[-1], ranks)
     writable([out])

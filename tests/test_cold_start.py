@@ -291,6 +291,8 @@ def test_a_second_run_in_the_same_folder(with_cots, base_dir, two_steps, tmp_pat
     refuses(capsys, cold_start.main, *flags(max_steps=1), says="holds a run (checkpoints, metrics.jsonl, model)")
     refuses(capsys, cold_start.main, *flags(max_steps=1), "--resume", "--overwrite", says="give one of them")
     refuses(capsys, cold_start.main, *flags(model=out / "model"), "--overwrite", says="lies in what --overwrite would")
+    for wrong in ({"model": "typo"}, {"data": "typo.csv"}):
+        refuses(capsys, cold_start.main, *flags(max_steps=1, **wrong), "--overwrite", says="typo")
     assert all(torch.equal(before[name], value) for name, value in weights(out).items())
     (out / "notes.txt").write_text("mine")
     cold_start.main([*flags(max_steps=1), "--overwrite"])
