@@ -14,6 +14,7 @@ The model knows nothing of ranks or sharding; parallel.py applies those from out
 
 import contextlib
 import dataclasses
+import warnings
 import zlib
 
 import torch
@@ -258,7 +259,8 @@ class DeScore(nn.Module):
 
         `think=False` skips the CoT, for speed: random CoT masking has trained the head for it. normalize: rewards in
         the unit of training (`unit`); only differences mean anything either way. engine: as for `think`; a CoT is
-        then scored as soon as it has ended, one at a time. InputError: what `encode`, `unit` and the engine say.
+        then scored as soon as it has ended, one at a time. A CoT cut off at max_new_tokens is scored as it is, and its
+        reward may be far off: there is a warning. InputError: what `encode`, `unit` and the engine say.
         """
         mean, std = self.unit(normalize)
         prefixes = self.encode(videos, prompts, source_fps)
@@ -268,7 +270,11 @@ class DeScore(nn.Module):
                 rewards[i] = self.score(prefixes[i : i + 1], cots[i : i + 1])[0]
         else:
             cots = self.think(prefixes, max_new_tokens) if think else cots
-            rewards = self.score(prefixes, cots)
+            for i in range(0, len(prefixes), 16):  # not all at once: 256 clips would not fit into a GPU's memory
+                rewards[i : i + 16] = self.score(prefixes[i : i + 16], cots[i : i + 16])
+        if cut := sum(not cot or cot[-1] != self.processor.tokenizer.eos_token_id for cot in cots if think):
+            warnings.warn(f"{cut} of {len(cots)} CoTs did not end within max_new_tokens ({max_new_tokens}); their "
+                          "rewards may be far off.", stacklevel=2)
         rewards = (rewards - mean) / std
         if with_thoughts:
             return rewards, [cot and decode_cot(self.processor.tokenizer, cot) for cot in cots]

@@ -9,6 +9,7 @@ Who calls it: collect_cots.py (stage 0), grpo.py (stage 2), phases.py (evaluatio
 
 import contextlib
 import dataclasses
+import threading
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -129,6 +130,9 @@ def decode_cot(tokenizer, cot: list[int]) -> str:
     return tokenizer.decode(cot[:-1] if cot and cot[-1] == tokenizer.eos_token_id else cot)
 
 
+SAMPLING = threading.Lock()  # Qwen3-VL keeps the offsets of its positions in the model: one thread at a time
+
+
 class TransformersEngine:
     """Samples with transformers' generate. Slow on large models, but needs nothing else and runs anywhere.
 
@@ -155,7 +159,7 @@ class TransformersEngine:
         per_batch = max(1, self.requests // max(map(len, seeds), default=1))
         for start in range(0, len(prefixes), per_batch):
             part = slice(start, start + per_batch)
-            with self.autocast():
+            with self.autocast(), SAMPLING:
                 cots = sample_cots(
                     self.backbone, self.processor, prefixes[part], seeds[part], max_new_tokens, temperature,
                     self.compiled)

@@ -7,6 +7,7 @@ import torch
 
 import data
 import evaluate
+import model as model_module
 from layout import lay_out
 from losses import bt_loss, grpo_loss
 from model import DeScore
@@ -323,6 +324,18 @@ def test_each_clip_is_decoded_and_encoded_once(model, tiny_model_dir, tiny_clips
                    "--thoughts", "3", "--max-new-tokens", "3"])
     assert count["sample_frames"] == count["encode_prompt"] == 1
     assert capsys.readouterr().out.count("\nreward ") == 3
+
+
+def test_reward_scores_a_few_at_a_time_none_at_all_and_tells_of_cut_cots(model, tiny_clips, monkeypatch):
+    """Of 256 clips an 8B's forward would not fit into a GPU; a rank may have no clip; a cut CoT's reward is far off."""
+    rows, lay_out = [], model_module.lay_out
+    monkeypatch.setattr(model_module, "lay_out", lambda *args: rows.append(len(args[1])) or lay_out(*args))
+    many = model.reward(tiny_clips[:2] * 10, ["a circle"] * 20, think=False)
+    assert rows == [16, 4]
+    assert torch.allclose(many, model.reward(tiny_clips[:2], ["a circle"] * 2, think=False).repeat(10), atol=1e-5)
+    assert model.reward([], []).shape == (0,) and model.reward([], [], with_thoughts=True)[1] == []
+    with pytest.warns(UserWarning, match=r"2 of 2 CoTs did not end within max_new_tokens \(1\)"):
+        model.reward(tiny_clips[:2], ["a circle"] * 2, max_new_tokens=1)
 
 
 def test_the_reward_depends_on_the_video(model, tiny_clips):

@@ -1,5 +1,8 @@
 """Sampling CoTs from the softmax; an engine takes over new weights."""
 
+import concurrent.futures
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -131,6 +134,20 @@ def test_seeded_sampling_draws_from_the_softmax():
     sampler = rollout.SeededSampling(list(range(3000)), temperature=2.0)  # p^(1/2), normalised: flatter
     share = torch.bincount(sampler(None, logits).argmax(-1), minlength=3) / 3000
     assert share.tolist() == pytest.approx([0.473, 0.334, 0.193], abs=0.04)
+
+
+def test_two_threads_sample_one_after_the_other(model, tiny_clips, monkeypatch):
+    """Trainers call scorers from threads, and the class keeps a prompt's offsets in the model until it has sampled."""
+    parts = [model.encode(tiny_clips[:n], ["a red circle"] * n) for n in (1, 3)]
+    alone, generate = [model.think(part, 4) for part in parts], model.backbone.generate
+
+    def slow(**more):
+        time.sleep(0.3)  # between the reading of the prompt and the sampling the other thread reads its own
+        return generate(**more)
+
+    monkeypatch.setattr(model.backbone, "generate", slow)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda part: model.think(part, 4), parts)) == alone
 
 
 @pytest.mark.parametrize("trains", [True, False])
