@@ -112,6 +112,7 @@ class TestSet:
     out: str
     root: str  # relative video paths start here
     benchmark: str | None = None
+    labels: str = ""  # which labels were asked for, if not those that published tables are about
     thoughts: dict | None = None  # {item.key: record of Workers.think}; None: no thinking
     rewards: dict = dataclasses.field(default_factory=dict)  # {item.key: record of Workers.score}
     skipped: list[dict] = dataclasses.field(default_factory=list)
@@ -135,10 +136,14 @@ def read_test_set(settings: Settings, benchmark: str | None = None) -> TestSet:
     for item in items_of(pairs) if settings.root else []:  # a CSV from the net: "../../secret.mp4" must not be opened
         refuse_outside(settings.root, item.video, item.line)
     # GenAI-Bench lets people say "both good" and "both bad". Both are ties to us; published numbers differ in that.
-    if DROPPED_VOTES[settings.genai_ties]:
+    dropped = DROPPED_VOTES[settings.genai_ties] if benchmark in (None, "genai-bench") else ()
+    if dropped:
         votes = {line: row["vote_type"].strip().lower() for line, row in open_table(path, ("vote_type",))[1]}
-        pairs = [pair for pair in pairs if votes[pair.line] not in DROPPED_VOTES[settings.genai_ties]]
-    return TestSet(path, pairs, out, settings.root or os.path.dirname(path), benchmark)
+        pairs = [pair for pair in pairs if votes[pair.line] not in dropped]
+    labels = f"--genai-ties {settings.genai_ties}" if dropped else ""
+    if settings.dimension != "TA" and benchmark != "genai-bench":
+        labels = f"--dimension {settings.dimension}"
+    return TestSet(path, pairs, out, settings.root or os.path.dirname(path), benchmark, labels)
 
 
 # ---- 3. The report -------------------------------------------------------------------------------------------
@@ -163,7 +168,7 @@ def measure_set(test: TestSet, name: str, rewards: np.ndarray, complete: np.ndar
     """The rewards (n, 2) of one model on the complete pairs, as report.write takes them."""
     kept = [pair for pair, keep in zip(test.pairs, complete) if keep]
     found = measure(name, kept, rewards[complete])
-    found.numbers.update(data=test.path, benchmark=test.benchmark, difference_to_first=None)
+    found.numbers.update(data=test.path, benchmark=test.benchmark, labels=test.labels, difference_to_first=None)
     found.numbers.update(skipped_pairs=len(test.pairs) - len(kept), skipped_videos=len(test.skipped))
     if test.thoughts:
         records = [test.thoughts[item.key] for item in test.items if item.key in test.thoughts]

@@ -115,9 +115,10 @@ def accuracy_table(judged: list[Agreement], videoalign: bool) -> str:
 def markdown(judged: list[Agreement], videoalign: bool) -> str:
     """The whole report.md: what was measured here, then what the paper published, which says so; then details."""
     first = judged[0].numbers
+    labels = f" ({first['labels']})" if first.get("labels") else ""
     text = [
         f"# Agreement with people: {markdown_cell(first['data'])}\n",
-        f"{first['pairs']} pairs of {first['prompts']} prompts, {first['human_ties']} human ties; left out: "
+        f"{first['pairs']} pairs of {first['prompts']} prompts, {first['human_ties']} human ties{labels}; left out: "
         f"{first['skipped_pairs']} pairs ({first['skipped_videos']} videos could not be read).\n",
         accuracy_table(judged, videoalign),
         "Without ties: of the pairs that people decided, the share whose better video has the higher reward; .5 is\n"
@@ -145,7 +146,7 @@ def published(ours: dict) -> str:
     """Table 1 with ours below it, in the columns of the benchmark that was run; for other data only a scale."""
     head = ["model", "source", "in-domain w/ ties", "GenAI w/", "GenAI w/o", "VideoGen w/", "VideoGen w/o"]
     rows = [[name, "published", *map(shown, values)] for name, values in PUBLISHED.items()]
-    if ours["benchmark"] in COLUMNS:  # others have no column there
+    if ours["benchmark"] in COLUMNS and not ours.get("labels"):  # others have no column there
         mine = ["-"] * 5
         for column, key in zip(COLUMNS[ours["benchmark"]], ("accuracy_with_ties", "accuracy_without_ties")):
             if column is not None:

@@ -182,6 +182,13 @@ def test_several_benchmarks_load_the_model_once(tmp_path, tiny_model_dir, tiny_c
     for name in names:
         numbers = json.loads((tmp_path / "out" / name / "report.json").read_text())
         assert numbers["benchmark"] == name and f"{name}.csv" in numbers["data"] and numbers["pairs"] == 1
+        assert "| this run |" in (tmp_path / "out" / name / "report.md").read_text()
+    # Another label than the one that Table 1 is about: no number in Table 1's columns, and the page names the label.
+    write_csv(tmp_path / "videogen-rewardbench.csv", [*head, "VQ"], [["a.mp4", "b.mp4", "a dog", "B", "A"]])
+    evaluate.main([str(flag) for flag in (*both, "--dimension", "VQ", "--genai-ties", "tie")])
+    for name, told in zip(names, ("--genai-ties tie", "--dimension VQ")):
+        page = (tmp_path / "out" / name / "report.md").read_text()
+        assert f"human ties ({told}); left out" in page and "| this run |" not in page
 
 
 def test_other_settings_in_the_same_folder_are_refused(tmp_path, tiny_model_dir, clips_csv, capsys):
