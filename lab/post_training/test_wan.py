@@ -100,9 +100,10 @@ def test_without_noise_our_sampler_is_wan_s_own(processor, guidance):
 
 def test_a_clip_s_latents_are_scaled_as_wan_s(processor, tiny_clips):
     made = tiny_wan(processor, frames=5, width=64)  # not as high as wide
+    seconds = [k / 16 for k in range(5)]  # at Wan's rate, whatever the file's is: this one has 4 frames a second
     latents, config = made.encode(tiny_clips[0]), made.pipe.vae.config
     mean, std = (torch.tensor(v).view(1, 16, 1, 1, 1) for v in (config.latents_mean, config.latents_std))
-    frames = open_clip(tiny_clips[0]).frames([k / 4 for k in range(5)], (16, 64))[0]  # 4 fps
+    frames = open_clip(tiny_clips[0]).frames(seconds, (16, 64))[0]
     pixels = torch.from_numpy(frames).permute(3, 0, 1, 2)[None] / 255 * 2 - 1
     assert torch.allclose(latents * std + mean, made.pipe.vae.encode(pixels).latent_dist.mode(), atol=1e-4)
     with pytest.raises(data.InputError, match="--frames 401"):
@@ -308,6 +309,8 @@ def test_the_script_and_two_ranks_give_the_same_lora(processor, wan_dir, tiny_mo
         run("-m", "lab.post_training.wan", *args, ranks=ranks) if ranks > 1 else wan.main(args)
         fresh = tiny_pipeline(processor)
         fresh.load_lora_weights(str(out))  # the way a user opens it
+        trained = fresh.transformer.peft_config["default_0"]
+        assert trained.lora_alpha == 2 * trained.r  # or it would work at half the strength that was trained
         loras.append({name: p for name, p in fresh.transformer.named_parameters() if ".lora_" in name})
         (line,) = (json.loads(line) for line in open(out / "metrics.jsonl"))
         assert set(line) == {"step", "reward", "group_std", "loss", "grad_norm"} and line["grad_norm"] > 0

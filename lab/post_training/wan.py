@@ -20,6 +20,7 @@ import dataclasses
 import os
 import random
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -78,7 +79,7 @@ class Settings:
     lr: float = arg(1e-4, "learning rate of the LoRA", above=0)
     lora_r: int = arg(32, "rank of the LoRA; its alpha is twice that *", at_least=1)
     save_every: int = arg(20, "updates between savings of LoRA and state", at_least=1)
-    seed: int = arg(0, "of clips, order and LoRA")
+    seed: int = arg(0, "of clips and LoRA")
 
 
 class Wan:
@@ -194,12 +195,14 @@ class Wan:
 
     @torch.no_grad()
     def encode(self, path: str) -> torch.Tensor:
-        """The first frames of a video file -> latents. InputError: too few frames."""
+        """The first frames of a video file, at Wan's rate -> latents. InputError: the clip is too short."""
         s = self.s
         clip = open_clip(path)
-        if len(clip.stamps) < s.frames:
-            raise InputError(f"{path}: has {len(clip.stamps)} frames, and --frames {s.frames} are needed; lower it.")
-        frames, _ = clip.frames(clip.stamps[: s.frames], (s.height, s.width))
+        times = np.arange(s.frames) / FPS  # not frame by frame: of a clip with 30 a second Wan would learn slow motion
+        if clip.seconds < (s.frames - 0.5) / FPS:
+            raise InputError(f"{path}: has {clip.seconds:.2f} s, and --frames {s.frames} at {FPS} a second need "
+                             f"{s.frames / FPS:.2f} s; lower it.")
+        frames, _ = clip.frames(times, (s.height, s.width))
         pixels = torch.from_numpy(frames).to(self.device, self.pipe.vae.dtype).permute(3, 0, 1, 2)[None] / 127.5 - 1
         mean, std = self.latent_scale()
         return (self.pipe.vae.encode(pixels).latent_dist.mode().float() - mean) / std
@@ -208,7 +211,10 @@ class Wan:
         """The LoRA, as `WanPipeline.load_lora_weights` reads it, and what a run needs to go on."""
         from peft import get_peft_model_state_dict
 
-        self.pipe.save_lora_weights(out, transformer_lora_layers=get_peft_model_state_dict(self.transformer))
+        # With its settings, or it would be loaded with alpha = r: at half the strength that was trained.
+        self.pipe.save_lora_weights(
+            out, transformer_lora_layers=get_peft_model_state_dict(self.transformer),
+            transformer_lora_adapter_metadata=self.transformer.peft_config["default"].to_dict())
         state = {"settings": dataclasses.asdict(self.s), "times": self.times, "done": done,
                  "optimizer": optimizer.state_dict()}
         with atomic_write(os.path.join(out, "state.pt"), "wb") as file:
