@@ -30,6 +30,7 @@ from lab.post_training import flow, report
 from lab.post_training.generator import C, Generator, P, draw_times, sample, step_mean, train_base
 from lab.post_training.world import Reward, draw_asked, gold_judge, noise_of, rng_of
 from losses import clipped_tokens, group_advantages, grpo_loss
+from plumbing.jobs import fingerprint
 from plumbing.settings import InputError, arg, atomic_write, cli, flag_of, parse, writable, write_json, write_jsonl
 
 COMMANDS = ("base", "grpo", "dpo", "measure")
@@ -263,16 +264,32 @@ def post_train(method: str, s: Settings, progress=True) -> None:
 def make_base(s: Settings) -> None:
     """OUT/seedK/base.pt, and the gold judge. InputError: the folder's base had other settings."""
     path, settings = os.path.join(seed_folder(s), "base.pt"), {"steps": s.base_steps, "wrong": s.wrong, "seed": s.seed}
+    settings["pool"] = s.pool
     gold_judge(s.out, s.judge_steps, s.pool)
     if os.path.exists(path):
-        if load_generator(path)[1]["settings"] != settings:
-            raise InputError(f"{path}: was trained with other --base-steps or --wrong; delete {seed_folder(s)} first.")
+        if settings | load_generator(path)[1]["settings"] != settings:
+            raise InputError(f"{path}: was trained with other --base-steps, --wrong or --pool; delete "
+                             f"{seed_folder(s)} first.")
         print(f"{path}: is there")
         return
     generator, loss, kept = train_base(s.seed, s.base_steps, s.wrong, s.pool)
     save_generator(path, generator, settings=settings)
     count = sum(p.numel() for p in generator.parameters())
     print(f"{path}: {count:,} parameters, loss {loss:.4f}, latents keep {kept:.1%} of the variance")
+
+
+def require_alike(runs: dict[int, dict[str, str]]) -> None:
+    """InputError unless an arm's seeds had as many updates, and the same settings."""
+    first = {}
+    for path in (path for arms in runs.values() for arm, path in arms.items() if arm != "base"):
+        state = load_generator(path)[1]
+        alone = ("out", "updates", "save_every", "publish", "seed", "reward")  # of a seed, or compared as `updates`
+        told = {n: v for n, v in state["settings"].items() if n not in alone}
+        for what, value in (("updates", len(state["log"])), ("settings", told)):
+            other, expected = first.setdefault((os.path.basename(os.path.dirname(path)), what), (path, value))
+            if value != expected:
+                raise InputError(f"{path}: has other {what} than {other}; what is summed up must be alike: let it run "
+                                 "to its end, or move one of the two folders away.")
 
 
 def measure(s: Settings) -> None:
@@ -283,12 +300,15 @@ def measure(s: Settings) -> None:
     if s.reward in ("gold", "random"):
         raise InputError("--reward: measure needs the DeScore folder; the gold judge measures anyway.")
     judge, score, rendered = gold_judge(s.out, s.judge_steps, s.pool), None, report.rendered_clips(s.eval_prompts)
-    measured, seeds, logs, pictures = {}, {}, {}, {}
-    for seed, arms in report.find_runs(s.out).items():
+    measured, seeds, logs, pictures, proxy = {}, {}, {}, {}, fingerprint(s.reward)
+    runs = report.find_runs(s.out)
+    require_alike(runs)
+    for seed, arms in runs.items():
         for arm, path in arms.items():
             generator, state = load_generator(path)
             kept = path.removesuffix(".pt") + "_measured.json"
-            key = {"updates": len(state.get("log", [])), "prompts": s.eval_prompts, "group": s.group, "steps": s.steps}
+            key = {"updates": len(state.get("log", [])), "prompts": s.eval_prompts, "group": s.group, "steps": s.steps,
+                   "reward": proxy}
             numbers = read_json(kept)
             if numbers.get("key") != key:
                 score = score or Reward(s.reward, judge, seed)

@@ -97,6 +97,7 @@ def main(argv=None) -> None:
     s = parse(Settings, __doc__, argv)
     require(s, data="a CSV with the columns path,prompt")
     evaluation_flags(s)
+    writable([os.path.dirname(s.make_pairs)] if s.make_pairs else [])  # before minutes of thinking
     ranks = parallel.start(s.seed)
     s = evaluate.resolve(s, ranks)
     items = read_videos(s)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -155,7 +156,7 @@ def find_runs(out: str) -> dict[int, dict[str, str]]:
 
     InputError: it holds none.
     """
-    seeds = sorted(int(n[4:]) for n in (os.listdir(out) if os.path.isdir(out) else ()) if n.startswith("seed"))
+    seeds = sorted(int(n[4:]) for n in (os.listdir(out) if os.path.isdir(out) else ()) if re.fullmatch(r"seed\d+", n))
     runs = {}
     for seed in seeds:
         folder = os.path.join(out, f"seed{seed}")

@@ -14,7 +14,7 @@ from tests.test_evaluate import FEW
 
 def test_best_of_and_one_video(tmp_path, tiny_model_dir, tiny_clips, capsys):
     rows = [[os.path.abspath(path), "=a prompt"] for path in tiny_clips[:3]]
-    videos, dpo = write_csv(tmp_path / "videos.csv", ["path", "prompt"], rows), tmp_path / "dpo.csv"
+    videos, dpo = write_csv(tmp_path / "videos.csv", ["path", "prompt"], rows), tmp_path / "new" / "dpo.csv"
     model = ["--model", tiny_model_dir, *FEW, "--no-think"]
     best_of.main([*model, "--data", videos, "--make-pairs", str(dpo), "--out", str(tmp_path / "out")])
     rewards = {key[0]: r["reward"] for key, r in jobs.read_log(str(tmp_path / "out"), "rewards").items()}

@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lab.post_training import __main__ as post_training
 from lab.post_training import flow, report, world
@@ -230,6 +232,11 @@ def state(out, arm):
     return torch.load(os.path.join(out, "seed0", arm, "state.pt"))
 
 
+def measured(out, arm):
+    with open(os.path.join(out, "seed0", f"{arm}_measured.json"), encoding="utf-8") as file:
+        return json.load(file)
+
+
 def test_the_whole_script_resumes_to_the_bit(tmp_path, tiny_model_dir, capsys):
     out = str(tmp_path / "post")
     flags = ["--out", out, *FLAGS]
@@ -250,6 +257,20 @@ def test_the_whole_script_resumes_to_the_bit(tmp_path, tiny_model_dir, capsys):
             post_training.main([method, *flags, "--reward", reward, "--updates", "3", "--lr", "1e-3"])
     post_training.main(["grpo", *flags, "--reward", tiny_model_dir, "--updates", "1", "--prompts", "1"])
     post_training.main(["measure", *flags, "--reward", tiny_model_dir])
+    before = measured(out, "base")
+    base_reward = shutil.copytree(tiny_model_dir, tmp_path / "other")  # another reward, the same generators
+    head = base_reward / "reward_head" / "head.safetensors"
+    save_file({name: -value for name, value in load_file(head).items()}, head)
+    post_training.main(["measure", *flags, "--reward", str(base_reward)])
+    assert measured(out, "base")["proxy"] == pytest.approx(-before["proxy"], abs=5) != before["proxy"]
+    post_training.main(["measure", *flags, "--reward", tiny_model_dir])
+    assert measured(out, "base") == before
+    os.makedirs(os.path.join(out, "seed1.old"))  # put aside by hand
+    shutil.copytree(os.path.join(out, "seed0"), os.path.join(out, "seed1"))
+    half = state(out.replace("seed0", "seed1"), "grpo-random")
+    torch.save({**half, "log": half["log"][:1]}, os.path.join(out, "seed1", "grpo-random", "state.pt"))
+    with pytest.raises(InputError, match="seed1/grpo-random/state.pt: has other updates than"):
+        post_training.main(["measure", *flags, "--reward", tiny_model_dir])
     text = (tmp_path / "post" / "results.md").read_text(encoding="utf-8")
     assert "| no training, best of 2 by gold | 1 |" in text and "grpo-descore: no verdict" in text
     assert {"post_training.png", "strip.png", "judge.pt"} <= set(os.listdir(out))
