@@ -63,8 +63,7 @@ def videofeedback2_row(row: dict) -> tuple[str, str, int]:
         else:
             question, told, video = row["problem"], row["solution"], row["path"]
         match = re.search(r"its text prompt:\s*(.*?)\s*Based on the video content", question, flags=re.DOTALL)
-        prompt = text_of(match.group(1)) if match else ""
-    prompt = re.sub(r"(?<!\.)\.\.$", ".", prompt)  # their template puts a full stop behind the prompt's own
+        prompt = text_of(match.group(1).removesuffix(".")) if match else ""  # the full stop is their template's
     if not re.search(r"\w", prompt):
         raise ValueError("no text prompt")
     scores = re.findall(r"alignment:\s*(-?\d+(?:\.\d+)?)", told)
@@ -217,6 +216,8 @@ def add_pair(pairs, tally, videos, name, listed, prompt, label, verdicts=None, m
     why_not = next((why for path, why in found if path is None), "")
     if not text_of(prompt):
         why_not = "no prompt"
+    elif not why_not and found[0] == found[1]:
+        why_not = "one video for two that are listed"
     if why_not:
         tally.drop(why_not, name)
     else:
@@ -279,7 +280,8 @@ def convert(args) -> None:
         raise InputError("--min-gap must be above 0, and --per-prompt 0 or more.")
     known = set()
     for path in args.exclude:
-        column = "problem" if "problem" in open_table(path)[0] else "prompt"  # stage 2's name for it
+        # As data.read_pairs reads them: `problem` is stage 2's name for it, and in stage 1's files something else.
+        column = "problem" if {"problem", "prompt"} & set(open_table(path)[0]) == {"problem"} else "prompt"
         prompts = {plain(row[column]) for _, row in open_table(path, (column,))[1]}
         if not prompts:
             raise InputError(f"--exclude {path}: holds no prompt.")

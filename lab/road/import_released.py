@@ -25,10 +25,10 @@ def import_released(path: str) -> DeScore:
     file = os.path.join(path, "rm_head.pth")
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise InputError(f"{file}: missing, or more than plain tensors ({first_line(error)}); --dir needs a checkpoint "
                          "of the authors' code, with config.json and rm_head.pth.") from error
-    state = state.get("model", state)
+    state = state.get("model", state) if isinstance(state, dict) else {}
     weights = [v for k, v in state.items() if k in ("rm_head.weight", "base_model.model.rm_head.weight")]
     backbone = load_backbone(path, torch.float32)
     processor = read_processor(path)

@@ -19,7 +19,7 @@ import parallel
 from lab.post_training.best_of import rewards_of
 from lab.post_training.report import ranks as ranks_of
 from metrics import bootstrap_interval
-from plumbing.formats import open_table
+from plumbing.formats import open_table, refuse_outside
 from plumbing.jobs import Item
 from plumbing.report import table
 from plumbing.settings import InputError, arg, atomic_write, cli, evaluation_flags, parse, require, writable, write_json
@@ -40,14 +40,17 @@ class Settings(evaluate.Settings):
     scores: str = arg(None, "CSV path,prompt,reward of ready-made rewards, in place of --model")
 
 
-def read_numbers(path: str, column: str) -> dict[tuple[str, str], float]:
+def read_numbers(path: str, column: str, root: str = "") -> dict[tuple[str, str], float]:
     """{(absolute path of the video, prompt): number} of a CSV path,prompt,COLUMN.
 
+    root: where the paths begin, and which they must not leave; default: the CSV's folder.
     InputError: no video, no number, or a video twice.
     """
-    folder, found = os.path.dirname(os.path.abspath(path)), {}
+    folder, found = os.path.abspath(root or os.path.dirname(path)), {}
     for line, row in open_table(path, ("path", "prompt", column))[1]:
         key = os.path.normpath(os.path.join(folder, row["path"].strip())), row["prompt"].strip()
+        if root:
+            refuse_outside(folder, key[0], line)
         try:
             number = float(row[column])
         except ValueError:
@@ -127,10 +130,10 @@ def main(argv=None) -> None:
     require(s, data="a CSV with the columns path,prompt,score")
     if bool(s.model) == bool(s.scores):
         raise InputError("give either --model DIR or --scores FILE (--help shows all flags).")
-    truth, engine = read_numbers(s.data, "score"), None
+    truth, engine = read_numbers(s.data, "score", s.root), None
     writable([s.out])
     if s.scores:
-        ranks, given = parallel.Ranks(), read_numbers(s.scores, "reward")
+        ranks, given = parallel.Ranks(), read_numbers(s.scores, "reward", s.root)
     else:
         evaluation_flags(s)
         ranks = parallel.start(s.seed)

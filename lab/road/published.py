@@ -72,15 +72,19 @@ def read_parquet(paths: list[str], columns: tuple[str, ...]):
             yield f"{os.path.basename(path)} row {number}", row
 
 
+SPLITS = {"train", "val", "validation", "test"}  # names of folders
+
+
 class Videos:
     """Finds the videos that a set lists in the folder where its archives were unpacked.
 
     Listed are paths, bare names or URLs, and archives unpack with or without a folder of their own. So the file name
-    decides, and the name of its folder where two files share one.
+    decides, and the name of its folder where two files share one. Nothing is taken for a file of another split, and no
+    file for two that are listed.
     """
 
     def __init__(self, folder: str, check: bool):
-        self.folder, self.check, self.by_name = folder, check, {}
+        self.folder, self.check, self.by_name, self.taken = folder, check, {}, {}
         if not os.path.isdir(folder):
             raise InputError(f"--videos {folder}: no such folder; unpack the set's video archives there.")
         archives = []
@@ -103,6 +107,11 @@ class Videos:
             found = [path for path in found if path.replace(os.sep, "/").split("/")[-2:] == parts[-2:]]
         if len(found) != 1:
             return None, "several videos of that name"
+        splits = SPLITS & set(parts), SPLITS & set(os.path.relpath(found[0], self.folder).split(os.sep))
+        if all(splits) and splits[0] != splits[1]:  # test/0.mp4 is there, train/0.mp4 is listed
+            return None, "video listed but not there"
+        if self.taken.setdefault(found[0], parts[-2:]) != parts[-2:]:
+            return None, "one video for two that are listed"
         if os.path.getsize(found[0]) == 0:
             return None, "video file is empty"
         if self.check:

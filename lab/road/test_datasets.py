@@ -65,13 +65,13 @@ def test_videofeedback2_pairs_inside_a_prompt_by_the_score_behind_the_thought(tm
     there = {str(path) for path in (tmp_path / "videos").iterdir()}
     assert {pair.video_a for pair in data.read_pairs(str(tmp_path / "out.csv"))} <= there
     ties = convert(tmp_path, "videofeedback2", "--ties", "--overwrite", rows=rows)
-    assert [pair["prompt"] for pair in ties if pair["GSB"] == "same"] == ["A cat."]
+    assert [pair["prompt"] for pair in ties if pair["GSB"] == "same"] == ["A cat"]  # none but the template's
 
 
 def test_videofeedback2_s_other_two_shapes():
     learned = {"problem": QUESTION.format("A dog"), "path": "./vs2_videos/1_a.mp4", "solution":
                "<answer>visual quality: 3; text-to-video alignment: 2; physical/common-sense consistency: 5</answer>"}
-    assert datasets.videofeedback2_row(learned) == ("./vs2_videos/1_a.mp4", "A dog.", 2)
+    assert datasets.videofeedback2_row(learned) == ("./vs2_videos/1_a.mp4", "A dog", 2)
     test = {"video_name": "1_h", "prompt": "A dog\ud800", "visual_score": 1, "t2v_score": 4, "phy_score": 1}
     assert datasets.videofeedback2_row(test) == ("1_h.mp4", "A dog?", 4)
 
@@ -104,6 +104,13 @@ def test_prompts_of_a_benchmark_are_dropped_and_a_split_keeps_prompts_together(t
     assert "dropped 3: pairs whose prompt a file of --exclude has" in capsys.readouterr().out
     assert not kept & held and len(kept | held) == 39 and "Number 7: a dog." not in kept | held
     assert 4 <= len(held) <= 20  # 12 expected
+    # In stage 1's files `problem` is not the prompt: data.read_pairs does not read it either.
+    (tmp_path / "cold.csv").write_text('problem,prompt\nWhich video is better?,number 8: a dog\n')
+    (tmp_path / "rl.csv").write_text("problem\nnumber 9: a dog\n")
+    files_ = "--exclude", tmp_path / "cold.csv", tmp_path / "rl.csv"
+    left = {pair["prompt"] for pair in convert(tmp_path, "videofeedback2", *files_, "--overwrite", rows=rows)}
+    assert len(left) == 38 and not left & {"Number 8: a dog.", "Number 9: a dog."}
+    convert(tmp_path, "videofeedback2", *flags, "--overwrite", rows=rows)
     # Splitting the rest again: the same seed finds nothing below its share, another one does.
     again = ["join", "--data", tmp_path / "out.csv", "--out", tmp_path / "a.csv", "--val", tmp_path / "b.csv",
              "--val-share", 0.3]
@@ -183,6 +190,11 @@ def test_mj_bench_video_has_another_polarity_and_three_of_our_dimensions(tmp_pat
     for line in ("1: score outside 0-2 (row 3)", "1: the authors marked it `discard` (row 4)",
                  "1: unknown preference '?' (row 5)"):
         assert line in told
+    # The training rows' videos were not unpacked: those of the test rows bear the same names, and are not them.
+    train = json.loads(json.dumps(rows[0]).replace("test/", "train/"))
+    convert(tmp_path, "mj-bench-video", "--overwrite", rows=[rows[1], train])
+    assert len(data.read_pairs(str(tmp_path / "out.csv"))) == 1
+    assert "1: video listed but not there (row 2)" in capsys.readouterr().out
     convert(tmp_path, "mj-bench-video", "--overall", "--overwrite", rows=rows[:1])
     assert data.read_pairs(str(tmp_path / "out.csv"))[0].label == -1
 
@@ -231,6 +243,11 @@ def test_rapidata_s_votes(tmp_path, capsys):
     for line in ("1: no votes on Alignment (t.parquet row 4)", "1: share of votes outside 0-1 (t.parquet row 5)",
                  "1: several videos of that name (t.parquet row 7)", "2 pairs closer"):
         assert line in told, told
+    files(tmp_path / "videos" / "wan", "2.mp4")  # of sora's 2.mp4 nothing is there
+    parquet(tmp_path / "half.parquet", [row(0.9, 0.1), row(0.9, 0.1, "wan/2.mp4", "sora/2.mp4"),
+                                        row(0.9, 0.1, "sora/2.mp4", "sora/0.mp4")])
+    assert len(convert(tmp_path, "rapidata", "--parquet", tmp_path / "half.parquet", "--overwrite")) == 1
+    assert "2: one video for two that are listed (half.parquet row 2, " in capsys.readouterr().out
     refuses(capsys, datasets.main, "rapidata", "--parquet", table, "--videos", tmp_path / "videos",
             "--out", tmp_path / "x.csv", "--dimension", "Coherence", says="has no column weighted_results1_Coherence")
 

@@ -39,6 +39,13 @@ def test_import_of_a_released_checkpoint(model, prefixes, processor, tmp_path):
     with pytest.raises(InputError, match="rm_head.weight of shape"):
         import_released.import_released(folder)
 
+    torch.save(torch.ones(1, 8), f"{folder}/rm_head.pth")  # no dict
+    with pytest.raises(InputError, match="rm_head.weight of shape"):
+        import_released.import_released(folder)
+    open(f"{folder}/rm_head.pth", "wb").close()  # a copy that broke off
+    with pytest.raises(InputError, match="rm_head.pth: missing, or"):
+        import_released.import_released(folder)
+
     class Evil:
         def __reduce__(self):
             return print, ("pickled code ran",)
