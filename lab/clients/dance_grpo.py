@@ -14,7 +14,10 @@ NAMES = ("VQ", "MQ", "TA", "Overall")  # DeScore has one reward: it stands under
 
 
 class DeScoreInference:
-    """load_from_pretrained: a DeScore folder, opened in this process, or the address of a server (lab/serve)."""
+    """load_from_pretrained: a DeScore folder, opened in this process, or the address of a server (lab/serve).
+
+    think, max_new_tokens: for a folder; a server has its own flags.
+    """
 
     def __init__(self, load_from_pretrained: str, device="cuda", dtype=None, think=True, max_new_tokens=4096):
         self.where, self.model = load_from_pretrained, None

@@ -73,7 +73,7 @@ class Settings(EngineSettings):
     batch_size: int = arg(16, "videos scored together at most", at_least=1)
     wait_ms: float = arg(
         20.0, "how long a video waits for others to be scored with; not with vllm, whose batch it can join", at_least=0)
-    open_videos: int = arg(64, "videos held in memory at a time; the others wait unread", at_least=1)
+    open_videos: int = arg(64, "requests, and videos, held in memory at a time; the others wait unread", at_least=1)
     source_fps: float = arg(16.0, "frames a second of videos sent as images without `fps` (Wan: 16)", above=0)
     max_mb: float = arg(64.0, "size of a request, in 10^6 bytes", above=0)
     max_videos: int = arg(64, "videos in a request", at_least=1)
@@ -98,7 +98,8 @@ class RewardServer:
         self.decoders = concurrent.futures.ThreadPoolExecutor(4, thread_name_prefix="decode")
         self.decoding = {}  # {a decoding thread: since when it is at its video}
         self.encoding = threading.Lock()  # of prompts: a tokenizer is for one thread at a time
-        # Nobody is refused: what is beyond these two waits unread in its connection, and costs no memory.
+        # Nobody is refused: what is beyond these two waits unread in its connection. A request is held whole, about 2.4
+        # times its size, until its last answer: memory for open_videos x max_mb x 2.4 at the very worst.
         self.open_requests = asyncio.Semaphore(s.open_videos)
         self.open_videos = asyncio.Semaphore(s.open_videos)
         self.stopping = asyncio.Event()
@@ -123,7 +124,8 @@ class RewardServer:
         failed = [error for error in errors if error]
         self.count["videos", "failed"] += len(failed)
         self.count["videos", "scored"] += len(results) - len(failed)
-        body = {"results": results, "errors": errors}
+        ended = [None if error else answer[2] for answer, error in zip(answers, errors)]
+        body = {"results": results, "errors": errors, "ended": ended}
         body |= {"error": f"{len(failed)} of {len(errors)} failed: {failed[0]}"} if failed else {"rewards": results}
         if fields.get("thoughts"):
             body["thoughts"] = [None if error else answer[1] for answer, error in zip(answers, errors)]
@@ -156,6 +158,7 @@ class RewardServer:
                 require_text(prompt)
                 prefix = await loop.run_in_executor(self.decoders, self.open_video, upload, prompt, source_fps)
             except Exception as error:  # one bad upload must not cost the others of its request their answers
+                self.scorer.failures += not isinstance(error, InputError)  # a full disk: /health is to say so
                 return error
             answer = await asyncio.wrap_future(self.scorer.ask(prefix, prompt))
             self.latencies.append(time.monotonic() - began)
@@ -227,7 +230,8 @@ def make_app(server: RewardServer, token: str = ""):
     async def guard(request, handler):
         """Around every request: asks for the token, turns every failure into JSON, counts the answer."""
         given = request.headers.get("Authorization", "")
-        if token and request.path != "/health" and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+        right = hmac.compare_digest(given.encode(errors="replace"), f"Bearer {token}".encode())
+        if token and request.path != "/health" and not right:
             response = web.json_response({"error": "send the header `Authorization: Bearer TOKEN`."}, status=401)
         else:
             try:
@@ -266,6 +270,8 @@ def main(argv=None) -> None:
     """Takes the port first, then loads the model: a taken port is told in a second, not after minutes."""
     s = parse(Settings, __doc__, argv)
     require(s, model="a DeScore folder")
+    if s.engine_tp > 1:
+        raise InputError("--engine-tp: the server is one process; start one for each GPU.")
     if web is None:
         raise InputError("lab.serve needs aiohttp: pip install -r requirements-serve.txt.")
     token = os.environ.get("DESCORE_TOKEN", "")
@@ -275,6 +281,7 @@ def main(argv=None) -> None:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((s.host, s.port))
+        listener.listen(128)  # bound alone, another server could bind it too; whoever comes before the loop waits
     except OSError as error:
         raise InputError(f"--host {s.host} --port {s.port}: cannot be listened on ({error.strerror}).") from error
     ranks = parallel.start(seed=0)
@@ -289,7 +296,6 @@ def main(argv=None) -> None:
     warm_up(model, engine)
     server = RewardServer(model, s, engine)
     app = make_app(server, token)
-    listener.listen(128)  # before it is said; whoever comes before the loop runs waits in line
     print(f"http://{s.host}:{listener.getsockname()[1]}/compute answers now", flush=True)
     web.run_app(app, sock=listener, print=None, handler_cancellation=True,  # a client that left is not scored
                 shutdown_timeout=3.0)  # for answers to be sent

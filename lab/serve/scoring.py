@@ -26,7 +26,7 @@ BROKEN = 10  # videos that fail one after the other by no fault of theirs: a GPU
 
 @dataclasses.dataclass(eq=False)
 class Waiting:
-    """A video that waits for its reward; `answer` will hold (reward, CoTs), or an exception."""
+    """A video that waits for its reward; `answer` will hold (reward, CoTs, ended), or an exception."""
 
     prefix: dict
     prompt: str
@@ -86,7 +86,8 @@ class Scorer:
         lines = [f"descore_{name}_seconds_total {self.seconds[name]:.3f}" for name in ("thinking", "scoring")]
         return [*lines, f"descore_batches_total {self.count['batches']}",
                 f"descore_waiting_videos {self.inbox.qsize()}", f"descore_running_videos {len(self.under_way)}",
-                f"descore_cot_tokens_total {self.count['tokens']}", f"descore_cot_tokens_per_second {rate:.1f}"]
+                f"descore_cot_tokens_total {self.count['tokens']}",
+                f"descore_cots_cut_total {self.count['cut']}", f"descore_cot_tokens_per_second {rate:.1f}"]
 
     # -- the thread ------------------------------------------------------------------------------------------------
     def run(self) -> None:
@@ -190,11 +191,16 @@ class Scorer:
         now, waiting.cots = time.monotonic(), cots
         self.tokens.append((now, sum(map(len, cots))))
         self.count["tokens"] += self.tokens[-1][1]
+        self.count["cut"] += sum(not self.ends(cot) for cot in cots)
         while self.tokens[0][0] < now - RECENT:
             self.tokens.popleft()
 
+    def ends(self, cot: list[int]) -> bool:
+        """False if the CoT was cut off at --max-new-tokens: its reward may be far from that of a whole one."""
+        return cot is None or cot[-1:] == [self.model.processor.tokenizer.eos_token_id]
+
     def judge(self, batch: list[Waiting]) -> list:
-        """(reward, CoTs as text) or an exception for each.
+        """(reward, CoTs as text, whether all ended) or an exception for each.
 
         If a batch fails, each of its videos is judged alone: the error then belongs to the one that caused it, and a
         batch too large for the memory still gets its rewards.
@@ -209,7 +215,8 @@ class Scorer:
             self.seconds["scoring"] += time.monotonic() - began
             self.count["batches"] += 1
             self.failures, bad = 0, InputError("the model's reward is not finite.")
-            return [(r, self.texts(w)) if math.isfinite(r) else bad for r, w in zip(rewards, batch)]
+            return [(r, self.texts(w), all(map(self.ends, w.cots))) if math.isfinite(r) else bad
+                    for r, w in zip(rewards, batch)]
         except Exception as error:  # whatever it is, it must not take the batch's other videos along
             if len(batch) == 1:
                 self.failures += not isinstance(error, InputError)

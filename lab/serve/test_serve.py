@@ -191,7 +191,7 @@ def test_limits_of_time_length_and_number(scorer, clips):
     assert body["results"] == [None] and "at most 0.1" in body["error"]
     status, body = served(scorer, lambda *at: post(*at, {"prompt": [PROMPT] * 3, "video": [good] * 3}), max_videos=2)
     assert status == 400 and "at most 2" in body["error"]
-    for fps in (-1, "x", 1e9, 10**400):
+    for fps in (-1, 0, True, "x", 1e9, 10**400):
         with pytest.raises(InputError, match="`fps`"):
             uploads.check_fields({"prompt": [PROMPT], "video": [good], "fps": fps}, 64, 16.0)
     for digits, says in ((400, "`fps` must be"), (5000, "no JSON")):  # Python reads no integer of over 4,300
@@ -252,6 +252,12 @@ def test_health_and_token(scorer, clips):
                    for given in ("", "Bearer secreT", "Bearer secre", "Bearer secret2", "secret", "Bearer secret")]
         return health, metrics, other, answers
 
+    async def bytes_(session, url):
+        reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        writer.write(b"GET /metrics HTTP/1.0\r\nAuthorization: Bearer \xff\xfe\r\n\r\n")
+        return await reader.read()
+
+    assert b" 401 " in served(scorer, bytes_, token="secret").splitlines()[0]  # no text, but bytes
     health, metrics, other, answers = served(scorer, client, token="secret")
     assert health == (200, {"status": "ok", "rewards": {"descore": ["ok"]}})
     assert metrics == 401 and other[0] == 404 and "error" in other[1]
@@ -273,6 +279,18 @@ def test_no_file_of_the_server_is_opened(tmp_path):
     assert tempfile.gettempdir() not in str(error.value)  # nor is a path of the server told
 
 
+def refused(port):
+    """True if a second server cannot take this port."""
+    with socket.socket() as second:
+        second.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            second.bind(("127.0.0.1", port))
+            second.listen()
+        except OSError:
+            return True
+    return False
+
+
 def test_bad_flags(capsys, monkeypatch, tiny_model_dir):
     monkeypatch.delenv("DESCORE_TOKEN", raising=False)
     refuses(capsys, serve.main, says="--model is missing")
@@ -284,6 +302,17 @@ def test_bad_flags(capsys, monkeypatch, tiny_model_dir):
         taken.listen()
         port = taken.getsockname()[1]
         refuses(capsys, serve.main, "--model", tiny_model_dir, "--port", port, says=f"--port {port}: cannot be")
+    with socket.socket() as starting:  # a server that still loads its model: its port is taken, too
+        starting.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        starting.bind(("127.0.0.1", 0))
+        port, seen = starting.getsockname()[1], []
+        monkeypatch.setattr(serve.parallel, "start", lambda **_: seen.append(refused(port)) or sys.exit(7))
+        with pytest.raises(SystemExit) as ended:
+            starting.close()
+            serve.main(["--model", tiny_model_dir, "--port", str(port)])
+        assert ended.value.code == 7 and seen == [True]
+        monkeypatch.undo()
+    refuses(capsys, serve.main, "--model", tiny_model_dir, "--engine-tp", "2", says="--engine-tp: the server is one")
     refuses(capsys, serve.main, "--model", "nowhere", "--port", "0", says="nowhere")
     refuses(capsys, serve.main, "--model", tiny_model_dir, "--port", "0", "--normalize", says="--normalize")
     assert not any(map(serve.is_loopback, ("::", "0.0.0.0", "192.168.0.1", "a.example")))
@@ -301,6 +330,19 @@ def test_files_that_are_never_decoded_cost_the_others_nothing(scorer, clips, mon
     status, body = served(scorer, lambda *at: post(*at, payload), decode_seconds=3.0)
     assert status == 200 and [r is None for r in body["results"]] == [True] * 6 + [False] * 2, body
     assert all(error.startswith("the video: not decoded within 3 s") for error in body["errors"][:6])
+
+
+def test_health_sees_that_nothing_can_be_opened(scorer, clips, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    async def ten(session, url):
+        await post(session, url, {"prompt": [PROMPT] * 10, "video": [b64(next(iter(clips.values())))] * 10})
+        async with session.get(f"{url}/health") as response:
+            return response.status
+
+    monkeypatch.setattr(serve, "open_file", full)
+    assert served(scorer, ten) == 503
 
 
 def test_health_sees_the_scorer_and_the_decoders(scorer):
@@ -343,7 +385,7 @@ def test_a_failed_batch_is_out_of_memory_before_its_videos_are_scored_alone(scor
 
     thread = scoring.Scorer(Model(), serve.Settings(model="-"))
     answers = thread.judge([scoring.Waiting(prefix, PROMPT) for prefix in ("a", "bad", "c")])
-    assert answers[0] == answers[2] == (1.0, None) and "OutOfMemoryError: too large" in str(answers[1])
+    assert answers[0] == answers[2] == (1.0, None, True) and "OutOfMemoryError: too large" in str(answers[1])
     assert len(alive) == 4
 
 
@@ -359,8 +401,9 @@ def test_the_checkpoint_s_fps_and_pixels_and_the_flags_are_used(scorer, clips, m
     Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(frame, format="PNG")
     images = server.open_video([b64(frame.getvalue())] * 64, PROMPT, 16.0)
     assert images["video"].frames.shape[:3] == (4, 32, 32)
-    ((reward, texts),) = server.scorer.judge([waiting := scoring.Waiting(opened, PROMPT)])
+    ((reward, texts, ended),) = server.scorer.judge([waiting := scoring.Waiting(opened, PROMPT)])
     assert [len(cot) for cot in waiting.cots] == [7, 7] and texts[0] != texts[1]  # sampled
+    assert not ended and "descore_cots_cut_total 2" in server.scorer.metrics()  # cut off at 7 tokens: it is told
     assert reward == pytest.approx((scorer.score([opened], [waiting.cots]).mean().item() - 2) / 4, abs=1e-5)
 
 
@@ -370,10 +413,14 @@ def test_images_have_limits(monkeypatch):
         Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(file, format="PNG")
         return b64(file.getvalue())
 
-    small = png(32, 32)
+    small, file = png(32, 32), io.BytesIO()
+    Image.fromarray(np.full((32, 32), 60000, np.uint16)).save(file, format="PNG")
+    deep = b64(file.getvalue())  # 16 bits
     assert len(uploads.open_images([small] * 16, 8.0, 2.0, 4096, 2.0).frames) == 4
-    for images, says in (([small] * 17, "17 frames at 8 fps"), ([], "0 frames"), ([small] * 4 + [png(32, 64)] * 4,
-                         "frame 4 has"), ([png(8, 9000)] * 2, "at most 8192 a side")):
+    for images, says in (
+        ([deep] * 8, "frame 0 has mode I;16"), ([small] * 17, "17 frames at 8 fps"), ([], "0 frames"),
+        ([small] * 4 + [png(32, 64)] * 4, "frame 4 has"), ([png(8, 9000)] * 2, "at most 8192 a side"),
+    ):
         with pytest.raises(InputError, match=says):
             uploads.open_images(images, 8.0, 2.0, 4096, 2.0)
 

@@ -69,6 +69,8 @@ def open_images(images: list, source_fps: float, fps: float, max_pixels: int, ma
             if max(image.size) > MAX_SIDE or (size or image.size) != image.size:
                 raise InputError(f"frame {index} has {image.size} pixels: one size for all, at most {MAX_SIDE} a side.")
             size = image.size
+            if image.mode.startswith(("I", "F")):  # 16 bits: Pillow would cut them off at 255, which is white
+                raise InputError(f"frame {index} has mode {image.mode}; send 8 bits a channel.")
             pixels = torch.from_numpy(np.array(image.convert("RGB")))[None]
         except InputError:
             raise
@@ -135,7 +137,8 @@ def check_fields(fields: dict, max_videos: int, source_fps: float) -> tuple[list
     if len(prompts) != len(videos) or len(prompts) > max_videos:
         raise InputError(f"{len(prompts)} prompts, {len(videos)} videos: as many of both, and at most {max_videos}.")
     try:
-        fps = float(fields.get("fps") or source_fps)
+        told = fields.get("fps")
+        fps = source_fps if told is None else math.nan if isinstance(told, bool) else float(told)
     except (TypeError, ValueError, OverflowError):  # OverflowError: an integer of 400 digits
         fps = math.nan
     if not 0 < fps <= 1000:
