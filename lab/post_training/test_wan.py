@@ -347,11 +347,6 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(capsys, wan_dir, tiny_model_d
     wan.main(train("parts", 3))  # done: nothing changes
     assert (tmp_path / "parts" / "metrics.jsonl").read_text() == lines[0]
     refuses(capsys, wan.main, *train("parts", 4, lr=2e-2), says="other --lr")
-    path = tmp_path / "parts" / "state.pt"
-    state = torch.load(path)
-    for times in (None, [1.0, 0.7, 0.4, 0.01, 0.0]):  # saved by code that kept none, or that had another grid
-        torch.save({**state, "times": times}, path)
-        refuses(capsys, wan.main, *train("parts", 4), says="another grid of times")
 
 
 def test_bad_flags(capsys, wan_dir, tmp_path):

@@ -196,13 +196,12 @@ class Wan:
     @torch.no_grad()
     def encode(self, path: str) -> torch.Tensor:
         """The first frames of a video file, at Wan's rate -> latents. InputError: the clip is too short."""
-        s = self.s
-        clip = open_clip(path)
-        times = np.arange(s.frames) / FPS  # not frame by frame: of a clip with 30 a second Wan would learn slow motion
+        s, clip = self.s, open_clip(path)
         if clip.seconds < (s.frames - 0.5) / FPS:
-            raise InputError(f"{path}: has {clip.seconds:.2f} s, and --frames {s.frames} at {FPS} a second need "
+            raise InputError(f"{path}: lasts {clip.seconds:.2f} s, and --frames {s.frames} at {FPS:g} a second need "
                              f"{s.frames / FPS:.2f} s; lower it.")
-        frames, _ = clip.frames(times, (s.height, s.width))
+        # Not frame by frame: of a clip with 30 a second Wan would learn slow motion.
+        frames, _ = clip.frames(np.arange(s.frames) / FPS, (s.height, s.width))
         pixels = torch.from_numpy(frames).to(self.device, self.pipe.vae.dtype).permute(3, 0, 1, 2)[None] / 127.5 - 1
         mean, std = self.latent_scale()
         return (self.pipe.vae.encode(pixels).latent_dist.mode().float() - mean) / std
@@ -211,25 +210,21 @@ class Wan:
         """The LoRA, as `WanPipeline.load_lora_weights` reads it, and what a run needs to go on."""
         from peft import get_peft_model_state_dict
 
-        # With its settings, or it would be loaded with alpha = r: at half the strength that was trained.
-        self.pipe.save_lora_weights(
-            out, transformer_lora_layers=get_peft_model_state_dict(self.transformer),
-            transformer_lora_adapter_metadata=self.transformer.peft_config["default"].to_dict())
-        state = {"settings": dataclasses.asdict(self.s), "times": self.times, "done": done,
-                 "optimizer": optimizer.state_dict()}
+        told = self.transformer.peft_config["default"].to_dict()  # or it loads with alpha = r: at half its strength
+        self.pipe.save_lora_weights(out, transformer_lora_layers=get_peft_model_state_dict(self.transformer),
+                                    transformer_lora_adapter_metadata=told)
+        state = {"settings": dataclasses.asdict(self.s), "done": done, "optimizer": optimizer.state_dict()}
         with atomic_write(os.path.join(out, "state.pt"), "wb") as file:
             torch.save({**state, "trained": [parameter.detach().cpu() for parameter in self.trained]}, file)
 
     def resume(self, out: str, optimizer) -> int:
-        """Reads OUT/state.pt, if there, -> updates done. InputError: it had other settings or another grid of times."""
+        """Reads OUT/state.pt, if there, -> updates done. InputError: it had other settings."""
         path = os.path.join(out, "state.pt")
         if not os.path.exists(path):
             return 0
         state, now = torch.load(path, map_location="cpu"), dataclasses.asdict(self.s)
         if changed := [flag_of(name) for name in now if name not in FREE and state["settings"].get(name) != now[name]]:
             raise InputError(f"{path}: was run with other {', '.join(changed)}; give another --out.")
-        if state.get("times") != self.times:  # those of older code ended with a wide last step, which left noise
-            raise InputError(f"{path}: was run on another grid of times, by other code; give another --out.")
         for parameter, kept in zip(self.trained, state["trained"], strict=True):
             parameter.data.copy_(kept)
         optimizer.load_state_dict(state["optimizer"])
