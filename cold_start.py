@@ -147,6 +147,9 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
         metrics |= {"wait_share": waited / run.seconds(), "step_seconds": run.seconds()}
         run.save(step, metrics)
         if val_pairs and run.is_due(step, settings.val_every):  # after saving: a crash here costs nothing
+            # Validation forks loader workers, with every lock as it is at that moment: one that the thread which writes
+            # the checkpoint holds would never be given back to them, and the run would stand still for ever.
+            run.background.wait()
             metrics["val_accuracy"] = validate(model, val_set, settings, ranks)
         run.finish_step(step, metrics, logs.cold_start_line(metrics))
 

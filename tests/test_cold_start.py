@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import shutil
+import time
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import data
 import grpo
 import parallel
 from model import DeScore
-from plumbing import logs
+from plumbing import logs, resume
 from plumbing.settings import InputError
 from rules import parse_literal
 from tests.conftest import refuses, write_csv
@@ -282,6 +283,23 @@ def test_skip_bad_videos_counts_and_lists(with_cots, base_dir, tmp_path, capsys)
     cold_start.main([*arguments(bad, base_dir, tmp_path / "b", max_steps=1), "--skip-bad-videos"])
     assert "skipped 1 pairs with 1 bad videos" in capsys.readouterr().out
     assert "bad.mp4" in (tmp_path / "b" / "skipped.jsonl").read_text()
+
+
+def test_no_worker_is_forked_while_a_checkpoint_is_written(with_cots, base_dir, tmp_path, monkeypatch):
+    """A fork copies the locks that the writing thread holds: seen once, a worker that waited for one for hours."""
+    write, writing, seen = resume._write, [], []
+
+    def slow(*args):
+        writing.append(True)
+        time.sleep(0.5)
+        write(*args)
+        writing.clear()
+
+    monkeypatch.setattr(resume, "_write", slow)
+    monkeypatch.setattr(cold_start, "validate", lambda *_: seen.append(bool(writing)) or 0.5)
+    due = {"max_steps": 2, "save_every": 1, "val_every": 1, "val": with_cots["train_cold_start"]}
+    cold_start.main(arguments(with_cots, base_dir, tmp_path / "out", **due))
+    assert seen == [False, False]
 
 
 def test_a_second_run_in_the_same_folder(with_cots, base_dir, two_steps, tmp_path, capsys):
