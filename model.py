@@ -30,7 +30,7 @@ from plumbing.checkpoint import QUERY_AND_HEAD, open_model, write_model
 from plumbing.gpu import LOGIT_CHUNK
 from plumbing.settings import InputError
 from prefix_once import SHARED_PREFIX, Past
-from rollout import TransformersEngine, decode_cot
+from rollout import TransformersEngine, decode_cot, has_ended
 
 # LoRA on the LLM's linear layers; not on lm_head, the embeddings or the vision tower (whose layers have other names).
 LORA_TARGETS = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
@@ -272,7 +272,7 @@ class DeScore(nn.Module):
             cots = self.think(prefixes, max_new_tokens) if think else cots
             for i in range(0, len(prefixes), 16):  # not all at once: 256 clips would not fit into a GPU's memory
                 rewards[i : i + 16] = self.score(prefixes[i : i + 16], cots[i : i + 16])
-        if cut := sum(not cot or cot[-1] != self.processor.tokenizer.eos_token_id for cot in cots if think):
+        if cut := sum(not has_ended(self.processor.tokenizer, cot) for cot in cots if think):
             warnings.warn(f"{cut} of {len(cots)} CoTs did not end within max_new_tokens ({max_new_tokens}); their "
                           "rewards may be far off.", stacklevel=2)
         rewards = (rewards - mean) / std

@@ -22,7 +22,7 @@ from plumbing.checkpoint import read_processor
 from plumbing.jobs import Item, Phase, task_seed
 from plumbing.settings import READERS, InputError, arg
 from plumbing.vllm_engine import require_room
-from rollout import EngineSettings, decode_cot, make_engine
+from rollout import EngineSettings, decode_cot, has_ended, make_engine
 from rules import overall_score
 
 MAX_PROMPT = 5_000  # tokens: no video generator reads more, and the cost of attention grows with the square
@@ -128,7 +128,7 @@ class Workers:
                 good = list(prefixes)
                 seeds = [[task_seed(settings.seed, *item.key, k) for k in range(thoughts)] for item in good]
                 for i, cots in engine.stream(list(prefixes.values()), seeds, *how):
-                    ended = [cot[-1:] == [tokenizer.eos_token_id] for cot in cots]
+                    ended = [has_ended(tokenizer, cot) for cot in cots]
                     phase.write(good[i], {"thoughts": [decode_cot(tokenizer, cot) for cot in cots], "token_ids": cots,
                                           "tokens": list(map(len, cots)), "ended": ended})
         return phase.finish()

@@ -127,10 +127,17 @@ def sample_cots(
 
 def decode_cot(tokenizer, cot: list[int]) -> str:
     """Token ids -> text without EOS."""
-    return tokenizer.decode(cot[:-1] if cot and cot[-1] == tokenizer.eos_token_id else cot)
+    return tokenizer.decode(cot[:-1] if has_ended(tokenizer, cot) else cot)
 
 
-SAMPLING = threading.Lock()  # Qwen3-VL keeps the offsets of its positions in the model: one thread at a time
+def has_ended(tokenizer, cot: list[int]) -> bool:
+    """False for a CoT that was cut off at max_new_tokens: its verdicts may be missing, its reward may be far off."""
+    return cot[-1:] == [tokenizer.eos_token_id]
+
+
+# The class keeps the offsets of a prompt's positions in the model until its last token is sampled, and a second thread
+# that reads its own prompt in between would replace them: trainers call scorers from threads, so one goes at a time.
+SAMPLING = threading.Lock()
 
 
 class TransformersEngine:

@@ -18,7 +18,7 @@ import traceback
 
 from plumbing.jobs import task_seed
 from plumbing.settings import InputError, first_line
-from rollout import decode_cot
+from rollout import decode_cot, has_ended
 
 RECENT = 60.0  # seconds that the rate of tokens is taken over
 BROKEN = 10  # videos that fail one after the other by no fault of theirs: a GPU that had one error has it ever after
@@ -32,6 +32,7 @@ class Waiting:
     prompt: str
     answer: concurrent.futures.Future = dataclasses.field(default_factory=concurrent.futures.Future)
     cots: list | None = None  # token ids of each CoT, as sampled
+    ended: bool = True  # False: one was cut off at --max-new-tokens
 
 
 def message_of(error: Exception) -> str:
@@ -191,13 +192,10 @@ class Scorer:
         now, waiting.cots = time.monotonic(), cots
         self.tokens.append((now, sum(map(len, cots))))
         self.count["tokens"] += self.tokens[-1][1]
-        self.count["cut"] += sum(not self.ends(cot) for cot in cots)
+        cut = sum(not has_ended(self.model.processor.tokenizer, cot) for cot in cots)
+        self.count["cut"], waiting.ended = self.count["cut"] + cut, not cut
         while self.tokens[0][0] < now - RECENT:
             self.tokens.popleft()
-
-    def ends(self, cot: list[int]) -> bool:
-        """False if the CoT was cut off at --max-new-tokens: its reward may be far from that of a whole one."""
-        return cot is None or cot[-1:] == [self.model.processor.tokenizer.eos_token_id]
 
     def judge(self, batch: list[Waiting]) -> list:
         """(reward, CoTs as text, whether all ended) or an exception for each.
@@ -215,8 +213,7 @@ class Scorer:
             self.seconds["scoring"] += time.monotonic() - began
             self.count["batches"] += 1
             self.failures, bad = 0, InputError("the model's reward is not finite.")
-            return [(r, self.texts(w), all(map(self.ends, w.cots))) if math.isfinite(r) else bad
-                    for r, w in zip(rewards, batch)]
+            return [(r, self.texts(w), w.ended) if math.isfinite(r) else bad for r, w in zip(rewards, batch)]
         except Exception as error:  # whatever it is, it must not take the batch's other videos along
             if len(batch) == 1:
                 self.failures += not isinstance(error, InputError)
