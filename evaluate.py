@@ -112,7 +112,7 @@ class TestSet:
     out: str
     root: str  # relative video paths start here
     benchmark: str | None = None
-    labels: str = ""  # which labels were asked for, if not those that published tables are about
+    labels: str = ""  # the flag that asked for other labels than those that Table 1 is about
     thoughts: dict | None = None  # {item.key: record of Workers.think}; None: no thinking
     rewards: dict = dataclasses.field(default_factory=dict)  # {item.key: record of Workers.score}
     skipped: list[dict] = dataclasses.field(default_factory=list)
@@ -140,8 +140,8 @@ def read_test_set(settings: Settings, benchmark: str | None = None) -> TestSet:
     if dropped:
         votes = {line: row["vote_type"].strip().lower() for line, row in open_table(path, ("vote_type",))[1]}
         pairs = [pair for pair in pairs if votes[pair.line] not in dropped]
-    labels = f"--genai-ties {settings.genai_ties}" if dropped else ""
-    if settings.dimension != "TA" and benchmark != "genai-bench":
+    labels = f"--genai-ties {settings.genai_ties}" if dropped else ""  # no set has both votes and dimensions
+    if settings.dimension != "TA" and benchmark != "genai-bench" and not dropped:
         labels = f"--dimension {settings.dimension}"
     return TestSet(path, pairs, out, settings.root or os.path.dirname(path), benchmark, labels)
 

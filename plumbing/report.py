@@ -146,7 +146,7 @@ def published(ours: dict) -> str:
     """Table 1 with ours below it, in the columns of the benchmark that was run; for other data only a scale."""
     head = ["model", "source", "in-domain w/ ties", "GenAI w/", "GenAI w/o", "VideoGen w/", "VideoGen w/o"]
     rows = [[name, "published", *map(shown, values)] for name, values in PUBLISHED.items()]
-    if ours["benchmark"] in COLUMNS and not ours.get("labels"):  # others have no column there
+    if ours["benchmark"] in COLUMNS and not ours.get("labels"):  # other data, and other labels, have none
         mine = ["-"] * 5
         for column, key in zip(COLUMNS[ours["benchmark"]], ("accuracy_with_ties", "accuracy_without_ties")):
             if column is not None:

@@ -160,6 +160,7 @@ def compare_runs(runs: list[str], out: str, training: list[str] = ()) -> str:
             with open(path, encoding="utf-8") as file:
                 numbers = json.load(file)
             name = numbers["benchmark"] or os.path.basename(numbers["data"])
+            name += f" ({numbers['labels']})" if numbers.get("labels") else ""  # another number, not another seed
             found.setdefault(label, {}).setdefault(name, []).append(numbers)
             benchmarks += [name] if name not in benchmarks else []
     head = ["model", *(f"{name} {kind}" for name in benchmarks for kind in ("w/o ties", "w/ ties"))]

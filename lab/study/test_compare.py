@@ -28,6 +28,10 @@ def test_several_runs_in_one_table(tmp_path):
     assert lines[0] == "| model | genai-bench w/o ties | genai-bench w/ ties |"
     assert lines[2:] == ["| one | 0.750 | 0.500 |", "| two | 0.250 | 0.500 |"]
     assert (tmp_path / "out" / "results.png").stat().st_size > 5000
+    # Other labels of the same benchmark are another number, not another seed.
+    (tmp_path / "b" / "report.json").write_text(json.dumps(numbers | {"labels": "--dimension VQ"}))
+    text = compare.compare_runs([f"one={tmp_path}/[ab]/report.json"], str(tmp_path / "out"))
+    assert "| genai-bench (--dimension VQ) w/o ties |" in text and "±" not in text
     with pytest.raises(InputError, match="no such report"):
         compare.main(["--runs", "x=/nowhere/*.json", "--out", str(tmp_path)])
 
