@@ -217,7 +217,7 @@ def add_pair(pairs, tally, videos, name, listed, prompt, label, verdicts=None, m
     if not text_of(prompt):
         why_not = "no prompt"
     elif not why_not and found[0] == found[1]:
-        why_not = "one video for two that are listed"
+        why_not = "the same video twice"
     if why_not:
         tally.drop(why_not, name)
     else:

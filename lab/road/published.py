@@ -79,12 +79,14 @@ class Videos:
     """Finds the videos that a set lists in the folder where its archives were unpacked.
 
     Listed are paths, bare names or URLs, and archives unpack with or without a folder of their own. So the file name
-    decides, and the name of its folder where two files share one. Nothing is taken for a file of another split, and no
-    file for two that are listed.
+    decides; and the name of its folder, where two files share one, where a folder of that name is there, or if it is
+    a split. No file is taken for two that are listed.
     """
 
     def __init__(self, folder: str, check: bool):
-        self.folder, self.check, self.by_name, self.taken = folder, check, {}, {}
+        self.folder, self.check = os.path.abspath(folder), check
+        self.by_name, self.folders = {}, set()  # {file name: paths}; the names of the folders inside
+        self.taken = {}  # {path: as what it was listed}
         if not os.path.isdir(folder):
             raise InputError(f"--videos {folder}: no such folder; unpack the set's video archives there.")
         archives = []
@@ -93,6 +95,7 @@ class Videos:
             for name in names:
                 if name.lower().endswith(VIDEO_TYPES):
                     self.by_name.setdefault(name, []).append(os.path.join(place, name))
+                    self.folders |= {os.path.basename(place)} if place != folder else set()
         if not self.by_name:
             found = f"only archives ({', '.join(archives[:3])}): unpack them" if archives else "no video: is it empty"
             raise InputError(f"--videos {folder}: holds {found}{'' if archives else ', or another folder?'}")
@@ -103,13 +106,15 @@ class Videos:
         found = self.by_name.get(parts[-1], [])
         if not found:
             return None, "video listed but not there"
-        if len(found) > 1:
-            found = [path for path in found if path.replace(os.sep, "/").split("/")[-2:] == parts[-2:]]
-        if len(found) != 1:
+        here = [path for path in found if path.replace(os.sep, "/").split("/")[-2:] == parts[-2:]]
+        if len(found) > 1 and len(here) != 1:
             return None, "several videos of that name"
-        splits = SPLITS & set(parts), SPLITS & set(os.path.relpath(found[0], self.folder).split(os.sep))
-        if all(splits) and splits[0] != splits[1]:  # test/0.mp4 is there, train/0.mp4 is listed
+        # wan/0.mp4 is there, sora/0.mp4 is listed, and other files of sora's are there; or it is of another split.
+        place = os.path.relpath(found[0], os.path.dirname(self.folder)).split(os.sep)
+        splits = SPLITS & set(parts), SPLITS & set(place)
+        if not here and (self.folders & set(parts[-2:-1]) or (all(splits) and splits[0] != splits[1])):
             return None, "video listed but not there"
+        found = here or found
         if self.taken.setdefault(found[0], parts[-2:]) != parts[-2:]:
             return None, "one video for two that are listed"
         if os.path.getsize(found[0]) == 0:

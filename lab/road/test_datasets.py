@@ -245,9 +245,13 @@ def test_rapidata_s_votes(tmp_path, capsys):
         assert line in told, told
     files(tmp_path / "videos" / "wan", "2.mp4")  # of sora's 2.mp4 nothing is there
     parquet(tmp_path / "half.parquet", [row(0.9, 0.1), row(0.9, 0.1, "wan/2.mp4", "sora/2.mp4"),
-                                        row(0.9, 0.1, "sora/2.mp4", "sora/0.mp4")])
-    assert len(convert(tmp_path, "rapidata", "--parquet", tmp_path / "half.parquet", "--overwrite")) == 1
-    assert "2: one video for two that are listed (half.parquet row 2, " in capsys.readouterr().out
+                                        row(0.9, 0.1, "sora/2.mp4", "sora/0.mp4"), row(0.9, 0.1, two="wan/0.mp4"),
+                                        row(0.9, 0.1, "pika/2.mp4", "sora/0.mp4"), row(0.9, 0.1, "wan/2.mp4")])
+    assert len(convert(tmp_path, "rapidata", "--parquet", tmp_path / "half.parquet", "--overwrite")) == 2
+    told = capsys.readouterr().out
+    for line in ("2: video listed but not there (half.parquet row 2, half.parquet row 3)", "1: the same video twice",
+                 "1: one video for two that are listed (half.parquet row 5)"):
+        assert line in told, told
     refuses(capsys, datasets.main, "rapidata", "--parquet", table, "--videos", tmp_path / "videos",
             "--out", tmp_path / "x.csv", "--dimension", "Coherence", says="has no column weighted_results1_Coherence")
 
