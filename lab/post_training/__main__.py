@@ -263,11 +263,11 @@ def post_train(method: str, s: Settings, progress=True) -> None:
 
 def make_base(s: Settings) -> None:
     """OUT/seedK/base.pt, and the gold judge. InputError: the folder's base had other settings."""
-    path, settings = os.path.join(seed_folder(s), "base.pt"), {"steps": s.base_steps, "wrong": s.wrong, "seed": s.seed}
-    settings["pool"] = s.pool
+    path = os.path.join(seed_folder(s), "base.pt")
+    settings = {"steps": s.base_steps, "wrong": s.wrong, "seed": s.seed, "pool": s.pool}
     gold_judge(s.out, s.judge_steps, s.pool)
     if os.path.exists(path):
-        if settings | load_generator(path)[1]["settings"] != settings:
+        if settings | load_generator(path)[1]["settings"] != settings:  # older files did not keep the pool
             raise InputError(f"{path}: was trained with other --base-steps, --wrong or --pool; delete "
                              f"{seed_folder(s)} first.")
         print(f"{path}: is there")
@@ -279,17 +279,15 @@ def make_base(s: Settings) -> None:
 
 
 def require_alike(runs: dict[int, dict[str, str]]) -> None:
-    """InputError unless an arm's seeds had as many updates, and the same settings."""
-    first = {}
-    for path in (path for arms in runs.values() for arm, path in arms.items() if arm != "base"):
+    """InputError unless the seeds of an arm had as many updates, and the same settings: they are summed up."""
+    first, own = {}, ("out", "save_every", "publish", "seed", "reward")  # own: of a seed, or without effect
+    for arm, path in [item for arms in runs.values() for item in arms.items() if item[0] != "base"]:
         state = load_generator(path)[1]
-        alone = ("out", "updates", "save_every", "publish", "seed", "reward")  # of a seed, or compared as `updates`
-        told = {n: v for n, v in state["settings"].items() if n not in alone}
-        for what, value in (("updates", len(state["log"])), ("settings", told)):
-            other, expected = first.setdefault((os.path.basename(os.path.dirname(path)), what), (path, value))
-            if value != expected:
-                raise InputError(f"{path}: has other {what} than {other}; what is summed up must be alike: let it run "
-                                 "to its end, or move one of the two folders away.")
+        now = state["settings"] | {"updates": len(state["log"])}  # those that were made, not those that were asked for
+        other, expected = first.setdefault(arm, (path, now))
+        if changed := [flag_of(name) for name in now if name not in own and now[name] != expected.get(name)]:
+            raise InputError(f"{path}: has other {', '.join(changed)} than {other}; let it run to its end, or move one "
+                             "of the two folders away.")
 
 
 def measure(s: Settings) -> None:

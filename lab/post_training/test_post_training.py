@@ -258,19 +258,23 @@ def test_the_whole_script_resumes_to_the_bit(tmp_path, tiny_model_dir, capsys):
     post_training.main(["grpo", *flags, "--reward", tiny_model_dir, "--updates", "1", "--prompts", "1"])
     post_training.main(["measure", *flags, "--reward", tiny_model_dir])
     before = measured(out, "base")
-    base_reward = shutil.copytree(tiny_model_dir, tmp_path / "other")  # another reward, the same generators
-    head = base_reward / "reward_head" / "head.safetensors"
+    other = shutil.copytree(tiny_model_dir, tmp_path / "other")  # another reward, the same generators
+    head = other / "reward_head" / "head.safetensors"
     save_file({name: -value for name, value in load_file(head).items()}, head)
-    post_training.main(["measure", *flags, "--reward", str(base_reward)])
+    post_training.main(["measure", *flags, "--reward", str(other)])
     assert measured(out, "base")["proxy"] == pytest.approx(-before["proxy"], abs=5) != before["proxy"]
     post_training.main(["measure", *flags, "--reward", tiny_model_dir])
     assert measured(out, "base") == before
     os.makedirs(os.path.join(out, "seed1.old"))  # put aside by hand
     shutil.copytree(os.path.join(out, "seed0"), os.path.join(out, "seed1"))
-    half = state(out.replace("seed0", "seed1"), "grpo-random")
-    torch.save({**half, "log": half["log"][:1]}, os.path.join(out, "seed1", "grpo-random", "state.pt"))
-    with pytest.raises(InputError, match="seed1/grpo-random/state.pt: has other updates than"):
-        post_training.main(["measure", *flags, "--reward", tiny_model_dir])
+    half = state(out, "grpo-random")
+    for change, flag in (({"log": half["log"][:1]}, "--updates"),
+                         ({"settings": half["settings"] | {"lr": 1.0}}, "--lr")):
+        torch.save({**half, **change}, os.path.join(out, "seed1", "grpo-random", "state.pt"))
+        with pytest.raises(InputError, match=f"seed1/grpo-random/state.pt: has other {flag} than"):
+            post_training.main(["measure", *flags, "--reward", tiny_model_dir])
+    with pytest.raises(InputError, match="--pool"):
+        post_training.main(["base", *flags, "--pool", "128"])
     text = (tmp_path / "post" / "results.md").read_text(encoding="utf-8")
     assert "| no training, best of 2 by gold | 1 |" in text and "grpo-descore: no verdict" in text
     assert {"post_training.png", "strip.png", "judge.pt"} <= set(os.listdir(out))

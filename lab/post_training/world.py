@@ -146,7 +146,7 @@ def train_judge(seed: int, steps: int, pool: int, progress=True) -> tuple[Judge,
 def gold_judge(out: str, steps: int, pool: int) -> Judge:
     """The judge of a folder, trained once, kept in OUT/judge.pt: one for all seeds, or they could not be compared.
 
-    InputError: it was trained for another number of steps.
+    InputError: it was trained for another number of steps, or on another pool.
     """
     path = os.path.join(out, "judge.pt")
     if not os.path.exists(path):
@@ -154,10 +154,10 @@ def gold_judge(out: str, steps: int, pool: int) -> Judge:
         print("gold judge, rendered clips: " + ", ".join(f"{name} {share:.3f}" for name, share in accuracy.items()))
         os.makedirs(out, exist_ok=True)
         with atomic_write(path, "wb") as file:
-            torch.save({"steps": steps, "accuracy": accuracy, "weights": judge.state_dict()}, file)
+            torch.save({"steps": steps, "pool": pool, "accuracy": accuracy, "weights": judge.state_dict()}, file)
     kept, judge = torch.load(path), Judge()
-    if kept["steps"] != steps:
-        raise InputError(f"{path}: trained for {kept['steps']} steps, not --judge-steps {steps}; delete its folder.")
+    if (kept["steps"], kept.get("pool", pool)) != (steps, pool):  # older files did not keep the pool
+        raise InputError(f"{path}: trained with other --judge-steps ({kept['steps']}) or --pool; delete its folder.")
     judge.load_state_dict(kept["weights"])
     return judge.eval().requires_grad_(False)
 
