@@ -255,7 +255,7 @@ def pretrain_language(model, processor, seen: list[dict], frames, steps, batch, 
         picks, captions = rng.integers(len(seen), size=batch), 1.0 if step < 0.08 * steps else 0.05
         slips = SLIPS if step > 0.8 * steps else 0.0
         around = one[:cut], one[cut + 1 :]
-        now = write if step >= 0.6 * steps else cot_text  # to judge is learned first, then to go on judging amid prose
+        now = write if step >= 0.6 * steps else cot_text
         ids, learn = language_batch(processor, [seen[k] for k in picks], captions, slips, *around, rng, now)
         # Up to the video all rows are equal, then positions count on by one: one row's positions serve all. Padding is
         # on the right, where causal attention never looks, so no attention mask is needed either.
@@ -281,7 +281,8 @@ def pretrain(model, processor, seed=0, vision_steps=100, steps=360, batch=32, po
              write=cot_text) -> float:
     """Renders a pool of clips and trains both phases on it; returns the last loss in nats a token.
 
-    unspoken: they flicker. write: (wish, seen, verdicts) -> the CoT that is learned.
+    unspoken: they flicker. write: (wish, seen, verdicts) -> the CoT that is learned from .6 of the steps on: first the
+    verdicts alone, which amid prose are learned late or not at all.
     """
     rng = np.random.default_rng([seed, 99])
     seen = [random_values(rng) | ({"flicker": rng.random()} if unspoken else {}) for _ in range(pool)]
