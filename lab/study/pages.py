@@ -206,10 +206,13 @@ def worth(result: dict) -> str:
 
 
 def cells(result: dict) -> str:
-    """How much of the second world has run, at what cost, and which code ran."""
-    done = result["cells"]
-    commits = ", ".join(done["commits"]) or "none"
-    return f"{done['done']} of {done['planned']} cells, {done['core_hours']:.1f} core-hours; commits: {commits}.\n"
+    """What ran for each claim, at what cost, and which code: claims of one run or stage share a row."""
+    runs = {}
+    for claim in sorted(result["claims"], key=lambda claim: claim["number"]):
+        runs.setdefault(json.dumps(claim["cells"]), []).append(str(claim["number"]))
+    rows = [[", ".join(numbers), f"{one['done']} of {one['planned']}", f"{one['core_hours']:.1f}",
+             ", ".join(one["commits"]) or "-"] for one, numbers in ((json.loads(k), v) for k, v in runs.items())]
+    return table(["claims", "cells", "core-hours", "commits"], rows)
 
 
 TABLES = {"verdicts": verdicts, "parts": parts, "many": many, "ladder": ladder, "paradigms": paradigms,
@@ -235,6 +238,14 @@ def write(folder: str, result: dict) -> None:
     print(f"\n{verdicts(result)}\n{folder}/study.md, study.json, {', '.join(names)}")
 
 
+def kept(claim: dict, known: dict | None) -> dict:
+    """A claim as it is published: with all its seeds, else as an earlier run of the same rule left it, else empty."""
+    if claim["verdict"] != NOT_RUN:
+        return claim
+    same = known and all(known[key] == claim[key] for key in ("rule", "decides", "margin", "stage"))
+    return known if same else claim | {"parts": {}, "more": {}}
+
+
 def publish(folder: str) -> None:
     """lab/study/study.json, PAGES and the figures from FOLDER/study.json; from FOLDER/worlds.json what is the second
     world's. Whichever is there. InputError: neither is, or it holds trials."""
@@ -244,9 +255,9 @@ def publish(folder: str) -> None:
     for name, result in found.items():
         if result.get("trial") or any(claim.get("trial") for claim in result["claims"]):
             raise InputError(f"{folder}/{name}.json: holds trials (--steps); only whole runs are published.")
-        for claim in result["claims"] if name == "worlds" else ():
-            if claim["verdict"] == NOT_RUN:  # some of its seeds or cells: in FOLDER's own report alone
-                claim.update(parts={}, more={})
+        if name == "worlds":  # a claim some of whose seeds or cells are missing: in FOLDER's own report alone
+            known = {c["number"]: c for c in (read(ROOT / "lab/study/worlds.json") or {"claims": []})["claims"]}
+            result["claims"] = [kept(claim, known.get(claim["number"])) for claim in result["claims"]]
         write_json(str(ROOT / f"lab/study/{name}.json"), result)
         for page in PAGES:
             text = (ROOT / page).read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -422,7 +423,8 @@ def test_the_whole_report_of_a_run_that_has_just_begun(tmp_path, capsys, monkeyp
     assert all(rule["verdict"] == NOT_RUN and rule["rule"] for rule in rules["rules"])
     said = capsys.readouterr().out
     assert said.index("rule:") < said.index("core-hours") < said.index("0 of 363 cells done")
-    assert json.loads((tmp_path / "r/worlds.json").read_text())["cells"]["done"] == 0
+    claims = json.loads((tmp_path / "r/worlds.json").read_text())["claims"]
+    assert {(c["stage"], c["cells"]["done"]) for c in claims} == {(stage, 0) for stage in worlds.SEEDS}
     assert (tmp_path / "r/worlds.png").is_file()
 
 
@@ -450,7 +452,8 @@ def test_a_cell_of_another_command_is_not_judged(tmp_path):
         record = cells.stamp(one) | {"commit": "abc", "core_minutes": 1.0}
         pathlib.Path(one.record).write_text(json.dumps(record | {"command": one.command + more}))
     worlds.main(["--runs", str(tmp_path), "--only", "grid", "--report"])
-    assert json.loads((tmp_path / "worlds.json").read_text())["cells"]["done"] == 2
+    done = {c["stage"]: c["cells"]["done"] for c in json.loads((tmp_path / "worlds.json").read_text())["claims"]}
+    assert done == {"grid": 2, "cost": 2, "looking": 0, "long": 2, "seeds": 2}  # the stages share today's cells
     assert second.ready(runs, "today", "data") and not second.ready(runs, "today", "data", "eval/stage2")
     second.STALE = set()
     worlds.main(["--runs", str(tmp_path), "--only", "looking", "--report"])  # claims of other stages are judged, too
@@ -469,16 +472,35 @@ def test_what_the_page_shows_stands_in_worlds_json():
 
 
 def test_a_claim_that_waits_for_seeds_is_not_published(tmp_path, monkeypatch):
-    """Its rows are of the seeds that happen to be there; the run's own report has them."""
+    """Its rows are of the seeds that happen to be there; the run's own report has them. What an earlier run has
+    published stays: a run of one stage, perhaps in a folder of its own, does not take the others away."""
     for page in pages.PAGES:
         (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / page, tmp_path / page)
     monkeypatch.setattr(pages, "ROOT", tmp_path)
-    claims = [claim | ({"verdict": NOT_RUN} if claim["number"] == 10 else {}) for claim in PUBLISHED["claims"]]
+    old = {claim["number"]: claim for claim in PUBLISHED["claims"]}
+    here = {number: {"verdict": NOT_RUN, "parts": {"some": old[9]["parts"]}} for number in (10, 11)}
+    claims = [claim | here.get(claim["number"], {}) for claim in PUBLISHED["claims"]]
     (tmp_path / "worlds.json").write_text(json.dumps(PUBLISHED | {"claims": claims}))
-    pages.publish(str(tmp_path))
-    kept = {claim["number"]: claim for claim in pages.read(tmp_path / "lab/study/worlds.json")["claims"]}
-    assert kept[10]["parts"] == kept[10]["more"] == {} and kept[9]["parts"] and kept[11]["parts"]
+
+    def published():
+        pages.publish(str(tmp_path))
+        return {claim["number"]: claim for claim in pages.read(tmp_path / "lab/study/worlds.json")["claims"]}
+
+    kept = published()  # nothing was there before
+    assert kept[10]["parts"] == kept[10]["more"] == {} and kept[9] == old[9]
+    other = [old[10], old[11] | {"rule": "another"}]
+    (tmp_path / "lab/study/worlds.json").write_text(json.dumps(PUBLISHED | {"claims": other}))
+    kept = published()
+    assert kept[10] == old[10] and kept[11]["parts"] == {} and kept[9] == old[9]  # another rule: another question
+
+
+def test_what_decides_runs_first_in_all_seeds():
+    paths = [cell.path for cell in worlds.plan("R", ["looking"], None)]
+    order = [re.search(r"seed(\d)/looking/look_mask(\d+)_(\d+)", path) for path in paths]
+    found = [tuple(map(int, m.groups())) for m in order if m]
+    first, last = [(seed, p, 2880) for seed in range(3) for p in (0, 50, 100)], [(0, 25, 2880), (0, 75, 2880)]
+    assert found[:9] == first and found[-2:] == last and len(set(found)) == len(found) == 29
 
 
 def test_a_row_that_two_claims_share_is_shown_and_counted_once():

@@ -260,21 +260,28 @@ def judged(claim: study.Claim, runs: dict, stage: str) -> dict:
     return found | {"stage": stage, "seeds": seeds, "planned": len(SEEDS[stage]), "verdict": whole}
 
 
+def spent(records: list[dict | None]) -> dict:
+    """What a stage's cells took; None: one that is not done. A cell that two stages need is counted in both."""
+    there = list(filter(None, records))
+    return {"done": len(there), "planned": len(records), "commits": sorted({record["commit"] for record in there}),
+            "core_hours": sum(record["core_minutes"] for record in there) / 60}
+
+
 def report(runs: str, now: str, trial: int | None) -> None:
     """RUNS/worlds.json, worlds.md and worlds.png from what is there of all stages, whatever --only says."""
     folders = {seed: f"{runs}/seed{seed}" for seed in SEEDS["seeds"]}
     cells = plan(runs, SEEDS, trial)
     second.STALE = {cell.path for cell in cells if os.path.exists(cell.record) and not is_done(cell)}
-    found = [judged(claim, folders, stage) for stage, some in claims().items() for claim in some]
-    spent = [read(cell.record) for cell in cells if is_done(cell)]
-    counts = {"done": len(spent), "planned": len(cells), "commits": sorted({record["commit"] for record in spent}),
-              "core_hours": sum(record["core_minutes"] for record in spent) / 60}
-    result = pages.rounded({"commit": now, "trial": trial, "claims": found, "cells": counts})
+    done = {cell.path: read(cell.record) for cell in cells if is_done(cell)}
+    counts = {stage: spent([done.get(cell.path) for cell in plan(runs, [stage], trial)]) for stage in SEEDS}
+    found = [judged(claim, folders, stage) | {"cells": counts[stage]} for stage, some in claims().items()
+             for claim in some]
+    result = pages.rounded({"commit": now, "trial": trial, "claims": found})
     write_json(f"{runs}/worlds.json", result)
     text = "\n".join(make(result) for make in (pages.rules, pages.parts, pages.many, pages.cells))
     pathlib.Path(runs, "worlds.md").write_text(text, encoding="utf-8")
     figures.draw_worlds(pathlib.Path(runs, "worlds.png"), result)
-    print(f"{pages.rules(result)}\n{len(spent)} of {len(cells)} cells done; {runs}/worlds.json, .md, .png")
+    print(f"{pages.rules(result)}\n{len(done)} of {len(cells)} cells done; {runs}/worlds.json, .md, .png")
 
 
 def keep_rules(path: str, now: str) -> None:
