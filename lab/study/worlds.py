@@ -27,9 +27,12 @@ WEIGHTS, UNSPOKEN = ("--weights", "3", "2", ".5", "1", ".5"), ("--unspoken", "6"
 WORLDS = {"today": (), "weights": WEIGHTS, "unspoken": UNSPOKEN, "both": WEIGHTS + UNSPOKEN}
 LONG = {55: "today", 250: "long1", 440: "long2"}  # tokens of a CoT: no prose, one or two sentences before each verdict
 PAIRS, MASKS = {360: 8, 1440: 2, 2880: 1}, (0, 0.5, 1, 0.25, 0.75)  # {pairs: 1/share}; the last two p on all pairs only
-# What decides the claims first, in all seeds: a run that is cut short has fewer rows then, not fewer verdicts.
-LOOKS = [(pairs, MASKS[:3], (0, 1, 2)) for pairs in (2880, 1440, 360)] + [(2880, MASKS[3:], (0,))]
 SEEDS = {"grid": (0, 1, 2), "cost": (0, 1, 2), "looking": (0, 1, 2), "long": (0, 1, 2), "seeds": (0, 1, 2, 3, 4, 5)}
+# {stage: [(a part of it, its seeds), ...]}. What decides the claims first, in all seeds: a run that is cut short has
+# fewer rows then, not fewer verdicts. looking: pairs and masks; long: a world.
+PARTS = {"looking": [((pairs, MASKS[:3]), SEEDS["looking"]) for pairs in sorted(PAIRS, reverse=True)]}
+PARTS["looking"] += [((max(PAIRS), MASKS[3:]), (0,))]
+PARTS["long"] = [(name, SEEDS["long"]) for name in ("long2", "long1")]
 
 
 # ---- 1. Rules, fixed before the run --------------------------------------------------------------------------
@@ -226,22 +229,20 @@ def plan(runs: str, only, steps: int | None) -> list[Cell]:
     world = functools.partial(World, cells, os.path.normpath(runs), steps=steps)
     large = ("--train-cold-start", "2880", "--val-cold-start", "240", "--train-rl", "0")
     large += tuple(word for csv in CSVS.values() for word in (f"--{csv.replace('_', '-')}", "0"))
-    todo = {stage: [(SEEDS[stage], ())] for stage in SEEDS if stage in only}
-    if "looking" in todo:
-        todo["looking"] = [(seeds, look) for *look, seeds in LOOKS]
-    for stage, seed, look in [(stage, seed, look) for stage, rounds in todo.items() for seeds, look in rounds
-                              for seed in seeds]:
+    parts = [(stage, *part) for stage in SEEDS if stage in only for part in PARTS.get(stage, [((), SEEDS[stage])])]
+    for stage, part, seed in [(stage, part, seed) for stage, part, seeds in parts for seed in seeds]:
         if stage == "grid":
             for name, flags in WORLDS.items():
                 world(seed, name, flags).paradigms()
         elif stage == "looking":
             (tests := world(seed, "unspoken", UNSPOKEN)).test_cots()
-            world(seed, "looking", UNSPOKEN + large).look(tests, *look)
+            world(seed, "looking", UNSPOKEN + large).look(tests, *part)
         else:
             (today := world(seed, "today")).paradigms()
             {"cost": today.cost, "long": today.gradients, "seeds": today.masked}[stage]()
-        for sentences, name in enumerate(list(LONG.values())[1:], 1) if stage == "long" else ():
-            longer = world(seed, name, sentences=sentences)
+        if stage == "long":
+            sentences = list(LONG.values()).index(part)
+            longer = world(seed, part, sentences=sentences)
             longer.train("stage1", "stage1", "data/train_cots.csv", save_every=14, keep=99)
             longer.train("stage2", "stage2", "stage1", max_steps=1, minutes=0.2)  # only for its settings
             longer.gradients()
