@@ -116,7 +116,8 @@ def grade_one(exercise, submitted: dict[str, bytes], base: dict[str, str], varia
                 return Result(exercise, passed, "does not run", str(error))
             name, count = lesson.__name__, len(exercise.lessons)
             if str(error).startswith("Exercise "):
-                return Result(exercise, passed, name, f"not written yet: {exercise.hint}")
+                own = str(error).startswith(f"Exercise {exercise.number} ")
+                return Result(exercise, passed, name, f"not written yet: {exercise.hint if own else error}")
             text = str(error) if isinstance(error, Raised) else f"{taught(lesson)} ({error})"
             return Result(exercise, passed, name, f"lesson {passed + 1} of {count}, {name}: {text}")
         except Exception as error:  # a reply in right form that is no value of this kind: forged, or nonsense

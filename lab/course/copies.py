@@ -16,7 +16,8 @@ from plumbing.settings import InputError
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 COPIED = ("*.py", "plumbing/*.py", "toy/*.py", "lab/*.py", "lab/*/*.py", "tests/__init__.py", "tests/conftest.py",
           "tests/test_*.py", "docs/*.md", "lab/*/*.md", "lab/*/*.html",
-          "figures/*.svg", "Makefile", "pyproject.toml", "requirements*.txt", "README.md", "LICENSE", "CITATION.cff")
+          "figures/*.svg", "scripts/*.sh", "Makefile", "pyproject.toml", "requirements*.txt", "README.md", "LICENSE",
+          "CITATION.cff")
 # What shows bodies, or is the lecturer's. Tests that name an exercise's function go as well: some hold its naive twin.
 LEFT_OUT = ("lab/course/mistakes.py", "lab/course/test_proof.py", "lab/course/README.md", "docs/change.md",
             "lab/course/test_course.py", "lab/course/test_notebook.py", "tests/test_docs.py",

@@ -46,8 +46,15 @@ def log_sigma_in_one(f):
 
 def in_fp32(f):
     """Compute in fp32, whatever comes in: in bf16 a reward of 5.4 has steps of .03."""
-    loss = f.bt_loss(tensor([5.4], dtype=torch.bfloat16), tensor([0.5], dtype=torch.bfloat16))
+    loss = f.bt_loss(tensor([5.4], dtype=torch.bfloat16), tensor([0.3], dtype=torch.bfloat16))
     expect(loss.dtype == torch.float32, str(loss.dtype))
+    near(loss, 0.006045187)  # bf16 has 5.40625 and .30078125, but no 5.10546875: ln(1 + e^-5.10546875)
+
+
+def trains_both_rewards(f):
+    """The gradient is what trains: it lifts the winner's reward and lowers the loser's by as much, 1 − σ(margin)."""
+    slopes = f.gradients("bt_loss", tensor([2.0]), tensor([0.0]), of=(0, 1))
+    near(slopes, [[-0.119203], [0.119203]])
 
 
 # -- 2 Bradley-Terry with ties ----------------------------------------------------------------------------------------
@@ -56,6 +63,7 @@ def a_win_needs_a_margin(f):
     one, other = tensor([1.3]), tensor([0.2])  # 1 / (1 + 5 e^-1.1) = .375325, -ln = .979964
     near(f.btt_loss(one, other, tensor([1]), k=5.0), 0.979964)
     near(f.btt_loss(other, one, tensor([-1]), k=5.0), 0.979964)
+    near(f.btt_loss(one, other, tensor([1]), k=3.0), 0.692454)  # 1 / (1 + 3 e^-1.1) = .500347
 
 
 def a_tie_is_an_outcome(f):
@@ -73,6 +81,13 @@ def probabilities_sum_to_one(f):
 def ties_far_apart(f):
     """1 − P(A > B) − P(B > A) is 0 in floating point when rewards differ by 50, and its log −inf. Add logs instead."""
     near(f.btt_loss(tensor([50.0]), tensor([0.0]), tensor([0]), k=5.0), 50 + math.log(5) - math.log(24))
+
+
+def mean_over_pairs(f):
+    """Each pair by its own label, and the mean over all of them: one A better, one B better, one tie."""
+    case = tensor([1.3, 0.2, 0.0]), tensor([0.2, 1.3, 0.0]), tensor([1, -1, 0])
+    near(f.btt_loss(*case, k=5.0), 0.788463)  # (.979962 + .979962 + .405465) / 3
+    near(f.gradients("btt_loss", *case, k=5.0)[0], [-0.208225, 0.208225, 0.0])  # (1 / 1.601117 - 1) / 3
 
 
 def ties_denominator(f):
@@ -182,7 +197,7 @@ CLIPS = {"clip_low": 0.2, "clip_high": 0.3, "clip_dual": 3.0}
 def one_token(f, advantage, log_ratio, **more):
     """The loss of a batch of one token: its ρ is e^log_ratio."""
     case = tensor([[log_ratio]]), tensor([[0.0]]), tensor([advantage]), torch.ones(1, 1)
-    return f.grpo_loss(*case, **CLIPS, **more)
+    return f.grpo_loss(*case, **{**CLIPS, **more})
 
 
 def good_tokens_become_likelier(f):
@@ -201,11 +216,15 @@ def two_clips(f):
     """The ratio is clipped to [1 − clip_low, 1 + clip_high]: the two sides differ."""
     near(one_token(f, 1.0, 0.5), -1.3)  # A = 1, ρ = 1.6487, cut at 1.3
     near(one_token(f, -1.0, 0.5), 1.648721)  # A = -1: not cut
+    near(one_token(f, 1.0, 0.5, clip_high=0.1), -1.1)
+    near(one_token(f, -1.0, -1.0, clip_low=0.5), 0.5)
 
 
 def dual_clip(f):
     """Dual clip: where A < 0 the loss is at most −A·clip_dual. Else one bad token at ρ = 50 outweighs the batch."""
     near(one_token(f, -1.0, 2.0), 3.0)  # ρ = 7.389
+    near(one_token(f, -2.0, 2.0), 6.0)
+    near(one_token(f, -1.0, 2.0, clip_dual=2.0), 2.0)
 
 
 def padding_counts_for_nothing(f):

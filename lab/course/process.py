@@ -10,6 +10,7 @@ What a process of the same user can still do (read and write this user's files, 
 lab/course/README.md; run as root, the grader makes the child another user.
 """
 
+import builtins
 import contextlib
 import dataclasses
 import functools
@@ -41,9 +42,10 @@ DTYPES = {str(d).removeprefix("torch."): d for d in
 def pack(value):
     """A value -> what JSON can hold. Floats keep every bit; anything that is no value becomes its type's name."""
     if isinstance(value, torch.Tensor):
-        return {"tensor": value.detach().tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
+        return {"tensor": value.detach().tolist(), "dtype": str(value.dtype).removeprefix("torch."),
+                "shape": list(value.shape)}  # which a list of no rows does not tell
     if isinstance(value, np.ndarray):
-        return {"array": value.tolist()}
+        return {"array": value.tolist(), "shape": list(value.shape)}
     if isinstance(value, torch.Generator):
         return {"generator": value.initial_seed()}
     if isinstance(value, (tuple, list)):
@@ -65,9 +67,9 @@ def unpack(data):
         return data
     kind, content = next(iter(data.items()))
     if kind == "tensor":
-        return torch.tensor(content, dtype=DTYPES[data["dtype"]])
+        return torch.tensor(content, dtype=DTYPES[data["dtype"]]).reshape(data["shape"])
     if kind == "array":
-        return np.array(content)
+        return np.array(content).reshape(data["shape"])
     if kind == "generator":
         return torch.Generator().manual_seed(content)
     if kind in ("tuple", "list"):
@@ -136,7 +138,7 @@ class Submission:
             try:
                 reply = {"value": pack(implementation(*unpack(answer["want"]), **unpack(answer["kwargs"])))}
             except Exception as error:  # the test gave nonsense, or the mistake is one that raises
-                reply = {"raises": f"{type(error).__name__}: {error}"}
+                reply = {"raises": [type(error).__name__, str(error)]}
             self._send(reply)
 
     def close(self):
@@ -192,7 +194,7 @@ class Submission:
             if kind == "value":
                 unpack(answer["value"])
             return answer
-        except (ValueError, TypeError, KeyError, AttributeError, StopIteration, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, StopIteration, RuntimeError) as error:
             raise Ended("the process sent something that is no answer") from error
 
     def _too_slow(self, within=None):
@@ -326,11 +328,14 @@ def serve(request: dict, functions: dict, send, lines, folder: str) -> dict:
 def accepts(test, own, send, lines) -> bool:
     """Runs the submission's test on `own`, or on an implementation that lives in the grader. An exception: refused."""
 
+    from plumbing.settings import InputError  # the folder's
+
     def theirs(*args, **kwargs):
         send({"want": pack(args), "kwargs": pack(kwargs)})
         reply = json.loads(next(lines))
         if "raises" in reply:
-            raise RuntimeError(reply["raises"])
+            kind, text = reply["raises"]  # a test may ask for it: pytest.raises(InputError)
+            raise {"InputError": InputError}.get(kind, getattr(builtins, kind, RuntimeError))(text)
         return unpack(reply["value"])
 
     try:

@@ -28,8 +28,9 @@ def nothing_around_the_blocks(f):
 
 
 def verdicts_on_all_dimensions(f):
-    """The answer needs a verdict on each of the five dimensions; four are not well formed."""
+    """The answer needs a verdict, 0, 1, 2 or N/A, on each of the five dimensions; four are not well formed."""
     expect(f.well_formed(written(style=None)) is False, "True with `style` left out")
+    expect(f.well_formed(written(style="7")) is False, 'True with "7" for `style`')
 
 
 def annotated_dimensions_only(f):
@@ -63,6 +64,9 @@ def parts_in_their_places(f):
     """R = w_q R_qual + w_f R_fmt + w_l R_len, in this order, and the result holds each part under its own name."""
     got = f.rollout_reward(written(style="2"), 1250, TRUTH, weights=(0.7, 0.1, 0.2), length_range=(500, 2000))
     near([got.quality, got.format, got.length, got.total], [0.8, 1.0, 0.5, 0.76])  # .56 + .1 + .1
+    got = f.rollout_reward(written(style="2"), 1250, TRUTH, weights=(0.5, 0.3, 0.2), length_range=(1000, 1500))
+    near(got.total, 0.8)  # .4 + .3 + .1
+    near(f.rollout_reward(written(), 1250, TRUTH, length_range=(1000, 2000)).length, 0.25)
 
 
 def default_rules(f):
@@ -110,8 +114,8 @@ def row_order_is_nothing(f):
 def one_sort_one_sum(f):
     """Trying each threshold on all pairs is n² work. Sort once; a running sum tells how many are right at each."""
     rng = np.random.default_rng(0)
-    labels, margins = rng.integers(-1, 2, 100_000), rng.normal(size=100_000)
-    accuracy, _ = f.call("accuracy_with_ties", labels, margins, within=2)
+    labels, margins = rng.integers(-1, 2, 400_000), rng.normal(size=400_000)
+    accuracy, _ = f.call("accuracy_with_ties", labels, margins, within=4)
     expect((labels == 0).mean() <= accuracy < 0.4, accuracy)
 
 
@@ -138,6 +142,7 @@ def prefix_is_causal(f):
     """Prefix and first CoT are one causal sequence: a position sees itself and what stands before it."""
     q, k, v = inputs(6)
     near(attend(f, q, k, v, [(4, [(4, 2)])]), alone(q, k, v, range(6)))
+    near(attend(f, q, k, v, [(6, [])]), alone(q, k, v, range(6)))  # no CoT yet: stage 2 reads its prefixes so
 
 
 def cots_do_not_see_each_other(f):
@@ -195,9 +200,21 @@ def gradient_reaches_the_prefix(f):
 
 
 def without_spans(f):
-    """Without spans (sampling, calls from elsewhere) it is ordinary causal attention over the whole row."""
+    """Without spans (sampling, calls from elsewhere) it is ordinary causal attention over the whole row; a single query
+    is the newest token, and sees all keys."""
     q, k, v = inputs(5)
     near(f.shared_prefix_attention(None, q, k, v, None)[0], alone(q, k, v, range(5)))
+    near(f.shared_prefix_attention(None, q[:, :, 4:], k, v, None)[0], alone(q, k, v, range(5))[:, 4:])
+
+
+def behind_a_prefix(f):
+    """prefix_once.py calls `attend_behind`, too: {start: output} of each CoT, which sees the prefix and itself."""
+    q, k, v = inputs(12)
+    options = {"scale": None, "dropout_p": 0.0, "enable_gqa": True}
+    got = f.attend_behind((k[0, :, :3], v[0, :, :3]), [(3, 2), (5, 4), (9, 2)], q, k, v, options)
+    expect(sorted(got) == [3, 5, 9], sorted(got))
+    for start, n in ((3, 2), (5, 4), (9, 2)):
+        near(got[start].transpose(1, 2), alone(q, k, v, [0, 1, 2, *range(start, start + n)])[:, 3:])
 
 
 # -- 10 tests that catch mistakes -------------------------------------------------------------------------------------

@@ -47,6 +47,18 @@ def test_a_copy_shows_no_body(tmp_path):
                 assert line not in shown, f"{name}: {line} stands in {shown[line]}"
 
 
+def test_a_copy_has_what_the_measurements_run():
+    """`make demo` in it: the script that the Makefile calls, and all that this one starts."""
+    files = copies.student_files(0)
+    assert "bash scripts/demo.sh" in files["Makefile"]
+    command = r"(?:^|\s)(?:python|torchrun --\S+ \d+) (?:-m )?(\S+)"
+    started = re.findall(command, files["scripts/demo.sh"], flags=re.MULTILINE)
+    assert {"cold_start.py", "grpo.py", "evaluate.py", "toy"} <= set(started), started
+    for name in started:
+        path = name.replace(".", "/") if not name.endswith(".py") else name
+        assert {path, f"{path}.py", f"{path}/__main__.py"} & set(files), name
+
+
 def test_a_leak_is_found_and_refused(tmp_path, monkeypatch):
     line = "+    losses = -F.logsigmoid(reward_chosen.float() - reward_rejected.float())  # a diff that shows it"
     files = copies.student_files(0) | {"docs/new.md": line}
@@ -234,13 +246,16 @@ def test_check_in_a_copy(tmp_path):
     function = function.partition("    raise")[0]
     function += "    return torch.rand(num_pairs, generator=generator) < probability\n"
     (tmp_path / "losses.py").write_text(before + function + after)
+    solved = {f"my_tests.py::{name}": body for name, body in TWO_TESTS.items()}
+    (tmp_path / "my_tests.py").write_text(mistakes.with_bodies("my_tests.py", solved))
     out = {}
-    for number in ("3", "5"):
+    for number in ("3", "5", "10"):
         command = [sys.executable, "-m", "lab.course", "--check", number]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
         out[number] = done.stdout + done.stderr
     assert "3 of  3  random CoT masking\n      all 4 lessons" in out["3"], out["3"]
     assert "not written yet: which of the two is a constant" in out["5"], out["5"]
+    assert "not written yet: Exercise 4 (30 min): which axis" in out["10"], out["10"]  # the tests are: they wait for it
 
 
 def test_the_autograder_zip(tmp_path):

@@ -41,6 +41,14 @@ MISTAKES = (
         "-torch.sigmoid(reward_chosen.float() - reward_rejected.float()).log()")),
     _m(BT, "in bf16", "in_fp32",
        ("reward_chosen.float() - reward_rejected.float()", "reward_chosen - reward_rejected")),
+    _m(BT, "computed in bf16, returned in fp32", "in_fp32",
+       ("reward_chosen.float() - reward_rejected.float()", "(reward_chosen - reward_rejected).float()")),
+    _m(BT, "the loser detached", "trains_both_rewards",
+       ("reward_rejected.float()", "reward_rejected.detach().float()")),
+    _m(BTT, "k is always 5", "a_win_needs_a_margin", ("math.log(k)", "math.log(5)"), ("k * k - 1", "24")),
+    _m(BTT, "the sum for the mean", "mean_over_pairs", ("(denominator or losses.numel())", "(denominator or 1)")),
+    _m(BTT, "the first pair's label for all", "mean_over_pairs", ("label > 0", "label[0] > 0"),
+       ("label < 0", "label[0] < 0")),
     _m(BTT, "ln k added", "a_win_needs_a_margin", ("margin - math.log(k)", "margin + math.log(k)")),
     _m(BTT, "a tie is B's win", "a_tie_is_an_outcome", ("torch.where(label < 0, log_p_b, log_p_tie)", "log_p_b")),
     _m(BTT, "k² − 1 left out", "probabilities_sum_to_one", ("math.log(k * k - 1) + ", "")),
@@ -64,6 +72,9 @@ MISTAKES = (
        ("advantage = advantages.float()", "advantage = -advantages.float()")),
     _m(GRPO, "min for max", "the_larger_loss", ("torch.maximum(-advantage", "torch.minimum(-advantage")),
     _m(GRPO, "one clip for both sides", "two_clips", ("1 + clip_high))", "1 + clip_low))")),
+    _m(GRPO, "the paper's clips, written in", "two_clips", ("1 - clip_low, 1 + clip_high", "0.8, 1.3")),
+    _m(GRPO, "the dual clip not times −A", "dual_clip",
+       ("-advantage * clip_dual", "torch.full_like(losses, clip_dual)")),
     _m(GRPO, "no dual clip", "dual_clip",
        ("losses = torch.where(advantage < 0, torch.minimum", "_ = torch.where(advantage < 0, torch.minimum")),
     _m(GRPO, "mask ignored", "padding_counts_for_nothing", ("(losses * mask).sum()", "losses.sum()")),
@@ -76,6 +87,9 @@ MISTAKES = (
     _m(ANSWERS, "search for fullmatch", "nothing_around_the_blocks", ("LAYOUT.fullmatch(text)", "LAYOUT.search(text)")),
     _m(ANSWERS, "any verdict will do", "verdicts_on_all_dimensions",
        ("len(read_verdicts(text)) == len(DIMENSIONS)", "bool(read_verdicts(text))")),
+    _m(ANSWERS, "any value is a verdict", "verdicts_on_all_dimensions",
+       ("len(read_verdicts(text)) == len(DIMENSIONS)",
+        "set((extract_answer(text) or {}).get('dimensional_scores', ())) == set(DIMENSIONS)")),
     _m(QUALITY, "divided by all five", "annotated_dimensions_only",
        ("annotation.items()) / len(annotation)", "annotation.items()) / 5")),
     _m(QUALITY, "only what is said counts", "left_out_is_wrong",
@@ -89,6 +103,10 @@ MISTAKES = (
     _m(ROLLOUT, "parts in another order", "parts_in_their_places",
        ("quality_reward(text, annotation), format_reward(text),",
         "format_reward(text), quality_reward(text, annotation),")),
+    _m(ROLLOUT, "the paper's weights, written in", "parts_in_their_places",
+       ("zip(weights, parts", "zip((0.7, 0.1, 0.2), parts")),
+    _m(ROLLOUT, "the paper's lengths, written in", "parts_in_their_places",
+       ("num_tokens, *length_range", "num_tokens, 500, 2000")),
     _m(HITS, "equal scores are a tie", "untied_ties_are_wrong",
        ("right(labels, margins)[order]", "(np.sign(margins) == labels)[order]")),
     _m(TIES, "the largest of equals", "smallest_of_equals",
@@ -100,6 +118,13 @@ MISTAKES = (
     _m(ATTENTION, "a CoT sees the one before it", "cots_do_not_see_each_other",
        ("    for s, (prompt, cots) in enumerate(spans):", "    for s, (prompt, cots) in enumerate(spans):\n"
         "        cots = [(prompt, sum(n for _, n in cots))] if cots else []")),
+    _m(ATTENTION, "a prefix alone is forgotten", "prefix_is_causal",
+       ("for _, n in cots[:1])", "for _, n in (cots[0],))")),
+    _m(ATTENTION, "the newest token sees the first key only", "without_spans",
+       ("    if spans is None and query.shape[2] == 1:\n"
+        "        return attend_once(query, key, value, attention_mask, scaling), None\n", ""),
+       ("        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)",
+        "        return scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2), None")),
     _m(BEHIND, "upper left corner", "lower_right_corner",
        ("attn_mask=causal_lower_right(n, keys.shape[2])", "is_causal=True")),
     _m(ATTENTION, "in order of length", "in_the_order_of_positions",
@@ -187,11 +212,19 @@ TWO_TESTS = {  # exercise 10, solved
         assert torch.allclose(got, torch.tensor([[-0.7071, 0.7071]] * 2), atol=0.01)
         assert group_advantages(torch.tensor([[0.7]])).tolist() == [[0.0]]
         assert not group_advantages(torch.tensor([[0.86] * 8, [0.1, 0.2] * 4]))[0].any()
+        assert group_advantages(torch.zeros(0, 8)).shape == (0, 8)
+        import pytest
+        with pytest.raises(AssertionError):  # the assert that stands in the copy
+            group_advantages(torch.zeros(3))
     """,
     "test_accuracy_with_ties": """
         assert accuracy_with_ties([1, 0, -1], [2, 0.5, -1]) == (1.0, 0.5)
         assert accuracy_with_ties([1, -1], [1, -2]) == (1.0, -1.0)  # nothing is tied
         assert accuracy_with_ties([0, 1, 1], [1, 1, 1])[0] < 0.67  # no cut inside the run: at most two of three
+        import pytest
+        from plumbing.settings import InputError
+        with pytest.raises(InputError):
+            accuracy_with_ties([], [])
     """,
 }
 
