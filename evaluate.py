@@ -28,6 +28,7 @@ from plumbing.formats import open_table, refuse_outside
 from plumbing.jobs import Item, items_of, require_same_settings, write_skipped
 from plumbing.settings import InputError, arg, cli, evaluation_flags, parse, writable
 from rollout import decode_cot
+from rules import overall_score
 
 BENCHMARKS = {  # name -> what the CSV in --root may be called, the published name first
     "videogen-rewardbench": ("videogen-rewardbench.csv", "test_videogen_rewardbench.csv"),
@@ -226,13 +227,15 @@ def one_video(settings: Settings, ranks, workers: Workers) -> None:
     if settings.think:
         seeds = [[settings.seed + k for k in range(settings.thoughts)]]
         cots = workers.engine.generate(prefixes, seeds, settings.max_new_tokens, settings.temperature)
-    rewards = workers.open_model().score(prefixes, cots)[0].tolist()
-    for cot, reward in zip(cots[0], rewards):
-        text = decode_cot(processor.tokenizer, cot) if cot else "(no CoT)"
-        ranks.print(f"{text}\nreward {reward:+.4f}")
+    texts = [decode_cot(processor.tokenizer, cot) if cot else "(no CoT)" for cot in cots[0]]
+    scores = {"stated score": [overall_score(text) for text in texts]} if "text" in settings.score_from else {}
+    if "head" in settings.score_from:
+        scores["reward"] = workers.open_model().score(prefixes, cots)[0].tolist()
+    for k, text in enumerate(texts):
+        ranks.print("\n".join([text, *(f"{name} {row[k]:+.4f}" for name, row in scores.items())]))
     if settings.thoughts > 1:
-        ranks.print(f"mean reward {np.mean(rewards):+.4f}")
-    ranks.print("(unbounded, no unit: only differences between videos of one prompt mean something)")
+        ranks.print("\n".join(f"mean {name} {np.mean(row):+.4f}" for name, row in scores.items()))
+    ranks.print("(a reward is unbounded and has no unit: only differences between videos of one prompt mean something)")
 
 
 def main(argv=None) -> None:

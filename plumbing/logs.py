@@ -177,6 +177,7 @@ def log_update(sums: Sums, output, mask, old, rollouts, settings, counts) -> Non
     reward_a, reward_b = output.rewards.view(2, -1)  # (N/2,) each
     margins = (reward_a - reward_b) * rollouts.pair.label  # (N/2,): r_w - r_l, and 0 for a human tie
     sums.add(pair_accuracy=(margins > 0).sum() / counts["bt"], margin=margins.sum() / counts["bt"])
+    sums.add(decided=len(margins) * (rollouts.pair.label != 0))
     sums.add(reward=output.rewards.sum(), square=(output.rewards**2).sum())
     sums.add(mean_log_prob=(log_probs * mask).sum() / counts["tokens"])
     advantages = rollouts.advantages.flatten().to(mask.device)
@@ -201,7 +202,10 @@ def grpo_metrics(batch: list, updates: list[dict], eos: int, settings, ranks) ->
         "flat_groups": sum(not group.any() for group in groups) / (2 * settings.batch_pairs),
     })
     reward, square = (sum(u.pop(name) for u in updates) for name in ("reward", "square"))
+    decided = [u.pop("decided") for u in updates]  # an update of human ties alone says nothing about accuracy
     mean = {name: sum(u[name] for u in updates) / len(updates) for name in updates[0]}
+    mean |= {name: sum(n * u[name] for n, u in zip(decided, updates)) / max(1, sum(decided))
+             for name in ("bt_loss", "pair_accuracy", "margin")}
     ratio_max = max(u["ratio_max"] for u in updates)
     return rules | mean | mean_and_std(reward, square, count) | {"ratio_max": ratio_max}
 

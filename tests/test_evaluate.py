@@ -236,6 +236,17 @@ def test_a_bad_clip_or_a_giant_prompt_stops_or_is_counted(tmp_path, tiny_model_d
     assert "broken.mp4" in reasons[0] and "tokens; at most 5,000" in reasons[1]
 
 
+def test_one_video_by_the_score_that_its_cot_states(tiny_model_dir, tiny_clips, capsys):
+    """--video, too: a checkpoint without a trained head has no other score."""
+    flags = ["--model", tiny_model_dir, "--video", tiny_clips[0], "--prompt", "a circle", "--max-new-tokens", "3"]
+    evaluate.main([*flags, "--score-from", "text"])
+    text = capsys.readouterr().out
+    assert "stated score +3.0000" in text and "\nreward" not in text
+    evaluate.main([*flags, "--score-from", "head", "text", "--thoughts", "2"])
+    text = capsys.readouterr().out
+    assert text.count("\nreward ") == 2 == text.count("\nstated score +3.0000") and "mean reward" in text
+
+
 def test_the_score_that_a_cot_states(tmp_path, tiny_model_dir, clips_csv):
     """--score-from text: the generative reward model of Fig. 1a. It shares the head's thoughts, not its reports."""
     assert phases.overall_score('x <answer>{"overall_score": 3.5}</answer>') == 3.5

@@ -287,6 +287,12 @@ def test_flat_groups_and_cut_off_cots_are_counted(rollouts, model, settings):
     for one in batch:
         judge(one, model.processor.tokenizer, settings)
     assert not batch[0].advantages[0].any() and batch[0].advantages[1].abs().min() > 0.1
-    _, sums = update(model, batch[0], settings, batch[1])
-    metrics = logs.grpo_metrics(batch, [sums], eos, settings, parallel.Ranks())
+    _, sums = update(model, batch[0], settings, more=[batch[1]])
+    metrics = logs.grpo_metrics(batch, [dict(sums)], eos, settings, parallel.Ranks())
     assert metrics["flat_groups"] == 3 / 4 and metrics["truncated"] == pytest.approx(1 / 12)
+    # Pairs that people decided count alike, whichever update they are in; one of ties alone adds nothing.
+    assert sums["decided"] == 2 * settings.rollouts
+    each = [sums | {"decided": n, "pair_accuracy": right, "bt_loss": loss} for n, right, loss in
+            ((0, 0.0, 0.0), (3, 1.0, 0.5), (1, 0.2, 0.9))]
+    metrics = logs.grpo_metrics(batch, each, eos, settings, parallel.Ranks())
+    assert metrics["pair_accuracy"] == pytest.approx(0.8) and metrics["bt_loss"] == pytest.approx(0.6)

@@ -5,7 +5,7 @@
 """
 
 import dataclasses
-
+import math
 
 from plumbing.gpu import ROOM, Load, count_parameters, plan_memory
 from plumbing.settings import InputError, arg, cli, parse
@@ -24,6 +24,8 @@ class Plan(Load):
         0.4, "share of both rates that is reached: an assumption, not a measurement", above=0, at_most=1)
     batch_pairs: int | None = arg(
         None, "pairs per step over all GPUs; default the paper's: 32 in stage 1, 128 in 2", at_least=1)
+    mini_pairs: int = arg(
+        8, "pairs per update of stage 2 (paper: 8); as many as --batch-pairs: no pass for old log-probs", at_least=1)
     engine_memory: float = arg(0.4, "share of the GPU that vLLM may use while it samples", above=0, at_most=1)
     rows_per_batch: int = arg(64, "CoTs the transformers engine samples at a time", at_least=1)
     engine_tp: int = arg(1, "tensor parallel vLLM: GPUs that hold one engine together", at_least=1)
@@ -81,18 +83,23 @@ def plan_time(config, s: Plan) -> dict[str, float]:
     attention = 4 * text.num_hidden_layers * text.num_attention_heads * text.head_dim * seen
     lm_head = text.hidden_size * text.vocab_size * s.cot_tokens * group if s.stage == 2 else 0
     vision = 2 * n["vision"] * patches
-    forward = 2 * (in_layers * row + lm_head) + attention
-    # Backward costs a forward for the activations' gradients, and another for the weights' (with LoRA hardly any).
-    passes = 2 + (s.train == "full") + s.gradient_checkpointing
-    total = 2 * pairs * (forward * passes + vision * (4 if s.stage == 1 and s.train_vision else 1))
-    if s.stage == 2 and s.kl:
-        total += 2 * pairs * (forward + vision)
+    products = 2 * (in_layers * row + lm_head)
+    forward = products + attention
+    # Backward costs a forward for the activations' gradients, and another for the weights' (with LoRA hardly any);
+    # attention has no weights, and two inputs to each product.
+    update = products * (2 + (s.train == "full")) + 3 * attention + forward * s.gradient_checkpointing
+    old = s.stage == 2 and s.mini_pairs != pairs  # a pass for old log-probs, and the reference's; the tower's features
+    update += forward * (old + (s.stage == 2 and s.kl))  # go on from the reference to the policy
+    update += vision * (3 + s.gradient_checkpointing if s.stage == 1 and s.train_vision else 1 + old)
+    total = 2 * pairs * update
     times = {"update": total / (s.gpus * s.tflops * 1e12 * s.utilisation)}
     if s.stage == 2:
         cots, cache = 2 * pairs * group / s.gpus, 4 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
         weights = 2 * (n["llm"] + n["vision"]) / s.engine_tp
         free = max(1e9, s.engine_memory * s.gpu_gb * 1e9 - weights)
         waves = max(1.0, cots * cache * (s.video_tokens / group + s.cot_tokens) / free)  # the prefix is shared
+        if s.engine == "transformers":
+            waves = math.ceil(cots / s.rows_per_batch)
         read = s.cot_tokens * (waves * weights + cots * cache * (s.video_tokens + s.cot_tokens / 2))
         times["rollouts"] = read / (s.bandwidth * 1e12 * s.utilisation)
     return times
@@ -123,8 +130,9 @@ def judge(memory: dict[str, float], s: Plan, parameters: int, text) -> Verdict:
     verdict = Verdict(total, total < ROOM * room, None, True)
     if s.stage == 2:
         gone = ("gathered", "activations", "logits", "prefixes", "tower saw")
+        own = s.engine == "transformers"  # it samples under the trainer's autocast; vLLM when those copies are gone
+        gone += ("autocast",) * (not own)
         states = total - sum(size for use, size in memory.items() if any(word in use for word in gone))
-        own = s.engine == "transformers"
         engine = s.rows_per_batch * cache_bytes(text, s) if own else s.engine_memory * room
         verdict.sampling = states + engine
         holds = own or 2 * parameters / s.engine_tp + 1e9 < engine

@@ -236,3 +236,42 @@ def test_plan_moves_the_right_way(capsys):
     assert slow["update"] == pytest.approx(8 * fast["update"])
     plan.main(["--plan", "8B", "--gpus", "1", "--train", "full"])
     assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+def test_a_step_of_stage_2_has_all_of_its_passes():
+    """grpo.train: old log-probs unless on-policy, the reference unless --kl-coef 0. What the tower saw for the
+    reference serves the policy, not the pass before the update."""
+    config = plan.model_config("8B")
+    def update(stage=2, **more):
+        return plan.plan_time(config, plan.Plan(train="full", stage=stage, **more))["update"]
+
+    forward = update(kl=True, mini_pairs=128) - update(kl=False, mini_pairs=128)
+    old = update() - update(mini_pairs=128)
+    tower = old - forward
+    assert update() == pytest.approx(6 * forward + 2 * tower, rel=0.01)  # forward, recomputed, 2 backward; old; KL's
+    assert update(gradient_checkpointing=False) == pytest.approx(update() - forward)
+    with_tower = [update(1, train_vision=True, gradient_checkpointing=g) for g in (False, True)]
+    without = [update(1, train_vision=False, gradient_checkpointing=g) for g in (False, True)]
+    shares = [(a - b) / (with_tower[1] - without[1]) for a, b in zip(with_tower, without)]
+    assert shares == pytest.approx([2 / 3, 1])  # 3 forwards' worth and 4, less the one that a frozen tower needs
+
+
+def test_who_samples_decides_how_long_it_takes():
+    """transformers: so many CoTs at a time as --rows-per-batch says; vLLM: as many as its memory holds."""
+    config = plan.model_config("8B")
+    def rollouts(**more):
+        return plan.plan_time(config, plan.Plan(**more))["rollouts"]
+
+    few, many = (rollouts(engine="transformers", rows_per_batch=rows) for rows in (8, 64))
+    assert few > 3 * many and many == rollouts(engine="transformers", engine_memory=0.9)
+    assert rollouts() == rollouts(rows_per_batch=8) > rollouts(engine_memory=0.9)
+
+
+def test_vllm_samples_when_the_copies_of_an_update_are_gone():
+    """On one GPU autocast holds the trained weights in bf16 while it is on; transformers' engine samples under it."""
+    s = plan.Plan(gpus=1, train="full", gpu_gb=141.0)
+    config = plan.model_config("4B")
+    memory, n = plan.plan_memory(config, s), plan.count_parameters(config, s.lora_r)
+    states = sum(size for use, size in memory.items() if use.startswith(("weights", "gradients", "AdamW", "reference")))
+    verdict = plan.judge(memory, s, n["llm"] + n["vision"], config.text_config)
+    assert verdict.sampling == pytest.approx(states + 0.4 * 141e9) and verdict.fits
