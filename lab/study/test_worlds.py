@@ -500,7 +500,8 @@ def test_what_decides_runs_first_in_all_seeds():
     order = [re.search(r"seed(\d)/looking/look_mask(\d+)_(\d+)", path) for path in paths]
     found = [tuple(map(int, m.groups())) for m in order if m]
     first, last = [(seed, p, 2880) for seed in range(3) for p in (0, 50, 100)], [(0, 25, 2880), (0, 75, 2880)]
-    assert found[:9] == first and found[-2:] == last and len(set(found)) == len(found) == 29
+    assert found[:12] == first + [(seed, 50, 360) for seed in range(3)]  # and the contrast to it
+    assert found[-2:] == last and len(set(found)) == len(found) == 29
     paths = [cell.path for cell in worlds.plan("R", ["long"], None)]
     noise = [path.split("/")[1:3] for path in paths if "gradients" in path]
     assert noise[:6] == [[f"seed{seed}", world] for seed in range(3) for world in ("today", "long2")]

@@ -30,8 +30,8 @@ PAIRS, MASKS = {360: 8, 1440: 2, 2880: 1}, (0, 0.5, 1, 0.25, 0.75)  # {pairs: 1/
 SEEDS = {"grid": (0, 1, 2), "cost": (0, 1, 2), "looking": (0, 1, 2), "long": (0, 1, 2), "seeds": (0, 1, 2, 3, 4, 5)}
 # {stage: [(a part of it, its seeds), ...]}. What decides the claims first, in all seeds: a run that is cut short has
 # fewer rows then, not fewer verdicts. looking: pairs and masks; long: a world.
-PARTS = {"looking": [((pairs, MASKS[:3]), SEEDS["looking"]) for pairs in sorted(PAIRS, reverse=True)]}
-PARTS["looking"] += [((max(PAIRS), MASKS[3:]), (0,))]
+LOOKS = (2880, MASKS[:3]), (360, MASKS[1:2]), (360, MASKS[:3:2]), (1440, MASKS[:3])
+PARTS = {"looking": [(look, SEEDS["looking"]) for look in LOOKS] + [((2880, MASKS[3:]), (0,))]}
 PARTS["long"] = [(name, SEEDS["long"]) for name in ("long2", "long1")]
 
 
