@@ -31,7 +31,7 @@ from layout import lay_out
 from losses import bt_loss, group_advantages, grpo_loss, kl_to_reference
 from model import DeScore, to_device
 from plumbing import checkpoint, gpu, logs
-from plumbing.jobs import lengths_of, readable_pairs, task_seed
+from plumbing.jobs import fitting_pairs, lengths_of, readable_pairs, task_seed
 from plumbing.settings import CommonSettings, annotated_pairs, arg, cli, grpo_flags, parse
 from plumbing.training import Run, claim_run, save_run
 from prefix_once import Past, lay_out_behind
@@ -261,13 +261,16 @@ def add_reference(model, reference, rollouts: PairRollouts, settings, ranks):
     """COLLECTIVE under FSDP. Log-probs under the model at the start of this stage: with LoRA, without the adapter.
 
     Returns what the tower saw, for the policy's pass: it is frozen in stage 2. (Kept for a whole batch of rollouts it
-    would be 9 to 18 GB, by counting.)
+    would be 9 to 18 GB, by counting.) None where the policy's tower computes in another precision than the reference's:
+    π_old was read with the policy's own, and at the first update the ratio must be 1.
     """
     if settings.kl_coef == 0:
         return None
     with model.reference_policy() if reference is None else contextlib.nullcontext(reference) as frozen:
         rollouts.reference, features = log_probs_now(frozen, rollouts, settings, ranks)
-    return features
+    # One GPU: fp32 weights under autocast beside a reference loaded in bf16. Under FSDP both compute in bf16.
+    one, other = (m.backbone.model.visual.dtype for m in (model, frozen))
+    return features if ranks.sharded or one == other else None
 
 
 def losses_of(output, old, mask, rollouts: PairRollouts, settings, counts) -> tuple[torch.Tensor, ...]:
@@ -334,8 +337,11 @@ def open_policy(settings: Settings, ranks, new_head: bool = False) -> DeScore:
 
 def run(model: DeScore, pairs, settings: Settings, ranks, rewards=None) -> None:
     """COLLECTIVE: adds reference and engine, trains, saves. rewards: as in `train`."""
-    compiled = gpu.prepare(model, settings, ranks, lambda: max(
-        lengths_of(pairs, model.processor, settings, ranks, data.sequence_lengths).values()))
+    fit, longest = (model.processor, settings, ranks, data.sequence_lengths), None
+    if settings.engine == "vllm":  # before hours of training: each prompt, and a CoT behind it, in place of a CSV's
+        pairs = [dataclasses.replace(p, cot_a=None, cot_b=None, cot_a_tokens=None, cot_b_tokens=None) for p in pairs]
+        pairs, longest = fitting_pairs(pairs, *fit, "engine_max_len", settings.max_new_tokens - 1)
+    compiled = gpu.prepare(model, settings, ranks, lambda: longest or max(lengths_of(pairs, *fit).values()))
     reference = None
     if settings.kl_coef > 0 and settings.train == "full":  # with LoRA the reference is the model without its adapter
         # new_head: the policy's has been checked, and the reference gives no rewards

@@ -25,6 +25,10 @@ from plumbing.settings import InputError
 from plumbing.training import require_finite
 
 
+# A rank may wait long for the slowest at the end of a phase: NCCL's own 10 minutes would end the run there.
+PATIENCE = datetime.timedelta(hours=24)
+
+
 # ---- 1. Ranks ------------------------------------------------------------------------------------------------
 class Ranks:
     """Who this process is. With one process every method works and costs nothing."""
@@ -36,8 +40,7 @@ class Ranks:
         # Gradients that live in the host's memory are summed by gloo, all else by NCCL. Only under torchrun: without it
         # accelerate asks a group that nobody made for its size, where `start` has a sentence.
         backend = "cuda:nccl,cpu:gloo" if cpu_offload and not on_cpu and "LOCAL_RANK" in os.environ else None
-        # A rank may wait long for the slowest at the end of a phase: NCCL's own 10 minutes would end the run there.
-        group = InitProcessGroupKwargs(backend=backend, timeout=datetime.timedelta(hours=24))
+        group = InitProcessGroupKwargs(backend=backend, timeout=PATIENCE)
         self.accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[group])
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
@@ -131,8 +134,11 @@ def shard(model, ranks: Ranks, shard_ranks: int = 0, cpu_offload: bool = False, 
         shape, names = (copies, shard_ranks), ("copy", "shard")
     compute_dtype = compute_dtype or (torch.bfloat16 if on_gpu else None)
     reduce_dtype = torch.float32 if compute_dtype else None
+    mesh = device_mesh.init_device_mesh(ranks.device.type, shape, mesh_dim_names=names)
+    for name in names:  # groups that it makes have torch's own 10 minutes, whatever the first group was given
+        dist.distributed_c10d._set_pg_timeout(PATIENCE, mesh.get_group(name))
     options = {
-        "mesh": device_mesh.init_device_mesh(ranks.device.type, shape, mesh_dim_names=names),
+        "mesh": mesh,
         "offload_policy": fsdp.CPUOffloadPolicy(pin_memory=on_gpu) if cpu_offload else fsdp.OffloadPolicy(),
     }
     # A block's inputs are not cast: its hidden states come from a bf16 layer already, and the vision tower's rotary

@@ -14,7 +14,7 @@ import typing
 import numpy as np
 
 from plumbing.hub import local_folder
-from plumbing.settings import InputError, write_json, write_jsonl
+from plumbing.settings import InputError, flag_of, write_json, write_jsonl
 from plumbing.video import Unsupported
 
 
@@ -240,22 +240,25 @@ def lengths_of(pairs: list, processor, settings, ranks, sequence_lengths) -> dic
     return dict(sorted(ranks.gather_objects(lengths)))
 
 
-def fitting_pairs(pairs: list, processor, settings, ranks, sequence_lengths) -> tuple[list, int]:
+def fitting_pairs(
+    pairs: list, processor, settings, ranks, sequence_lengths, setting: str = "max_length", more: int = 0
+) -> tuple[list, int]:
     """COLLECTIVE: (the pairs whose sequences fit into --max-length, tokens of the longest): so training need not stop.
 
     An InputError that names the first line that does not; with --skip-bad-videos such pairs are left out and listed.
+    setting: another limit; more: tokens that each will have besides, and that the longest is told without.
     """
     lengths = lengths_of(pairs, processor, settings, ranks, sequence_lengths)
-    long = {line: length for line, length in lengths.items() if length > settings.max_length}
+    flag, limit = flag_of(setting), getattr(settings, setting)
+    long = {line: length + more for line, length in lengths.items() if length + more > limit}
     if long and not settings.skip_bad_videos:
         line, length = next(iter(long.items()))
-        raise InputError(f"line {line}: {length} tokens of video, prompt and CoT exceed --max-length "
-                         f"{settings.max_length} ({len(long)} of {len(pairs)} lines do); raise it, lower --fps, or "
-                         "leave them out with --skip-bad-videos.")
+        raise InputError(f"line {line}: {length} tokens of video, prompt and CoT exceed {flag} {limit} ({len(long)} of "
+                         f"{len(pairs)} lines do); raise it, lower --fps, or leave them out with --skip-bad-videos.")
     records = [{"line": line, "reason": f"{length} tokens"} for line, length in long.items()]
     kept = [pair for pair in pairs if pair.line not in long]
-    none = f"no pair fits into --max-length {settings.max_length}."
-    kept = _checked(kept, records, f"{len(long)} pairs over --max-length", none, settings, ranks)
+    none = f"no pair fits into {flag} {limit}."
+    kept = _checked(kept, records, f"{len(long)} pairs over {flag}", none, settings, ranks)
     return kept, max(length for line, length in lengths.items() if line not in long)
 
 

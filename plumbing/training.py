@@ -5,6 +5,7 @@ which of them may differ from the run's first command.
 """
 
 import dataclasses
+import fcntl
 import glob
 import hashlib
 import os
@@ -72,12 +73,29 @@ def _claim(settings, ranks):
         raise InputError(f"{out}: holds a model but no checkpoint to go on from; --overwrite starts anew.")
     now = {**dataclasses.asdict(settings), "draws": DRAWS}
     now |= {"data_sha256": _sha256(settings.data), "model_fingerprint": fingerprint(settings.model)}
+    writable([out])
+    _hold(out)
     if settings.overwrite:  # only now: a mistyped --data or --model, just told, must not cost a finished run
         _remove_run(settings)
     if settings.resume and saved:
         _compare(out, now, saved[-1], ranks)
-    writable([out])
     write_json(os.path.join(out, "settings.json"), now)
+
+
+HELD = []  # files whose lock this process holds until it ends
+
+
+def _hold(out):
+    """InputError if another process trains into `out`: for minutes nothing lies there that would tell, and two would
+    write into one log, and remove each other's checkpoints. A lock of POSIX: gone when the process is, however it ends,
+    and not inherited by loader workers. Where the file system has none the run goes on without."""
+    try:
+        HELD.append(open(os.path.join(out, ".lock"), "w"))
+        fcntl.lockf(HELD[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(f"{out}: another run is under way in it; wait for it, or give another --out.") from error
+    except OSError:
+        pass
 
 
 def _compare(out, now, newest, ranks):

@@ -113,6 +113,10 @@ looks, ranks = [], parallel.start(seed=0)
 for train in ways:
     for line in ranks.gather_objects([json.dumps(both_stages(path, csv, train, ranks))]):
         ranks.print(line)
+parallel.shard(open_model(DeScore, path, empty=True), ranks, shard_ranks=1)  # two copies: groups of its own
+groups = torch.distributed.distributed_c10d._world.pg_map
+hours = [group._get_backend(ranks.device).options._timeout.total_seconds() / 3600 for group in groups]
+ranks.print(json.dumps({"train": "copies", "hours": hours}))
 ranks.finish()
 sys.stdout.flush()
 os._exit(0)  # gloo's threads can abort an interpreter that is being torn down, after all is said

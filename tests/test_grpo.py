@@ -1,5 +1,6 @@
 """Stage 2: rewards landing on their own rollouts, a few CoTs at a time = a row per CoT, and the script itself."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -16,6 +17,7 @@ import rollout
 import rules
 from model import DeScore, Output
 from plumbing import logs
+from plumbing.checkpoint import read_processor
 from plumbing.logs import write_samples
 from plumbing.settings import InputError
 from rollout import TransformersEngine
@@ -232,6 +234,19 @@ def test_the_tower_looks_once_for_reference_and_policy(batch, model, settings):
     assert len(looks) == len(batch)
 
 
+def test_a_tower_in_another_precision_sees_for_itself(batch, model, settings):
+    """One GPU, all of the LLM trained: the reference is loaded in bf16, the policy in fp32 under autocast. π_old was
+    read with the policy's own tower; with the reference's, the ratio would not be 1 at the first update."""
+    reference = copy.deepcopy(model)
+    for dtype in (torch.float32, torch.bfloat16):
+        reference.backbone.to(dtype)
+        ranks, settings = parallel.Ranks(), dataclasses.replace(settings, kl_coef=1e-2)
+        features = grpo.add_reference(model, reference, batch[0], settings, ranks)
+        assert (features is None) == (dtype == torch.bfloat16) and batch[0].reference is not None
+        ranks.sharded = True  # FSDP computes both in bf16
+        assert grpo.add_reference(model, reference, batch[0], settings, ranks) is not None
+
+
 def test_update_direction(batch, model, settings):
     """After updates on one batch: rollouts with positive advantage are likelier, and the BT margin has grown."""
     settings = dataclasses.replace(settings, lr=3e-3, lr_head=3e-3, bt_coef=0.05)
@@ -413,6 +428,28 @@ def test_the_reference_is_the_start_of_the_stage(world, tiny_model_dir, tmp_path
     assert first["kl"] == pytest.approx(0.0, abs=1e-9)  # step 1: nothing has moved, the policy IS the reference
     assert second["kl"] > 1e-6
     assert first["ratio_max"] == second["ratio_max"] == 1.0  # one update per batch: old log-probs ARE the current
+
+
+def test_what_the_engine_has_no_room_for_is_known_before_training(
+    world, tiny_model_dir, tmp_path, capsys, monkeypatch
+):
+    """vLLM would refuse the clip when its turn comes, hours later; a CSV's own CoT is not what it is shown."""
+    flags = ["--model", tiny_model_dir, "--data", world["train_rl"], "--out", tmp_path, "--engine", "vllm",
+             "--max-new-tokens", "50", "--batch-pairs", "1", "--mini-pairs", "1"]
+    pairs = data.read_pairs(world["train_rl"])
+    processor = read_processor(tiny_model_dir)
+    lengths = {pair.line: max(len(data.encode_prompt(processor, data.sample_frames(video), pair.prompt)["input_ids"])
+                              for video in pair.videos) for pair in pairs}
+    longest = max(lengths.values())
+    line, room = next(line for line, length in lengths.items() if length == longest), longest + 50
+    says = f"line {line}: {room} tokens of video, prompt and CoT exceed --engine-max-len {room - 1}"
+    monkeypatch.setattr("plumbing.settings.importlib.util.find_spec", lambda name: name)  # as if vLLM were there
+    refuses(capsys, grpo.main, *flags, "--engine-max-len", room - 1, says=says)
+    monkeypatch.setattr(grpo, "make_engine", lambda *_, **__: called.append(1) or 1 / 0)
+    called = []
+    with pytest.raises(ZeroDivisionError):  # all fit: the engine is next
+        grpo.main([*map(str, flags), "--engine-max-len", str(room)])
+    assert called
 
 
 def test_stage_2_needs_annotations(world, tiny_model_dir, tmp_path, capsys):

@@ -21,7 +21,7 @@ def lines(world, base_dir, tmp_path_factory):
     model.save_pretrained(folder)
     done = run("tests/bf16_ranks.py", folder, world["train_rl"], *ways, ranks=2, env={"PYTHONPATH": str(ROOT)})
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {train: [line for line in found if line["train"] == train] for train in ways}
+    return {train: [line for line in found if line["train"] == train] for train in (*ways, "copies")}
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])
@@ -44,3 +44,9 @@ def test_both_stages_under_mixed_precision(lines, train):
     # The same pair on both ranks: with LoRA's dropout their losses differ, without adapters they are equal.
     losses = [rank["stage 1"]["loss"] for rank in ranks]
     assert (losses[0] != losses[1]) == (train == "lora")
+
+
+def test_every_group_waits_as_long(lines):
+    """torch gives the groups of a mesh 10 minutes with NCCL, 30 with gloo, whatever the first one has."""
+    (found,) = lines["copies"]
+    assert len(found["hours"]) >= 2 and set(found["hours"]) == {24.0}

@@ -1,5 +1,6 @@
 """What both stages share: how pairs are divided over ranks, and the order of an epoch."""
 
+import multiprocessing
 import os
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 
 import cold_start
 import parallel
+from plumbing import training
 from plumbing.logs import read_metrics
+from plumbing.settings import InputError
 from plumbing.training import Run, epoch_order
 from tests.conftest import refuses
 
@@ -21,6 +24,27 @@ def test_a_rank_count_that_does_not_divide_is_one_sentence(world, base_dir, tmp_
     flags = ["--model", base_dir, "--data", world["train_cold_start"], "--mask-probability", "1", "--out", tmp_path]
     says = "--batch-pairs 3 is not a multiple"
     refuses(capsys, cold_start.main, *flags, "--batch-pairs", "3", "--micro-pairs", "2", says=says)
+
+
+def test_two_runs_at_once_do_not_share_a_folder(tmp_path):
+    """For minutes a run leaves nothing there but settings.json. The lock goes with the process, however it ends."""
+    context, out = multiprocessing.get_context("fork"), str(tmp_path)
+    held, end = context.Event(), context.Event()
+
+    def other():
+        training._hold(out)
+        held.set()
+        end.wait(60)
+
+    process = context.Process(target=other)
+    process.start()
+    assert held.wait(60)
+    with pytest.raises(InputError, match="another run is under way in it"):
+        training._hold(out)
+    process.kill()
+    process.join()
+    training._hold(out)
+    training._hold(out)  # the same process: a training, and then its --resume
 
 
 def test_steps_that_the_epochs_do_not_give_are_said(world, base_dir, tmp_path, capsys):

@@ -94,6 +94,9 @@ def test_without_noise_our_sampler_is_wan_s_own(processor, guidance):
     made.pipe.scheduler = ShiftedOnce(shift=3.0)
     wanted = made.pipe(**theirs, output_type="latent").frames
     assert torch.allclose(latents, wanted, atol=1e-4) and not trail
+    told = theirs | {"prompt_embeds": None, "negative_prompt_embeds": None, "prompt": PROMPTS[0], "negative_prompt": ""}
+    made.pipe.text_encoder = tiny_pipeline(processor).text_encoder
+    assert torch.equal(made.pipe(**told, output_type="latent").frames, wanted)  # from words: as many text places
     video = torch.from_numpy(made.pipe(**theirs, output_type="np").frames[0])
     assert torch.allclose(made.decode(latents), video, atol=1e-4) and video.shape == (9, 16, 16, 3)
 

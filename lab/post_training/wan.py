@@ -89,11 +89,11 @@ class Wan:
         from peft import LoraConfig
 
         self.pipe, self.s, self.device = pipe.to(device), s, device
-        # Wan comes with UniPC, whose step looks back at earlier ones: it has no Gaussian of its own, hence no log p.
-        # Neither are its times taken, nor those of diffusers' Euler scheduler, which shifts twice: see flow.grid.
+        # Not UniPC's: its step looks back, and has no log p; nor diffusers' Euler's, shifted twice (flow.grid)
         self.times = flow.grid(s.steps, s.shift)
         with torch.no_grad():
-            self.embeds = {p: pipe.encode_prompt(p, do_classifier_free_guidance=False)[0] for p in {*prompts, ""}}
+            # 512 places, as __call__ has (encode_prompt's own default is 226): no mask hides the padding
+            self.embeds = {p: pipe.encode_prompt(p, None, False, max_sequence_length=512)[0] for p in {*prompts, ""}}
         pipe.text_encoder = None  # 5.7 B parameters, more than four times the generator
         self.transformer, self.dtype = pipe.transformer, pipe.transformer.dtype
         self.transformer.requires_grad_(False)

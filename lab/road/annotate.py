@@ -205,6 +205,8 @@ def main(argv=None) -> None:
             complete.append(Pair(*pair.videos, pair.prompt, LABELS[pair.label], tuple(truth)))
     if complete:
         write_pairs(complete, s.out)
+    elif os.path.exists(s.out):  # of an earlier run, with other pairs or another annotator
+        stop = stop or f"{s.out} is an earlier run's: now no pair has verdicts on both videos; move it away"
     print(f"{len(complete)} of {len(pairs)} pairs have verdicts on both videos")
     if s.agreement:
         print(agreement(s.agreement, {(os.path.abspath(v), p): truth for (v, p), truth in verdicts.items()}, s))

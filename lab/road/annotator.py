@@ -70,10 +70,11 @@ def read_reply(choice) -> dict[str, str]:
     """The five verdicts of a reply. ValueError with the reason for anything else: half an answer is no answer."""
     if choice.finish_reason != "stop":
         raise ValueError(f"finish_reason is {choice.finish_reason!r}, not 'stop'")
-    if not choice.message.content:
+    content = getattr(choice.message, "content", None)  # some endpoints send no message at all
+    if not content:
         raise ValueError("empty answer or refusal")
     try:
-        verdicts = json.loads(choice.message.content)
+        verdicts = json.loads(content)
     except ValueError:
         raise ValueError("answer is not JSON") from None
     if not isinstance(verdicts, dict) or set(verdicts) != set(DIMENSIONS):
@@ -114,6 +115,7 @@ def ask(client, question: Question, s) -> dict:
         if not getattr(reply, "choices", None):  # the client hands a page of HTML back as a str
             raise ValueError("reply has no choices: is --base-url an OpenAI-compatible endpoint, with /v1?")
         record["verdicts"] = read_reply(reply.choices[0])
-    except (openai.OpenAIError, InputError, ValueError, OSError) as error:  # ValueError: also a reply that is no JSON
+    # ValueError: also a reply that is no JSON; the last two: one without the fields that every reply has
+    except (openai.OpenAIError, InputError, ValueError, OSError, AttributeError, TypeError) as error:
         record["error"] = first_line(error)
     return record | {"seconds": round(time.time() - start, 2)}

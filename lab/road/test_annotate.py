@@ -145,6 +145,10 @@ WRONG = {
     "a list": road.completion(json.dumps(list(RIGHT.values()))),
     "nothing": road.completion(""),
     "no choices": json.dumps({**json.loads(road.completion("")), "choices": []}).encode(),
+    "no message": json.dumps({**json.loads(road.completion("")), "choices": [{"finish_reason": "stop"}]}).encode(),
+    "a message of null": json.dumps({**json.loads(road.completion("")), "choices": [
+        {"finish_reason": "stop", "message": None}]}).encode(),
+    "usage without numbers": json.dumps({**json.loads(road.completion("")), "usage": {}}).encode(),
     "an error in a 200": b'{"error": {"message": "overloaded"}}',
     "not JSON": b"{not json",
 }
@@ -194,6 +198,12 @@ def test_many_failures_in_a_row_stop_the_run_and_come_last_in_the_next(ask, tmp_
     ask("--limit", 3)  # c, d, e, which were never asked: what always fails blocks nothing
     assert [record["video"][-5] for record in records(tmp_path)] == list("abcde")
     assert len(data.read_pairs(str(tmp_path / "rl.csv"))) == 1
+
+
+def test_an_earlier_run_s_pairs_do_not_pass_for_this_one_s(ask, tmp_path, capsys):
+    ask()
+    Server.faults = [(200, {}, road.completion(""))] * 5
+    refuses(capsys, annotate.main, *ask.flags, "--model", "another", "--max-errors", 99, says="is an earlier run's")
 
 
 def test_limit_and_budget(ask, tmp_path, capsys):
