@@ -228,6 +228,7 @@ def one_video(settings: Settings, ranks, workers: Workers) -> None:
         seeds = [[settings.seed + k for k in range(settings.thoughts)]]
         cots = workers.engine.generate(prefixes, seeds, settings.max_new_tokens, settings.temperature)
     texts = [decode_cot(processor.tokenizer, cot) if cot else "(no CoT)" for cot in cots[0]]
+    # {score: one number for each CoT}: one CoT, two scores, as in `write_report`
     scores = {"stated score": [overall_score(text) for text in texts]} if "text" in settings.score_from else {}
     if "head" in settings.score_from:
         scores["reward"] = workers.open_model().score(prefixes, cots)[0].tolist()

@@ -31,7 +31,7 @@ from layout import lay_out
 from losses import bt_loss, group_advantages, grpo_loss, kl_to_reference
 from model import DeScore, to_device
 from plumbing import checkpoint, gpu, logs
-from plumbing.jobs import fitting_pairs, lengths_of, readable_pairs, task_seed
+from plumbing.jobs import fitting_prompts, lengths_of, readable_pairs, task_seed
 from plumbing.settings import CommonSettings, annotated_pairs, arg, cli, grpo_flags, parse
 from plumbing.training import Run, claim_run, save_run
 from prefix_once import Past, lay_out_behind
@@ -338,9 +338,8 @@ def open_policy(settings: Settings, ranks, new_head: bool = False) -> DeScore:
 def run(model: DeScore, pairs, settings: Settings, ranks, rewards=None) -> None:
     """COLLECTIVE: adds reference and engine, trains, saves. rewards: as in `train`."""
     fit, longest = (model.processor, settings, ranks, data.sequence_lengths), None
-    if settings.engine == "vllm":  # before hours of training: each prompt, and a CoT behind it, in place of a CSV's
-        pairs = [dataclasses.replace(p, cot_a=None, cot_b=None, cot_a_tokens=None, cot_b_tokens=None) for p in pairs]
-        pairs, longest = fitting_pairs(pairs, *fit, "engine_max_len", settings.max_new_tokens - 1)
+    if settings.engine == "vllm":  # before hours of training: vLLM's rows have an end, --engine-max-len
+        pairs, longest = fitting_prompts(pairs, *fit)
     compiled = gpu.prepare(model, settings, ranks, lambda: longest or max(lengths_of(pairs, *fit).values()))
     reference = None
     if settings.kl_coef > 0 and settings.train == "full":  # with LoRA the reference is the model without its adapter

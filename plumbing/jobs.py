@@ -262,6 +262,16 @@ def fitting_pairs(
     return kept, max(length for line, length in lengths.items() if line not in long)
 
 
+def fitting_prompts(pairs: list, processor, settings, ranks, sequence_lengths) -> tuple[list, int]:
+    """COLLECTIVE: `fitting_pairs` for stage 2: prompts that leave --engine-max-len room for a CoT of --max-new-tokens.
+
+    Not with the CoTs of a CSV, which stage 2 writes anew, and without the query, which the engine never sees.
+    """
+    pairs = [dataclasses.replace(p, cot_a=None, cot_b=None, cot_a_tokens=None, cot_b_tokens=None) for p in pairs]
+    more = settings.max_new_tokens - 1  # the query is counted by `sequence_lengths`
+    return fitting_pairs(pairs, processor, settings, ranks, sequence_lengths, "engine_max_len", more)
+
+
 def _checked(kept, records, what, none, settings, ranks):
     """Lists what was left out, and returns what was kept; InputError with the sentence `none` if that is nothing."""
     if ranks.is_main and records:

@@ -88,8 +88,10 @@ def plan_time(config, s: Plan) -> dict[str, float]:
     # Backward costs a forward for the activations' gradients, and another for the weights' (with LoRA hardly any);
     # attention has no weights, and two inputs to each product.
     update = products * (2 + (s.train == "full")) + 3 * attention + forward * s.gradient_checkpointing
-    old = s.stage == 2 and s.mini_pairs != pairs  # a pass for old log-probs, and the reference's; the tower's features
-    update += forward * (old + (s.stage == 2 and s.kl))  # go on from the reference to the policy
+    # Stage 2 also reads old log-probs, unless on-policy, and the reference. The tower looks once for the old log-probs,
+    # and once for reference and policy together.
+    old, reference = s.stage == 2 and s.mini_pairs != pairs, s.stage == 2 and s.kl
+    update += forward * (old + reference)
     update += vision * (3 + s.gradient_checkpointing if s.stage == 1 and s.train_vision else 1 + old)
     total = 2 * pairs * update
     times = {"update": total / (s.gpus * s.tflops * 1e12 * s.utilisation)}

@@ -89,7 +89,7 @@ class Wan:
         from peft import LoraConfig
 
         self.pipe, self.s, self.device = pipe.to(device), s, device
-        # Not UniPC's: its step looks back, and has no log p; nor diffusers' Euler's, shifted twice (flow.grid)
+        # Not Wan's UniPC: its step looks back, so it has no log p. Nor diffusers' Euler: it shifts twice (flow.grid).
         self.times = flow.grid(s.steps, s.shift)
         with torch.no_grad():
             # 512 places, as __call__ has (encode_prompt's own default is 226): no mask hides the padding
