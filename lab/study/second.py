@@ -298,10 +298,9 @@ def main(argv=None) -> None:
     what, *rest, _, out = argv or sys.argv[1:]
     if what == "base":
         count, seed = map(int, rest[:2])
-        # 560 steps, not 340: the first .6 of them have no prose (toy.base_model.pretrain_language).
-        toy.__main__.main(["base", "--steps", "560", *rest[2:], "--out", out], prose(count, seed), 80 + 230 * count)
+        toy.__main__.main(["base", *rest[2:], "--out", out], prose(count, seed), 80 + 230 * count)
         found = load(out, "measured.json")
-        if found["greedy accuracy"] < found["2 or N/A"] + 0.1 and "--steps" not in rest:  # which a trial has
+        if found["greedy accuracy"] < found["2 or N/A"] + 0.1 and "--pool" not in rest:  # which a trial has
             raise InputError(f"{out}: its verdicts are right in {found['greedy accuracy']:.2f}, those of who never "
                              f"watches in {found['2 or N/A']:.2f}: no claim can be asked of it; train it longer.")
     elif what == "rows":

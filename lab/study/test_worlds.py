@@ -376,7 +376,7 @@ def test_a_base_that_cannot_judge_ends_its_cell(tmp_path, monkeypatch, capsys):
         json.dumps(found)))
     words = ["base", "1", "0", "--seed", "0", "--out", str(tmp_path)]
     refuses(capsys, second.main, *words, says="no claim can be asked of it")
-    second.main([*words[:-2], "--steps", "2", *words[-2:]])  # a trial
+    second.main([*words[:-2], "--pool", "64", *words[-2:]])  # a trial
     found["greedy accuracy"] = 0.71
     second.main(words)
 

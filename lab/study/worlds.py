@@ -109,7 +109,9 @@ class World:
         self.tokens = {"max_new_tokens": 80 + 230 * sentences} if sentences else {}
         self.demo, flicker = demo(self.run, seed), ("--unspoken",) * ("--unspoken" in flags)
         self.base = "../base" + "_unspoken" * bool(flicker) + f"_long{sentences}" * bool(sentences)
-        words = [*TOOL, "base", str(sentences), str(seed), *self.demo["base"][3:]] if sentences else self.demo["base"]
+        # 560 and 1000 steps, not 340: the first .6 of them have no prose (toy.base_model.pretrain_language).
+        longer = [*TOOL, "base", str(sentences), str(seed), "--steps", str(120 + 440 * sentences)]
+        words = [*longer, *self.demo["base"][3:]] if sentences else self.demo["base"]
         tiny = ("--vision-steps", "2", "--steps", "2", "--pool", "64") * bool(steps)
         self.add(self.base, [*words, *flicker, *tiny], minutes=4.2 * (1 + sentences))
         self.add("data", [*self.demo["data"], *flags, *SMALL * bool(steps)], minutes=2.0)
