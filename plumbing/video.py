@@ -76,13 +76,19 @@ def read_header(path: str) -> Clip:
         swap, *flips = _turn(path, first)
         pixel = stream.sample_aspect_ratio or 1  # width / height of a pixel
         width, codec = max(1, round(width * pixel)), stream.codec.canonical_name
-    with _opened(path) as (file, stream):
-        packets = [p for p in file.demux(stream) if p.size]
-        tick, opened = float(stream.time_base), False
-        stamps = [p.dts if file.format.name == "avi" or p.pts is None else p.pts for p in packets]
+    with _complaints() as said, _opened(path) as (file, stream):
+        packets = list(file.demux(stream))
+        tick, opened, name = float(stream.time_base), False, file.format.name
+        # A reader that meets nonsense looks for the next frame that it can read: none of these is an error to it.
+        lost = any(who == name for _, who, _ in said) and name in ("matroska,webm", "avi")
+        lost |= name == "avi" and sum(p.dts is not None for p in packets) < stream.frames
+        if lost or any(p.is_corrupt for p in packets):
+            raise InputError(f"{path}: is damaged: frames are lost, or parts of them; copy it anew.")
+        packets = [p for p in packets if p.size]
+        stamps = [p.dts if name == "avi" or p.pts is None else p.pts for p in packets]
         declared = _declared(file, stream)
     if None in stamps:
-        raise Unsupported(f"{path}: {file.format.name} has no time stamps; put it into an mp4 file.")
+        raise Unsupported(f"{path}: {name} has no time stamps; put it into an mp4 file.")
     key = None
     for packet, stamp in zip(packets, stamps):  # in the order of decoding
         opened |= key is not None and stamp < key  # shown before the key frame, stored behind it
@@ -103,12 +109,26 @@ def read_header(path: str) -> Clip:
 
 
 @contextlib.contextmanager
+def _complaints():
+    """Yields a list to which each error is added that FFmpeg only logs: (level, who, what)."""
+    import av
+
+    before = av.logging.get_level()
+    av.logging.set_level(av.logging.ERROR)
+    try:
+        with av.logging.Capture() as said:
+            yield said
+    finally:
+        av.logging.set_level(before)
+
+
+@contextlib.contextmanager
 def _opened(path: str):
     """Yields (container, its main video stream); what FFmpeg says becomes one sentence."""
     import av
 
     try:
-        with av.open(path) as file:
+        with av.open(path, metadata_errors="replace") as file:  # a title may be in any encoding
             stream = file.streams.best("video")
             if stream is None:
                 raise InputError(f"{path}: has no video frames.")
@@ -128,8 +148,8 @@ def _declared(file, stream) -> float:
         return float((stream.duration or 0) * stream.time_base)
     if "matroska" not in file.format.name:
         return 0.0
-    parts = stream.metadata.get("DURATION", "0:0:0").split(":")  # 00:00:04.125000000
-    return sum(float(part) * 60**k for k, part in enumerate(reversed(parts)))
+    found = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))  # 00:00:04.125000000
+    return sum(float(part) * 60**k for part, k in zip(found.groups(), (2, 1, 0))) if found else 0.0
 
 
 def _turn(path: str, frame) -> tuple[bool, bool, bool]:
@@ -261,7 +281,7 @@ def resize(frames, size: tuple[int, int]) -> np.ndarray:
 
 
 # ---- 3. Sampled frames on disk, so that a clip that is used in every epoch is decoded once --------------------
-VERSION = 3  # of how frames are sampled: a change there must not find old frames
+VERSION = 4  # of how frames are sampled: a change there must not find old frames
 
 
 class FrameCache:

@@ -32,9 +32,10 @@ def number(frame: np.ndarray) -> int:
 
 
 def write(path, count: int, rate=24, codec="libx264", options=None, ticks=None, pixel=None, pix_fmt="yuv420p",
-          turn=lambda frame: frame, **container) -> str:
+          turn=lambda frame: frame, title="", **container) -> str:
     """Writes `count` numbered frames. ticks: when each is shown, in 1/600 s; pixel: width / height of one."""
     with av.open(str(path), "w", options=container) as file:
+        file.metadata.update({"title": title} if title else {})
         stream = file.add_stream(codec, rate=rate, options=options or {})
         stream.height, stream.width = turn(picture(0)).shape[:2]
         stream.pix_fmt = pix_fmt

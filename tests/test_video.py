@@ -173,6 +173,40 @@ def test_bad_videos_are_one_sentence(kind, tmp_path, tiny_clips):
     assert not isinstance(error.value, video.Unsupported)
 
 
+@pytest.mark.parametrize("name", ["x.mkv", "x.avi"])
+def test_a_damaged_file_is_refused_or_shows_what_the_whole_one_does(name, tmp_path):
+    """FFmpeg looks for the next frame that it can read, and says so in its log alone: frames were lost without a word.
+
+    Wherever the damage lies; without random numbers in the file, which moved it with each run.
+    """
+    def shown(path):
+        return video.frames_pyav(video.read_header(path), [k / 4 for k in range(16)], (96, 160))[0]
+
+    whole = clips.write(tmp_path / name, 99, fflags="bitexact")
+    frames, good, refused = shown(whole), pathlib.Path(whole).read_bytes(), 0
+    for at in np.linspace(len(good) // 20, len(good) - 600, 25).astype(int):
+        (tmp_path / f"bad {name}").write_bytes(good[:at] + bytes(40) + good[at + 40 :])
+        try:
+            assert np.array_equal(shown(str(tmp_path / f"bad {name}")), frames)
+        except InputError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert 10 < refused
+
+
+@pytest.mark.parametrize("name", ["x.mkv", "x.avi", "x.mp4"])
+def test_a_title_in_any_encoding_is_no_fault_of_the_clip(name, tmp_path):
+    whole = pathlib.Path(clips.write(tmp_path / name, 240, title="Cafe"))
+    whole.write_bytes(whole.read_bytes().replace(b"Cafe", b"Caf\xe9"))  # Latin-1
+    assert numbers(whole) == EVERY_12
+
+
+def test_a_length_that_is_no_number_is_unknown(tmp_path):
+    whole = pathlib.Path(clips.write(tmp_path / "x.mkv", 240))
+    whole.write_bytes(whole.read_bytes().replace(b"00:00:10", b"00:00:??"))
+    assert numbers(whole) == EVERY_12
+
+
 def test_a_clip_that_claims_to_be_huge_is_refused_before_it_is_decoded(tmp_path, tiny_clips, monkeypatch):
     long = clips.write(tmp_path / "long.mkv", 3, ticks=[0, 20, 600 * 10**5])
     with pytest.raises(InputError, match="long.mkv: 200000 s at 2.0 fps is over 512 frames"):
