@@ -50,7 +50,7 @@ CLAIMS = (
         "in-domain / GenAI / VideoGen: DeScore .734 / .765 / .768, generative .683 / .697 / .712, discriminative "
         ".588 / .585 / .589",
         "hits on the same pairs: DeScore's minus the coupled model's, and minus the discriminative one's, both above 0",
-        ("DeScore - coupled generative", "DeScore - discriminative"), ("coupled", "eval_coupled"),
+        ("DeScore - coupled generative", "DeScore - discriminative"), ("coupled", "eval_coupled", "cots"),
         measures.paradigms,
     ),
     Claim(

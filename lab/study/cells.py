@@ -77,7 +77,8 @@ def is_done(cell: Cell) -> bool:
 
 def run_cell(cell: Cell, now: str) -> str | None:
     """Runs it on one core, from nothing. -> None, or what went wrong."""
-    for path in filter(os.path.exists, (cell.record, cell.done, cell.path, f"{cell.path}.thoughts")):
+    begun = [f"{path}.thoughts" for path in (cell.path, cell.done)]  # of the first and of the last CSV it writes
+    for path in filter(os.path.exists, (cell.record, cell.done, cell.path, *begun)):
         shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
     os.makedirs(os.path.dirname(cell.path), exist_ok=True)
     log, began = f"{cell.path}.cell.log", time.time()

@@ -60,6 +60,19 @@ def evaluated(runs: dict, folder: str, kind: str = "head") -> dict:
             for seed, run in runs.items()}
 
 
+def untrained(runs: dict) -> dict:
+    """{seed: {set: hits}} of the scores in the base's greedy CoTs, of the runs in which those were collected."""
+    hits = {}
+    for seed, run in runs.items():
+        paths = {name: f"{run}/study/cots/{CSVS[name]}.csv" for name in SETS}
+        if all(map(os.path.isfile, paths.values())):
+            pairs = {name: [p for p in data.read_pairs(path) if p.label != 0] for name, path in paths.items()}
+            hits[seed] = {name: half_hits(np.array([p.label for p in some]),
+                                          np.array([[overall_score(cot) for cot in p.cots] for p in some]))
+                          for name, some in pairs.items()}
+    return hits
+
+
 def heads(runs: dict, model: str, kind: str, names=SETS) -> dict:
     """{seed: {set: hits}} of a model for one kind of given CoT, from study/heads.json of the seeds that have it."""
     hits = {}
@@ -111,9 +124,13 @@ def paradigms(runs):
         "DeScore": evaluated(runs, "eval/stage2"),
         "DeScore's own text": evaluated(runs, "eval/stage2", "text"),
     }
+    if base := untrained(runs):
+        models["the untrained base's text"] = base
     ours = models["DeScore"]
     parts = {f"DeScore - {name}": minus(ours, hits) for name, hits in models.items() if name != "DeScore"}
     parts["coupled generative - discriminative"] = minus(models["coupled generative"], models["discriminative"])
+    if base:
+        parts["coupled generative - the untrained base's text"] = minus(models["coupled generative"], base)
     for name in ("coupled generative", "DeScore's own text"):
         parts[f"DeScore - {name}, equal scores wrong"] = minus(strict(ours), strict(models[name]))
     return parts, {"accuracy": {name: per_set(hits) for name, hits in models.items()}}

@@ -268,6 +268,8 @@ def looking(runs: dict, pairs: tuple[int, ...], masks: tuple[float, ...]):
             parts[f"own CoT + swapped CoT - 1: {row}"] = beyond(kinds["own"], kinds["swapped"])
             parts[f"head - text, 2 wrong: {row}"] = wrong
             parts[f"the same, minus head - text, 0 wrong: {row}"] = measures.minus(wrong, right)
+            text = hits(p, n, "text", "own")
+            parts[f"with CoT - the stated score: {row}"] = measures.minus(kinds["own"], text)
             parts[f"with CoT - never a CoT: {row}"] = measures.minus(kinds["own"], hits(1, n, who, "absent"))
         if p:
             parts[f"absent CoT, - p 0: {row}"] = measures.minus(kinds["absent"], hits(0, n, who, "absent"))

@@ -5,6 +5,7 @@ import collections
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ from lab.study.verdict import (
     weakest,
 )
 from model import DeScore
+from plumbing import formats
 from plumbing.settings import parse
 from rules import read_verdicts, well_formed
 from tests.conftest import ROOT
@@ -322,6 +324,24 @@ EXPECTED = {  # what decides, and what stands beside it: in pairs of N
         "lost by: shuffled frames, CoT kept": 0, "lost by: frozen clip, CoT kept": 18 - 15,
         "lost by: black clip, CoT kept": 18 - 13, "lost by: videos swapped, CoT kept": 18 - 4},
 }
+
+
+def test_where_both_trainings_began_stands_beside_them(made_up, tmp_path):
+    """The untrained base's greedy text, on the same pairs: a training that only fell behind it has taught nothing."""
+    run = tmp_path / "seed0"
+    shutil.copytree(made_up[0], run)
+    (run / "study/cots").mkdir()
+    said = '<answer>{{"dimensional_scores": {{"style": "0"}}, "overall_score": {:.2f}}}</answer>'
+    for csv_name in models.CSVS.values():
+        pairs = data.read_pairs(f"{run}/data/{csv_name}.csv")
+        thoughts = {(video, pair.prompt): {"thoughts": [said.format(score)], "token_ids": [[1]]}
+                    for pair, row in zip(pairs, [*scores_of(16).tolist(), (5, 1)])
+                    for video, score in zip(pair.videos, row)}
+        formats.write_cots(f"{run}/study/cots/{csv_name}.csv", pairs, thoughts)
+    parts = study.judge(study.CLAIMS[0], {0: str(run)})["parts"]
+    found = {name: row["mean"] * N for name, row in parts.items() if "untrained" in name}
+    assert found == pytest.approx({"DeScore - the untrained base's text": 17 - 16,
+                                   "coupled generative - the untrained base's text": 14 - 16})
 
 
 @pytest.mark.parametrize("claim", [claim for claim in study.CLAIMS if claim.number in EXPECTED],

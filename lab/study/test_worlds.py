@@ -70,6 +70,11 @@ def test_a_killed_cell_begins_from_nothing(tmp_path):
     (tmp_path / "out/left.txt").write_text("of the killed one")
     assert len(cells.run_all([half], 1, "abc")) == 1  # the folder was removed, and this command does not make it
     assert not (tmp_path / "out").exists()
+    both = half._replace(path=str(tmp_path / "train.csv"), done=str(tmp_path / "val.csv"))  # as `World.think` does
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.csv.thoughts").mkdir()  # of another base: collect_cots.py refuses to go on with them
+    cells.run_all([both], 1, "abc")
+    assert not list(tmp_path.glob("*.thoughts"))
 
 
 def test_nothing_goes_on_behind_a_killed_study(tmp_path):
@@ -296,6 +301,7 @@ def test_when_a_head_looks(tmp_path):
     assert parts["own CoT + swapped CoT - 1: p 0, 2880 pairs"]["mean"] == pytest.approx(0)  # it turns with the text
     assert parts["the same, minus head - text, 0 wrong: p 0.5, 2880 pairs"]["mean"] == pytest.approx(-0.05 - 0.05)
     assert found["more"]["stopped at"]["p 0.5, 2880 pairs"] == [240] * 3
+    assert parts["with CoT - the stated score: p 0.5, 2880 pairs"]["mean"] == pytest.approx(0.05)  # 80 - 75
     assert parts["black clip costs: p 0, 2880 pairs"]["mean"] == 0 and "black clip costs: p 0.5, 360 pairs" not in parts
     assert parts["absent CoT, - p 0: p 1, 2880 pairs"]["mean"] == pytest.approx(0.4)
 
