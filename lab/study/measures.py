@@ -129,9 +129,8 @@ def paradigms(runs):
     ours = models["DeScore"]
     parts = {f"DeScore - {name}": minus(ours, hits) for name, hits in models.items() if name != "DeScore"}
     parts["coupled generative - discriminative"] = minus(models["coupled generative"], models["discriminative"])
-    if base:
-        parts["coupled generative - the untrained base's text"] = minus(models["coupled generative"], base)
     for name in ("coupled generative", "DeScore's own text"):
+        parts |= {f"{name} - the untrained base's text": minus(models[name], base)} if base else {}
         parts[f"DeScore - {name}, equal scores wrong"] = minus(strict(ours), strict(models[name]))
     return parts, {"accuracy": {name: per_set(hits) for name, hits in models.items()}}
 

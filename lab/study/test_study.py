@@ -341,7 +341,8 @@ def test_where_both_trainings_began_stands_beside_them(made_up, tmp_path):
     parts = study.judge(study.CLAIMS[0], {0: str(run)})["parts"]
     found = {name: row["mean"] * N for name, row in parts.items() if "untrained" in name}
     assert found == pytest.approx({"DeScore - the untrained base's text": 17 - 16,
-                                   "coupled generative - the untrained base's text": 14 - 16})
+                                   "coupled generative - the untrained base's text": 14 - 16,
+                                   "DeScore's own text - the untrained base's text": 14 - 16})
 
 
 @pytest.mark.parametrize("claim", [claim for claim in study.CLAIMS if claim.number in EXPECTED],
