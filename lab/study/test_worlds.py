@@ -1,6 +1,7 @@
 """The second world: cells that run once, and again when they must; verdicts of made-up runs with known answers."""
 
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -467,6 +468,25 @@ def test_a_cell_of_another_command_is_not_judged(tmp_path):
     second.STALE = set()
 
 
+def test_what_was_made_from_a_stale_cell_is_not_judged(tmp_path):
+    """Seen: two seeds' gradients of an old base stood beside the third's of a new one, and gave a verdict."""
+    plan = {os.path.relpath(c.path, tmp_path): c for c in worlds.plan(str(tmp_path), ["grid"], None)}
+    for name in ("base", "today/data", "today/data/train_cots.csv", "today/stage1"):
+        one = plan[f"seed0/{name}"]
+        pathlib.Path(one.done).parent.mkdir(parents=True, exist_ok=True)
+        pathlib.Path(one.done).write_text("{}")
+        record = cells.stamp(one) | {"commit": "abc", "core_minutes": 1.0}
+        pathlib.Path(one.record).write_text(json.dumps(record))
+    for gone, left in ((None, 4), (plan["seed0/base"].record, 1)):
+        if gone:
+            os.remove(gone)  # as where its command is another now, and ended without success
+        worlds.main(["--runs", str(tmp_path), "--only", "grid", "--report"])
+        claims = json.loads((tmp_path / "worlds.json").read_text())["claims"]
+        assert claims[0]["cells"]["done"] == left  # data alone
+    assert not second.ready({0: str(tmp_path / "seed0")}, "today", "stage1")
+    second.STALE = set()
+
+
 # -- pages ----------------------------------------------------------------------------------------------------------
 PUBLISHED = pages.read(ROOT / "lab/study/worlds.json")
 
@@ -522,6 +542,9 @@ def test_a_row_that_two_claims_share_is_shown_and_counted_once():
     lines = pages.parts({"claims": claims}).splitlines()[2:]
     assert [line.split(" | ")[:2] for line in lines] == [["| 1, 2", "**x**"], ["| 1, 2", "**y**"], ["| 3", "x"]]
     assert pages.many({"claims": claims}).startswith("3 intervals")
+    assert lines[0].endswith(f"| {SEEN} |")
+    both["x"] = row | {"seeds": 1, "by_seed": [0.1]}
+    assert pages.parts({"claims": claims}).splitlines()[2].endswith("| one seed | 90 | - |")  # and no verdict
 
 
 def test_worlds_json_belongs_to_this_code():

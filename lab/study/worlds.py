@@ -274,8 +274,11 @@ def report(runs: str, now: str, trial: int | None) -> None:
     """RUNS/worlds.json, worlds.md and worlds.png from what is there of all stages, whatever --only says."""
     folders = {seed: f"{runs}/seed{seed}" for seed in SEEDS["seeds"]}
     cells = plan(runs, SEEDS, trial)
-    second.STALE = {cell.path for cell in cells if os.path.exists(cell.record) and not is_done(cell)}
-    done = {cell.path: read(cell.record) for cell in cells if is_done(cell)}
+    done, paths = {}, {cell.path for cell in cells}
+    for cell in cells:  # what it needs comes before it; what was made from a stale cell is stale, too
+        if is_done(cell) and all(need in done for need in cell.needs if need in paths):
+            done[cell.path] = read(cell.record)
+    second.STALE = {cell.path for cell in cells if os.path.exists(cell.record)} - done.keys()
     counts = {stage: spent([done.get(cell.path) for cell in plan(runs, [stage], trial)]) for stage in SEEDS}
     found = [judged(claim, folders, stage) | {"cells": counts[stage]} for stage, some in claims().items()
              for claim in some]
