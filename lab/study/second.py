@@ -30,6 +30,7 @@ import parallel
 import toy.__main__
 from lab.study import coupled, measures, models
 from lab.study.models import CSVS, SETS
+from lab.study.pages import LAST
 from lab.study.sanity import half_hits
 from model import DeScore
 from plumbing import checkpoint, training
@@ -255,7 +256,7 @@ def looking(runs: dict, pairs: tuple[int, ...], masks: tuple[float, ...]):
                 for seed, found in ((s, load(run, cell)) for s, run in ready(runs, "looking", cell).items())}
 
     for n, p, when in itertools.product(pairs, masks, ("early", "last")):
-        who, row = f"model {when}", f"p {p}, {n} pairs" + ", not stopped early" * (when == "last")
+        who, row = f"model {when}", f"p {p}, {n} pairs" + LAST * (when == "last")
         kinds = {kind: hits(p, n, who, kind) for kind in ("own", "absent", "swapped", "black clip")}
         if kinds["own"]:
             more[row] = {kind: measures.per_seed(values) for kind, values in kinds.items()}
