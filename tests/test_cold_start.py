@@ -320,6 +320,34 @@ def test_a_second_run_in_the_same_folder(with_cots, base_dir, two_steps, tmp_pat
     refuses(capsys, cold_start.main, *flags(), "--resume", says="a model but no checkpoint")
 
 
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_command_that_is_refused_leaves_the_run_in_its_folder_as_it_is(
+    world, with_cots, base_dir, two_steps, tmp_path, capsys
+):
+    """Told late: by the CSV, the lengths, the division into batches. Neither --overwrite nor --resume has begun yet."""
+    go_on(two_steps, tmp_path)
+    (tmp_path / "skipped.jsonl").write_text('{"video": "of the first run"}\n')
+    before = files_of(tmp_path)
+    for flag, wrong, says in (
+        ("--resume", {"micro_pairs": 3, "lr": 1}, "not a multiple"),
+        ("--resume", {"max_length": 9}, "exceed --max-length"),
+        ("--overwrite", {"data": world["train_cold_start"]}, "has no CoT_A"),
+        ("--overwrite", {"val": "typo.csv"}, "typo.csv: no such file"),
+        ("--overwrite", {"batch_pairs": 64}, "do not fill one batch"),
+        ("--overwrite", {"max_length": 9}, "exceed --max-length"),
+    ):
+        refuses(capsys, cold_start.main, *arguments(with_cots, base_dir, tmp_path, **wrong), flag, says=says)
+        after = files_of(tmp_path)
+        after = {str(path).removesuffix(".old"): content for path, content in after.items()}
+        assert after == {str(path): content for path, content in before.items()}, wrong
+    cold_start.main([*arguments(with_cots, base_dir, tmp_path, max_steps=1), "--overwrite"])
+    assert not list(tmp_path.glob("skipped*")) and len(logs.read_metrics(str(tmp_path))) == 1
+    assert json.loads((tmp_path / "settings.json").read_text())["max_steps"] == 1
+
+
 def test_a_kill_between_saving_and_logging_loses_no_line(with_cots, base_dir, two_steps, tmp_path):
     """The step's metrics lie in the checkpoint too: tests/kills.py found their line missing after a resume."""
     path = go_on(two_steps, tmp_path) / "metrics.jsonl"
