@@ -279,7 +279,10 @@ def require_finite(found: list[tuple], what: str, settings, ranks) -> None:
 
 
 class StopSignal:
-    """Ctrl-C (or SIGTERM) asks for a stop at the end of the step, with a checkpoint; twice stops at once."""
+    """Ctrl-C (or SIGTERM) asks for a stop at the end of the step, with a checkpoint; Ctrl-C again stops at once.
+
+    SIGTERM does not: sent to torchrun and its ranks together (systemd, slurm's time limit), each rank gets two.
+    """
 
     def __init__(self):
         self.requested = False
@@ -287,12 +290,12 @@ class StopSignal:
             signal.signal(number, self._ask)
 
     def _ask(self, number, frame):
-        if self.requested:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
-        if os.environ.get("RANK", "0") != "0":
+        told, self.requested = self.requested, True
+        if told or os.environ.get("RANK", "0") != "0":
             return  # all ranks get the signal: one message is enough
-        text = "stopping after this step; again to stop at once"
+        text = "stopping after this step; Ctrl-C now stops at once"
         if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, not this process, decides how long a step may still take
             text += " (torchrun kills after 30 s by default; longer steps need torchrun --shutdown-timeout SECONDS)"
         print("\n" + text, file=sys.stderr, flush=True)

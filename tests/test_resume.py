@@ -45,6 +45,15 @@ def test_ctrl_c_asks_once_and_tells_of_torchruns_limit(stop, under_torchrun, mon
         signal.raise_signal(signal.SIGINT)
 
 
+def test_a_second_sigterm_does_not_stop_at_once(stop, capsys):
+    """systemd and slurm send it to torchrun and to its ranks, and torchrun then hands it on to the ranks again."""
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.requested and capsys.readouterr().err.count("stopping after this step") == 1
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
 def test_other_ranks_stop_silently(stop, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     signal.raise_signal(signal.SIGINT)
