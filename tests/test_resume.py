@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,22 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(model, tmp_path, monke
         assert resume.load_checkpoint(str(tmp_path), model, optimizer, ranks)["step"] == 1
     resume.save_checkpoint(str(tmp_path), 2, model, optimizer, ranks)  # what the kill left is no obstacle
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-000001", "step-000002"]
+
+
+@pytest.mark.parametrize("name", ["step.json", "random-0.pt", "state/__0_0.distcp", "state/.metadata"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used_without_it(model, tmp_path, name):
+    model.make_trainable("head", vision=False)
+    optimizer, ranks = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), parallel.Ranks()
+    for step in (1, 2):
+        resume.save_checkpoint(str(tmp_path), step, model, optimizer, ranks)
+    newest = tmp_path / "checkpoints/step-000002"
+    for size in ((newest / name).stat().st_size // 2, 0, None):
+        os.truncate(newest / name, size) if size is not None else os.remove(newest / name)
+        with pytest.raises(resume.InputError, match="step-000002: is damaged, .*; delete this folder") as told:
+            resume.load_checkpoint(str(tmp_path), model, optimizer, ranks)
+        assert len(str(told.value).splitlines()) == 1
+    shutil.rmtree(newest)
+    assert resume.load_checkpoint(str(tmp_path), model, optimizer, ranks)["step"] == 1
 
 
 @pytest.mark.parametrize("steps", [(1, 2), (9, 10), (999_999, 1_000_000)])
