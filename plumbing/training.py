@@ -16,13 +16,14 @@ import time
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from plumbing.hub import write_card
 from plumbing.checkpoint import save_model
 from plumbing.jobs import fingerprint, task_seed
 from plumbing.logs import Log, draw_curves, read_metrics, read_numbers, reward_scale
 from plumbing.resume import Background, checkpoints_of, load_checkpoint, read_json, save_checkpoint
-from plumbing.settings import InputError, flag_of, writable, write_json, write_jsonl
+from plumbing.settings import InputError, first_line, flag_of, writable, write_json, write_jsonl
 
 # What a run writes into --out; --overwrite removes this and nothing else.
 WRITTEN = ("checkpoints", "model", "model.tmp", "model.old", "settings.json", "changes.jsonl", "metrics.jsonl",
@@ -254,8 +255,13 @@ def save_run(model, settings, ranks, panels: dict[str, list[str]], title: str) -
     The rewards' mean and spread go along, for a rough common scale: DeScore.reward(normalize=True).
     """
     model.settings.update(reward_scale(settings.out))
-    save_model(model, os.path.join(settings.out, "model"), ranks, lambda folder: write_card(
-        folder, model.settings, settings, read_metrics(settings.out), panels, title))
+    path = os.path.join(settings.out, "model")
+    try:
+        save_model(model, path, ranks, lambda folder: write_card(
+            folder, model.settings, settings, read_metrics(settings.out), panels, title))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: could not be written ({first_line(error)}); free space, then --resume writes "
+                         "it: no step is lost.") from error
     if ranks.is_main:
         draw_curves(settings.out, panels, os.path.join(settings.out, "curves.png"), title)
     ranks.print(f"wrote {settings.out}/model, metrics.jsonl and curves.png")

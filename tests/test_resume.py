@@ -235,6 +235,7 @@ def main():
     cold_start.main(sys.argv[1:])
 cli(main)
 """
+LATER = FULL.replace(".train", ".save_run")  # while checkpoints are written there is room
 
 
 def test_a_disk_that_takes_no_more_is_one_sentence(world, base_dir, tmp_path):
@@ -247,6 +248,16 @@ def test_a_disk_that_takes_no_more_is_one_sentence(world, base_dir, tmp_path):
     assert len(lines) == 1 and "step-000001: could not be written (" in lines[0] and "is the disk full" in lines[0]
     assert [line["step"] for line in read_metrics(str(tmp_path))] == [1] or len(read_metrics(str(tmp_path))) == 2
     assert os.listdir(tmp_path / "checkpoints") == ["step-000001.tmp"]
+
+
+def test_a_disk_that_is_full_when_the_model_is_written_costs_no_step(world, base_dir, tmp_path):
+    flags = ["--model", base_dir, "--data", world["train_cold_start"], *STAGE_1, "--max-steps", "2"]
+    command = [sys.executable, "-c", LATER, *flags, "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "/model: could not be written (" in done.stderr and not (tmp_path / "model").exists()
+    cold_start.main([*flags, "--out", str(tmp_path), "--resume"])
+    assert DeScore.from_pretrained(str(tmp_path / "model")) and len(read_metrics(str(tmp_path))) == 2
 
 
 HOLD = """
