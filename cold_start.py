@@ -66,11 +66,11 @@ def draw(pairs: list[data.PreferencePair], run: Run, settings) -> list[data.Pref
     A masked CoT is an EMPTY one: the query stands right behind the prompt. losses.draw_cot_mask says why. The coins
     come from (seed, epoch) alone, so that every rank and a resumed run toss the same.
     """
-    drawn, hidden = [], dict.fromkeys(("cot_a", "cot_b", "cot_a_tokens", "cot_b_tokens"))
+    drawn = []
     for epoch, indices in run.draws():
         coins = torch.Generator().manual_seed(task_seed("masks", settings.seed, epoch))
         masked = draw_cot_mask(len(pairs), settings.mask_probability, coins)  # one draw for both videos of a pair
-        drawn += [dataclasses.replace(pairs[i], **hidden) if masked[i] else pairs[i] for i in indices]
+        drawn += [pairs[i].without_cots() if masked[i] else pairs[i] for i in indices]
     return drawn
 
 
@@ -139,7 +139,7 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
                 loss = bt_loss(chosen, rejected, denominator=settings.batch_pairs)
             sums.losses.append((loss.detach(), [dataclasses.asdict(item.pair) for item in items]))
             parallel.backward(loss, ranks)  # 5 backward
-            logs.log_scores(sums, loss, reward_a, reward_b, label, [not item.pair.cot_a for item in items])
+            logs.log_scores(sums, loss, reward_a, reward_b, label, [item.pair.masked for item in items])
         parallel.set_learning_rate(optimizer, step, run.warmup_steps)
         norms = parallel.take_step(model, optimizer, sums.losses, settings, ranks)  # clip and update, once per batch
         metrics = logs.cold_start_metrics(ranks.sum(sums.totals()), settings) | norms  # 6 log
@@ -162,7 +162,7 @@ def prepare_pairs(path: str, settings: Settings, ranks, need_cots: bool) -> list
     """
     pairs = data.read_pairs(path, settings.dimension, settings.video_root)
     # A CSV has both CoTs of a pair or neither. Without any the head would learn to score without thinking, unnoticed.
-    without = sum(not all(pair.cots) for pair in pairs)
+    without = sum(pair.masked for pair in pairs)
     if need_cots and without == len(pairs) and settings.mask_probability < 1:
         raise InputError(f"{path}: has no CoT_A / CoT_B; collect them with collect_cots.py, or train with "
                          "--mask-probability 1.")

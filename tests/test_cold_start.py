@@ -201,6 +201,18 @@ def test_pairs_without_cots_are_named_and_count_as_masked(with_cots, base_dir, t
     assert line["masked_share"] == pytest.approx(6 / 7)
 
 
+def test_a_cot_sampled_as_nothing_but_its_end_is_a_cot(with_cots, base_dir, processor, tmp_path, capsys):
+    """Its text is empty, its token EOS stands before the query: not masked, so not counted as masked."""
+    rows = list(csv.DictReader(open(with_cots["train_cold_start"], encoding="utf-8")))
+    for row in rows:
+        row |= {"CoT_A": "", "CoT_A_tokens": f"[{processor.tokenizer.eos_token_id}]", "CoT_B_tokens": "[]"}
+    ends = write_csv(tmp_path / "ends.csv", list(rows[0]), [list(row.values()) for row in rows])
+    how = {"max_steps": 1, "mask_probability": 0}
+    cold_start.main(arguments({"train_cold_start": ends}, base_dir, tmp_path / "out", **how))
+    assert "have no CoTs" not in capsys.readouterr().out
+    assert logs.read_metrics(str(tmp_path / "out"))[0]["masked_share"] == 0
+
+
 def test_more_epochs_do_not_begin_the_warm_up_again(with_cots, base_dir, tmp_path):
     """A warm-up of both of 2 steps. Resumed with 4 steps in sight, step 3 has the full rate, not 3/4 of it."""
     how = {"warmup": 1, "batch_pairs": 4, "loss": "btt", "max_steps": 8}
