@@ -109,7 +109,7 @@ def validate(model, dataset, settings, ranks) -> float:
 def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
     """The loop of stage 1; the steps are those of the docstring at the top."""
     optimizer = parallel.make_optimizer(model, settings)
-    run = Run("stage 1", model, optimizer, len(pairs), settings, ranks)
+    run = Run("stage 1", model, optimizer, pairs, settings, ranks)
     # The whole schedule is known now, so loader workers can decode ahead; a resumed run starts it at its own step.
     drawn = data.EncodedPairs(draw(pairs, run, settings), model.processor, *settings.reading)
     val_set = data.EncodedPairs(val_pairs, model.processor, *settings.reading)

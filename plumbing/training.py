@@ -180,10 +180,11 @@ class Run:
     pairs per step; warmup_steps.
     """
 
-    def __init__(self, name: str, model, optimizer, num_pairs: int, settings, ranks):
+    def __init__(self, name: str, model, optimizer, pairs: list, settings, ranks):
         """COLLECTIVE. name: "stage 1" or "stage 2". Loads the newest checkpoint if --resume was given."""
         self.name, self.model, self.optimizer, self.settings, self.ranks = name, model, optimizer, settings, ranks
-        self.num_pairs = num_pairs
+        self.num_pairs = num_pairs = len(pairs)
+        self.pairs = task_seed(*(pair.line for pair in pairs))  # --skip-bad-videos may keep as many, but others
         self.steps_per_epoch, self.local_pairs = divide(num_pairs, settings, ranks)
         self.total = min(settings.max_steps or 10**9, settings.epochs * self.steps_per_epoch)
         if settings.max_steps and self.total < settings.max_steps:
@@ -194,9 +195,10 @@ class Run:
         # The run's own: with more --epochs a share of the new total would begin the warm-up again.
         self.warmup_steps = position.get("warmup_steps", self.warmup_steps)
         self.first, before = position["step"], position.get("num_pairs", num_pairs)
+        same = before == num_pairs and position.get("pairs", self.pairs) == self.pairs
         if ranks.is_main:
             _begin(settings, self.first, ranks)
-        if before != num_pairs:
+        if not same:
             ranks.print(f"{num_pairs} pairs, {before} until step {self.first}: others can be read or are left out now; "
                         "they are shuffled anew, so some come twice in this epoch, and some not at all")
             if ranks.is_main:
@@ -236,7 +238,8 @@ class Run:
         """
         self.stopping, s = self.ranks.sum({"stop": self.stop.requested})["stop"] > 0, self.settings
         if self.stopping or self.is_due(step, s.save_every):
-            more = {"metrics": metrics, "warmup_steps": self.warmup_steps, "num_pairs": self.num_pairs}
+            more = {"metrics": metrics, "warmup_steps": self.warmup_steps}
+            more |= {"num_pairs": self.num_pairs, "pairs": self.pairs}
             begin = self.background.begin
             save_checkpoint(s.out, step, self.model, self.optimizer, self.ranks, s.keep, more, begin)
 

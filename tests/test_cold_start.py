@@ -417,6 +417,29 @@ def test_pairs_that_come_or_go_between_two_halves_are_told(with_cots, base_dir, 
     assert {"after_step": 2, "num_pairs": [7, 6]} in changes
 
 
+def test_as_many_other_pairs_between_two_halves_are_told(with_cots, base_dir, tmp_path, capsys):
+    """A clip is back, another is gone: six pairs less one as before, but not the same five."""
+    text = open(with_cots["train_cold_start"], encoding="utf-8").read()
+    first, second = [pair.video_a for pair in data.read_pairs(with_cots["train_cold_start"]) if pair.label][:2]
+    text = text.replace(first, str(tmp_path / "0.mp4")).replace(second, str(tmp_path / "1.mp4"))
+    (tmp_path / "x.csv").write_text(text)
+    shutil.copy(first, tmp_path / "0.mp4")
+    flags = lambda **more: [*arguments({"train_cold_start": str(tmp_path / "x.csv")}, base_dir, tmp_path / "out",
+                                       **more), "--skip-bad-videos"]
+    cold_start.main(flags(max_steps=1))
+    cold_start.main([*flags(max_steps=2), "--resume"])
+    assert "are shuffled anew" not in capsys.readouterr().out
+    os.rename(tmp_path / "0.mp4", tmp_path / "1.mp4")
+    cold_start.main([*flags(max_steps=3), "--resume"])
+    assert "5 pairs, 5 until step 2: others can be read" in capsys.readouterr().out
+    step = tmp_path / "out/checkpoints/step-000003/step.json"
+    held = json.loads(step.read_text())
+    del held["pairs"]
+    step.write_text(json.dumps(held))  # as code wrote it that counted them alone
+    cold_start.main([*flags(max_steps=4), "--resume"])
+    assert "are shuffled anew" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flags", [{"loss": "bt"}, {"loss": "btt", "val": "same"}])
 def test_ties_alone_are_told_before_a_model_is_opened(with_cots, base_dir, tmp_path, capsys, monkeypatch, flags):
     rows = list(csv.DictReader(open(with_cots["train_cold_start"], encoding="utf-8")))

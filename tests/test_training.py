@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import cold_start
+import data
 import parallel
 from plumbing import training
 from plumbing.logs import read_metrics
@@ -65,7 +66,8 @@ def begin(model, world, base_dir, tmp_path):
     def start(**flags):
         read = {"data": world["train_cold_start"], "model": base_dir}
         settings = cold_start.Settings(**read, out=str(tmp_path), batch_pairs=2, epochs=3, **flags)
-        return Run("a run", model, optimizer, 8, settings, parallel.Ranks())
+        pairs = [data.PreferencePair("a", "b", "a prompt", 1, line=line) for line in range(8)]
+        return Run("a run", model, optimizer, pairs, settings, parallel.Ranks())
 
     return start
 
