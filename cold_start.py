@@ -116,6 +116,8 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
     stream = data.take(drawn, range(len(drawn)), settings.workers)
 
     model.train()
+    if val_pairs and run.first and run.is_due(run.first, settings.val_every) and run.log.lacks("val_accuracy"):
+        run.log.complete({"val_accuracy": validate(model, val_set, settings, ranks)})  # a kill came in the midst of it
     for step in run.steps():
         batch = [next(stream) for _ in range(run.local_pairs)]  # 1 draw pairs, 2 mask CoTs
         waited = run.seconds()  # a large share of the step means: more --workers, or --frame-cache

@@ -33,6 +33,17 @@ class Log:
             self._append(step, metrics)
         self.ranks.print(line)
 
+    def lacks(self, name: str) -> bool:
+        """COLLECTIVE: has the last line no such number? A kill between saving and logging leaves the step's own."""
+        lacks = self.ranks.is_main and name not in _read_lines(self.path)[-1]
+        return self.ranks.sum({"lacks": lacks})["lacks"] > 0
+
+    def complete(self, metrics: dict[str, float]) -> None:
+        """Adds to the last line."""
+        if self.ranks.is_main:
+            *lines, last = _read_lines(self.path)
+            write_jsonl(self.path, [*lines, last | metrics])
+
     def _append(self, step, metrics):
         seconds = round(time.time() - self.started, 2)
         write_jsonl(self.path, [{"step": step, "seconds": seconds, **metrics}], add=True)

@@ -370,6 +370,29 @@ def test_a_kill_between_saving_and_logging_loses_no_line(with_cots, base_dir, tw
     assert [line["step"] for line in after] == [1, 2] and after[1]["loss"] == before[1]["loss"]
 
 
+def test_a_kill_during_a_validation_loses_no_accuracy(with_cots, base_dir, tmp_path, monkeypatch):
+    """The last one's is what the model card tells; its step is saved before, and no step is left for a resume."""
+    due = {"val": with_cots["train_cold_start"], "max_steps": 2, "val_every": 1, "save_every": 1, "workers": 1}
+    cold_start.main(arguments(with_cots, base_dir, tmp_path / "whole", **due))
+    for killed in (1, 2):
+        calls, real = [], cold_start.validate
+
+        def validate(*args, killed=killed, calls=calls, real=real):
+            calls.append(1)
+            if len(calls) == killed:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(cold_start, "validate", validate)
+            cold_start.main(arguments(with_cots, base_dir, tmp_path / str(killed), **due))
+        cold_start.main([*arguments(with_cots, base_dir, tmp_path / str(killed), **due), "--resume"])
+        whole, cut = (logs.read_metrics(str(tmp_path / name)) for name in ("whole", str(killed)))
+        for name in ("step", "loss", "val_accuracy"):
+            assert [line.get(name) for line in cut] == [line[name] for line in whole], name
+        assert "val_accuracy" in (tmp_path / str(killed) / "model/README.md").read_text()
+
+
 def test_resume_with_other_settings(with_cots, base_dir, two_steps, tmp_path, capsys):
     """What decides what is learned is refused by name; a new rate is used, printed and kept."""
     flags = lambda **more: [*arguments(with_cots, base_dir, tmp_path, **more), "--resume"]
