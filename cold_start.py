@@ -194,6 +194,8 @@ def main(argv=None) -> None:
     # new_head: the base model has none, so query and head start from scratch; stage 2 will insist on them.
     model = checkpoint.open_on_rank(DeScore, settings.model, dtype, ranks, new_head=True)
     fit = model.processor, settings, ranks, data.sequence_lengths
+    if settings.mask_probability == 1:  # no CoT is ever read, so none is too long
+        pairs = [pair.without_cots() for pair in pairs]
     pairs, longest = fitting_pairs(pairs, *fit)  # before hours of training
     val_pairs = fitting_pairs(val_pairs, *fit)[0] if val_pairs else []
     model.settings.update(fps=settings.fps, max_pixels=settings.max_pixels)

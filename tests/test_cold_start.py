@@ -274,6 +274,16 @@ def test_too_long_a_cot_names_its_row(with_cots, base_dir, tmp_path, capsys):
     assert not logs.read_metrics(str(tmp_path))
 
 
+@pytest.mark.parametrize("cots", [{"CoT_A_tokens": "[1]"}, {"CoT_A": "five " * 3000}])
+def test_with_every_cot_masked_none_is_looked_at(with_cots, base_dir, tmp_path, cots):
+    """--mask-probability 1: no CoT is too long, and no tokens are of another tokenizer."""
+    rows = [row | cots for row in csv.DictReader(open(with_cots["train_cold_start"], encoding="utf-8"))]
+    odd = write_csv(tmp_path / "odd.csv", list(rows[0]), [list(row.values()) for row in rows])
+    how = {"mask_probability": 1, "max_steps": 1, "max_length": 2000}
+    cold_start.main(arguments({"train_cold_start": odd}, base_dir, tmp_path / "out", **how))
+    assert logs.read_metrics(str(tmp_path / "out"))[0]["masked_share"] == 1
+
+
 def test_bad_input(world, with_cots, base_dir, tmp_path, capsys):
     with pytest.raises(InputError, match="no CoT_A / CoT_B"):
         cold_start.main(arguments(world, base_dir, tmp_path))
