@@ -198,6 +198,8 @@ def main(argv=None) -> None:
         pairs = [pair.without_cots() for pair in pairs]
     pairs, longest = fitting_pairs(pairs, *fit)  # before hours of training
     val_pairs = fitting_pairs(val_pairs, *fit)[0] if val_pairs else []
+    if val_pairs and not any(pair.label for pair in val_pairs):
+        raise InputError(f"{settings.val}: in no pair that --skip-bad-videos leaves one video is better; give others.")
     model.settings.update(fps=settings.fps, max_pixels=settings.max_pixels)
     lora = settings.lora_r, settings.lora_alpha, settings.lora_dropout
     # lm_head maps hidden states to words: this stage's loss asks for none, so no gradient would reach it.

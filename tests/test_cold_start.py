@@ -483,6 +483,19 @@ def test_ties_alone_are_told_before_a_model_is_opened(with_cots, base_dir, tmp_p
     refuses(capsys, cold_start.main, *arguments(ties, base_dir, tmp_path / "out", **flags), says="ties alone")
 
 
+@pytest.mark.parametrize("left_out", [{"CoT_A": "five " * 900}, {"videos": "['gone.mp4', 'gone.mp4']"}])
+def test_validation_pairs_that_become_ties_alone_are_told_before_the_first_step(
+    with_cots, base_dir, tmp_path, capsys, left_out
+):
+    """--skip-bad-videos leaves the only pair with a winner out."""
+    rows = list(csv.DictReader(open(with_cots["train_cold_start"], encoding="utf-8")))[:3]
+    rows = [row | {"GSB": "same"} for row in rows[1:]] + [rows[0] | {"GSB": "A"} | left_out]
+    val = write_csv(tmp_path / "val.csv", list(rows[0]), [list(row.values()) for row in rows])
+    flags = arguments(with_cots, base_dir, tmp_path / "out", loss="btt", val=val, max_length=2000)
+    refuses(capsys, cold_start.main, *flags, "--skip-bad-videos", says="val.csv: in no pair that --skip-bad")
+    assert not logs.read_metrics(str(tmp_path / "out"))
+
+
 def test_a_run_of_code_that_drew_otherwise_is_not_resumed(with_cots, base_dir, two_steps, tmp_path, capsys):
     """Its second half would draw pairs that the first half had, and leave others out, without a word."""
     flags = arguments(with_cots, base_dir, tmp_path, max_steps=2)
