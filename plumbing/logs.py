@@ -192,7 +192,8 @@ def log_update(sums: Sums, output, mask, old, rollouts, settings, counts) -> Non
     sums.add(reward=output.rewards.sum(), square=(output.rewards**2).sum())
     sums.add(mean_log_prob=(log_probs * mask).sum() / counts["tokens"])
     advantages = rollouts.advantages.flatten().to(mask.device)
-    clipped = clipped_tokens(log_probs, old, advantages, mask, settings.clip_low, settings.clip_high)
+    clip = settings.clip_low, settings.clip_high, settings.clip_dual
+    clipped = clipped_tokens(log_probs, old, advantages, mask, *clip)
     sums.add(clip_share=clipped / counts["tokens"])
     sums.add(ratio_max=policy_ratio(log_probs, old, mask).max())
     if gap is not None:
