@@ -181,7 +181,8 @@ class Run:
     """
 
     def __init__(self, name: str, model, optimizer, pairs: list, settings, ranks):
-        """COLLECTIVE. name: "stage 1" or "stage 2". Loads the newest checkpoint if --resume was given."""
+        """COLLECTIVE. name: "stage 1" or "stage 2". Loads the newest checkpoint if --resume was given; --out changes
+        only then, when nothing refuses the command any more."""
         self.name, self.model, self.optimizer, self.settings, self.ranks = name, model, optimizer, settings, ranks
         self.num_pairs = num_pairs = len(pairs)
         self.pairs = task_seed(*(pair.line for pair in pairs))  # --skip-bad-videos may keep as many, but others
