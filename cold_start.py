@@ -66,11 +66,11 @@ def draw(pairs: list[data.PreferencePair], run: Run, settings) -> list[data.Pref
     A masked CoT is an EMPTY one: the query stands right behind the prompt. losses.draw_cot_mask says why. The coins
     come from (seed, epoch) alone, so that every rank and a resumed run toss the same.
     """
-    drawn, hidden = [], dict.fromkeys(("cot_a", "cot_b", "cot_a_tokens", "cot_b_tokens"))
+    drawn = []
     for epoch, indices in run.draws():
         coins = torch.Generator().manual_seed(task_seed("masks", settings.seed, epoch))
         masked = draw_cot_mask(len(pairs), settings.mask_probability, coins)  # one draw for both videos of a pair
-        drawn += [dataclasses.replace(pairs[i], **hidden) if masked[i] else pairs[i] for i in indices]
+        drawn += [pairs[i].without_cots() if masked[i] else pairs[i] for i in indices]
     return drawn
 
 
@@ -109,13 +109,15 @@ def validate(model, dataset, settings, ranks) -> float:
 def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
     """The loop of stage 1; the steps are those of the docstring at the top."""
     optimizer = parallel.make_optimizer(model, settings)
-    run = Run("stage 1", model, optimizer, len(pairs), settings, ranks)
+    run = Run("stage 1", model, optimizer, pairs, settings, ranks)
     # The whole schedule is known now, so loader workers can decode ahead; a resumed run starts it at its own step.
     drawn = data.EncodedPairs(draw(pairs, run, settings), model.processor, *settings.reading)
     val_set = data.EncodedPairs(val_pairs, model.processor, *settings.reading)
     stream = data.take(drawn, range(len(drawn)), settings.workers)
 
     model.train()
+    if val_pairs and run.first and run.is_due(run.first, settings.val_every) and run.log.lacks("val_accuracy"):
+        run.log.complete({"val_accuracy": validate(model, val_set, settings, ranks)})  # a kill came in the midst of it
     for step in run.steps():
         batch = [next(stream) for _ in range(run.local_pairs)]  # 1 draw pairs, 2 mask CoTs
         waited = run.seconds()  # a large share of the step means: more --workers, or --frame-cache
@@ -139,7 +141,7 @@ def train(model, pairs, val_pairs, settings: Settings, ranks) -> None:
                 loss = bt_loss(chosen, rejected, denominator=settings.batch_pairs)
             sums.losses.append((loss.detach(), [dataclasses.asdict(item.pair) for item in items]))
             parallel.backward(loss, ranks)  # 5 backward
-            logs.log_scores(sums, loss, reward_a, reward_b, label, [not item.pair.cot_a for item in items])
+            logs.log_scores(sums, loss, reward_a, reward_b, label, [item.pair.masked for item in items])
         parallel.set_learning_rate(optimizer, step, run.warmup_steps)
         norms = parallel.take_step(model, optimizer, sums.losses, settings, ranks)  # clip and update, once per batch
         metrics = logs.cold_start_metrics(ranks.sum(sums.totals()), settings) | norms  # 6 log
@@ -162,7 +164,7 @@ def prepare_pairs(path: str, settings: Settings, ranks, need_cots: bool) -> list
     """
     pairs = data.read_pairs(path, settings.dimension, settings.video_root)
     # A CSV has both CoTs of a pair or neither. Without any the head would learn to score without thinking, unnoticed.
-    without = sum(not all(pair.cots) for pair in pairs)
+    without = sum(pair.masked for pair in pairs)
     if need_cots and without == len(pairs) and settings.mask_probability < 1:
         raise InputError(f"{path}: has no CoT_A / CoT_B; collect them with collect_cots.py, or train with "
                          "--mask-probability 1.")
@@ -192,8 +194,12 @@ def main(argv=None) -> None:
     # new_head: the base model has none, so query and head start from scratch; stage 2 will insist on them.
     model = checkpoint.open_on_rank(DeScore, settings.model, dtype, ranks, new_head=True)
     fit = model.processor, settings, ranks, data.sequence_lengths
+    if settings.mask_probability == 1:  # no CoT is ever read, so none is too long
+        pairs = [pair.without_cots() for pair in pairs]
     pairs, longest = fitting_pairs(pairs, *fit)  # before hours of training
     val_pairs = fitting_pairs(val_pairs, *fit)[0] if val_pairs else []
+    if val_pairs and not any(pair.label for pair in val_pairs):
+        raise InputError(f"{settings.val}: in no pair that --skip-bad-videos leaves one video is better; give others.")
     model.settings.update(fps=settings.fps, max_pixels=settings.max_pixels)
     lora = settings.lora_r, settings.lora_alpha, settings.lora_dropout
     # lm_head maps hidden states to words: this stage's loss asks for none, so no gradient would reach it.

@@ -51,6 +51,15 @@ class PreferencePair:
         """Texts of A's and B's CoT, None without."""
         return self.cot_a, self.cot_b
 
+    @property
+    def masked(self) -> bool:
+        """Without CoTs, hidden or never there. One that was sampled as nothing but its end has a token, and no text."""
+        return not ((self.cot_a or self.cot_a_tokens) and (self.cot_b or self.cot_b_tokens))
+
+    def without_cots(self) -> "PreferencePair":
+        """The pair, its CoTs hidden."""
+        return dataclasses.replace(self, cot_a=None, cot_b=None, cot_a_tokens=None, cot_b_tokens=None)
+
     def cot_ids(self, tokenizer) -> tuple[list[int], list[int]]:
         """Both CoTs as token ids, by `encode_cot`. InputError names the line."""
         try:

@@ -141,7 +141,7 @@ def train(model, reference, engine, pairs, settings: Settings, ranks, rewards=No
     """
     rewards = rewards or rule_rewards
     optimizer = parallel.make_optimizer(model, settings)
-    run = Run("stage 2", model, optimizer, len(pairs), settings, ranks)
+    run = Run("stage 2", model, optimizer, pairs, settings, ranks)
     if run.first:
         engine.sync(parallel.trained_weights(model))
     dataset = data.EncodedPairs(pairs, model.processor, *settings.reading)

@@ -132,14 +132,18 @@ def policy_ratio(log_probs: torch.Tensor, old_log_probs: torch.Tensor, mask: tor
     return difference.clamp(-20, 20).exp()
 
 
-def clipped_tokens(log_probs, old_log_probs, advantages, mask, clip_low=0.2, clip_high=0.3) -> torch.Tensor:
-    """Number of tokens whose gradient the clip has cut off: ρ > 1 + clip_high and A > 0, or ρ < 1 − clip_low and A < 0.
+def clipped_tokens(
+    log_probs, old_log_probs, advantages, mask, clip_low=0.2, clip_high=0.3, clip_dual=3.0
+) -> torch.Tensor:
+    """Number of tokens whose gradient the clip has cut off: ρ > 1 + clip_high and A > 0, or A < 0 and ρ < 1 − clip_low
+    or, by the dual clip, ρ > clip_dual.
 
     Shapes as in `grpo_loss`. 0 on-policy. Divide by the tokens of the whole batch for a share.
     """
     ratio = policy_ratio(log_probs, old_log_probs, mask)
     advantage = advantages[:, None]
-    cut = ((ratio > 1 + clip_high) & (advantage > 0)) | ((ratio < 1 - clip_low) & (advantage < 0))
+    outside = (ratio < 1 - clip_low) | (ratio > clip_dual)
+    cut = ((advantage > 0) & (ratio > 1 + clip_high)) | ((advantage < 0) & outside)
     return (cut * mask).sum()
 
 

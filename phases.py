@@ -45,7 +45,7 @@ class ThinkingSettings(EngineSettings):
     dimension: str = arg("TA", "label column where a CSV has several: TA (the paper's), VQ, MQ or Overall")
     reader: str = arg("pyav", "of video files; decord (the paper's) takes plain ones of constant rate", READERS)
     skip_bad_videos: bool = arg(False, "leave out what cannot be read; skipped.jsonl in the output folder lists it")
-    seed: int = arg(0, "decides the sampled CoTs", at_least=0)
+    seed: int = arg(0, "decides the sampled CoTs", at_least=0, at_most=2**63)
 
 
 def require_short(prompt: str, tokenizer) -> None:

@@ -166,10 +166,13 @@ class TransformersEngine:
         per_batch = max(1, self.requests // max(map(len, seeds), default=1))
         for start in range(0, len(prefixes), per_batch):
             part = slice(start, start + per_batch)
-            with self.autocast(), SAMPLING:
-                cots = sample_cots(
-                    self.backbone, self.processor, prefixes[part], seeds[part], max_new_tokens, temperature,
-                    self.compiled)
+            cots = [[] for _ in prefixes[part]]
+            for i in range(0, max(map(len, seeds[part])), self.requests):  # one prefix may have more CoTs than rows
+                some = [row[i : i + self.requests] for row in seeds[part]]
+                with self.autocast(), SAMPLING:
+                    found = sample_cots(
+                        self.backbone, self.processor, prefixes[part], some, max_new_tokens, temperature, self.compiled)
+                cots = [before + new for before, new in zip(cots, found)]
             yield from enumerate(cots, start)
 
     def sync(self, named_weights) -> None:

@@ -267,7 +267,7 @@ def fitting_prompts(pairs: list, processor, settings, ranks, sequence_lengths) -
 
     Not with the CoTs of a CSV, which stage 2 writes anew, and without the query, which the engine never sees.
     """
-    pairs = [dataclasses.replace(p, cot_a=None, cot_b=None, cot_a_tokens=None, cot_b_tokens=None) for p in pairs]
+    pairs = [pair.without_cots() for pair in pairs]
     more = settings.max_new_tokens - 1  # the query is counted by `sequence_lengths`
     return fitting_pairs(pairs, processor, settings, ranks, sequence_lengths, "engine_max_len", more)
 

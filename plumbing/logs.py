@@ -33,6 +33,17 @@ class Log:
             self._append(step, metrics)
         self.ranks.print(line)
 
+    def lacks(self, name: str) -> bool:
+        """COLLECTIVE: has the last line no such number? A kill between saving and logging leaves the step's own."""
+        lacks = self.ranks.is_main and name not in _read_lines(self.path)[-1]
+        return self.ranks.sum({"lacks": lacks})["lacks"] > 0
+
+    def complete(self, metrics: dict[str, float]) -> None:
+        """Adds to the last line."""
+        if self.ranks.is_main:
+            *lines, last = _read_lines(self.path)
+            write_jsonl(self.path, [*lines, last | metrics])
+
     def _append(self, step, metrics):
         seconds = round(time.time() - self.started, 2)
         write_jsonl(self.path, [{"step": step, "seconds": seconds, **metrics}], add=True)
@@ -181,7 +192,8 @@ def log_update(sums: Sums, output, mask, old, rollouts, settings, counts) -> Non
     sums.add(reward=output.rewards.sum(), square=(output.rewards**2).sum())
     sums.add(mean_log_prob=(log_probs * mask).sum() / counts["tokens"])
     advantages = rollouts.advantages.flatten().to(mask.device)
-    clipped = clipped_tokens(log_probs, old, advantages, mask, settings.clip_low, settings.clip_high)
+    clip = settings.clip_low, settings.clip_high, settings.clip_dual
+    clipped = clipped_tokens(log_probs, old, advantages, mask, *clip)
     sums.add(clip_share=clipped / counts["tokens"])
     sums.add(ratio_max=policy_ratio(log_probs, old, mask).max())
     if gap is not None:

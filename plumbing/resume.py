@@ -86,12 +86,17 @@ def _write(out, step, state, states, ranks, keep, position):
                 shutil.rmtree(old, ignore_errors=True)
         ranks.barrier()
     except (OSError, RuntimeError, CheckpointException) as error:  # the last is a BaseException, with each rank's own
-        first = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        first = _first_of(error)
         if not isinstance(first, (OSError, RuntimeError)):
             raise  # a bug
         # torch tells of a full disk as "unexpected pos 704 vs 598"
         raise InputError(f"{folder}: could not be written ({first_line(first)}); is the disk full? --resume goes on "
                          "from the checkpoint before.") from error
+
+
+def _first_of(error):
+    """What one rank ended with, of a CheckpointException that holds each rank's own."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
 def load_checkpoint(out: str, model, optimizer, ranks) -> dict:
@@ -102,16 +107,24 @@ def load_checkpoint(out: str, model, optimizer, ranks) -> dict:
     if not checkpoints_of(out):
         return {"step": 0}
     folder = checkpoints_of(out)[-1]
-    _refuse_foreign_index(os.path.join(folder, "state", ".metadata"))
     weights, adam = _training_state(model, optimizer)
     state = {"model": weights, "optimizer": adam["state"]}
-    dcp.load(state, checkpoint_id=os.path.join(folder, "state"), no_dist=not ranks.sharded)
+    try:
+        position = read_json(folder, "step.json")
+        same = position["world"] == ranks.world
+        states = torch.load(os.path.join(folder, f"random-{ranks.rank}.pt"), weights_only=True) if same else None
+        _refuse_foreign_index(os.path.join(folder, "state", ".metadata"))
+        dcp.load(state, checkpoint_id=os.path.join(folder, "state"), no_dist=not ranks.sharded)
+    except (OSError, EOFError, ValueError, RuntimeError, pickle.UnpicklingError, CheckpointException) as error:
+        first = _first_of(error)
+        if isinstance(first, torch.OutOfMemoryError):
+            raise first from None
+        raise InputError(f"{folder}: is damaged, or no checkpoint of this code ({first_line(first)}); delete this "
+                         "folder, and --resume goes on from the one before.") from error
     set_state_dict(
         model, optimizer, model_state_dict=weights, optim_state_dict=adam,
         options=StateDictOptions(ignore_frozen_params=True, strict=False))  # frozen weights are not in the checkpoint
-    position = read_json(folder, "step.json")
-    if position["world"] == ranks.world:
-        states = torch.load(os.path.join(folder, f"random-{ranks.rank}.pt"), weights_only=True)
+    if same:
         _set_random_state(states, ranks.device)
     ranks.print(f"resumed from {folder}")
     return position
@@ -165,12 +178,9 @@ class _Index(pickle.Unpickler):
 
 
 def _refuse_foreign_index(path):
-    """InputError before torch unpickles an index that holds more than names, sizes and places of tensors."""
-    try:
-        with open(path, "rb") as file:
-            _Index(file).load()
-    except (OSError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path}: is damaged, or no checkpoint of this code ({error}).") from error
+    """UnpicklingError before torch unpickles an index that holds more than names, sizes and places of tensors."""
+    with open(path, "rb") as file:
+        _Index(file).load()
 
 
 def checkpoints_of(out: str) -> list[str]:

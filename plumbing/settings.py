@@ -130,7 +130,7 @@ class CommonSettings:
     lr_head: float | None = arg(None, "learning rate of query and head; default --lr (paper: the same)", at_least=0)
     max_grad_norm: float = arg(
         1.0, "gradients of each part (LLM, vision, head) are scaled down to this L2 norm (paper: 1.0 in all)", above=0)
-    seed: int = arg(0, "decides order, masks, samples, dropout and LoRA's start", at_least=0)
+    seed: int = arg(0, "decides order, masks, samples, dropout and LoRA's start", at_least=0, at_most=2**63)
     # ranks
     shard_ranks: int = arg(
         0, "ranks that share one copy of the weights; 0: all; 8: inside nodes of 8 GPUs (hybrid)", at_least=0)

@@ -16,17 +16,18 @@ import time
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from plumbing.hub import write_card
 from plumbing.checkpoint import save_model
 from plumbing.jobs import fingerprint, task_seed
 from plumbing.logs import Log, draw_curves, read_metrics, read_numbers, reward_scale
 from plumbing.resume import Background, checkpoints_of, load_checkpoint, read_json, save_checkpoint
-from plumbing.settings import InputError, flag_of, writable, write_json, write_jsonl
+from plumbing.settings import InputError, first_line, flag_of, writable, write_json, write_jsonl
 
 # What a run writes into --out; --overwrite removes this and nothing else.
 WRITTEN = ("checkpoints", "model", "model.tmp", "model.old", "settings.json", "changes.jsonl", "metrics.jsonl",
-           "samples.jsonl", "skipped.jsonl", "not_finite*.jsonl", "curves.png")
+           "samples.jsonl", "skipped.jsonl.old", "not_finite*.jsonl", "curves.png")
 
 # What --resume may be given anew. All other settings decide what is learned and from what: a run whose second half has
 # others could not be described by one settings.json, so they are refused. Reasons, group by group:
@@ -44,23 +45,23 @@ DRAWS = "task_seed"  # how order and masks are drawn: by other code than the fir
 
 
 def claim_run(settings, ranks) -> None:
-    """COLLECTIVE: makes --out this run's, and writes its settings.json; InputError on every rank if it must not be.
+    """COLLECTIVE: makes --out this run's; InputError on every rank if it must not be.
 
     A new run needs an --out without a run, or --overwrite. --resume needs the settings of the run that it goes on with,
-    but for MAY_CHANGE, and data and model of the same content; what is changed is printed, and kept in changes.jsonl
-    with the step after which it counts.
+    but for MAY_CHANGE, and data and model of the same content. A run that is there stays as it is until `Run` knows
+    that this one begins: most bad input is told between the two.
     """
     problems = []
     if ranks.is_main:  # one looks and decides, all hear of it: others could see other files
         try:
-            _claim(settings, ranks)
+            _claim(settings)
         except InputError as error:
             problems = [str(error)]
     if problems := ranks.gather_objects(problems):
         raise InputError(problems[0])
 
 
-def _claim(settings, ranks):
+def _claim(settings):
     out, saved = settings.out, checkpoints_of(settings.out)
     if settings.resume and settings.overwrite:
         raise InputError("--resume goes on with the run in --out, --overwrite removes it; give one of them.")
@@ -71,15 +72,31 @@ def _claim(settings, ranks):
                              "it, or give another --out.")
     if settings.resume and not saved and os.path.isdir(os.path.join(out, "model")):
         raise InputError(f"{out}: holds a model but no checkpoint to go on from; --overwrite starts anew.")
-    now = {**dataclasses.asdict(settings), "draws": DRAWS}
-    now |= {"data_sha256": _sha256(settings.data), "model_fingerprint": fingerprint(settings.model)}
+    now = _now(settings)
     writable([out])
     _hold(out)
-    if settings.overwrite:  # only now: a mistyped --data or --model, just told, must not cost a finished run
-        _remove_run(settings)
     if settings.resume and saved:
-        _compare(out, now, saved[-1], ranks)
-    write_json(os.path.join(out, "settings.json"), now)
+        _compare(out, now)
+    if settings.overwrite and _written(settings) and os.path.exists(skipped := os.path.join(out, "skipped.jsonl")):
+        os.replace(skipped, f"{skipped}.old")  # the checks to come write one
+
+
+def _begin(settings, step, ranks):
+    """Now that nothing refuses the run: removes the one that --overwrite gives up, and writes settings.json; says what
+    --resume changes, and keeps it in changes.jsonl with `step`, after which it counts."""
+    now = _now(settings)
+    for path in _written(settings) if settings.overwrite else []:
+        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+    if step and (told := _compare(settings.out, now)):
+        for name, (old, new) in told.items():
+            ranks.print(f"{flag_of(name)} was {old}, from here on {new}")
+        write_jsonl(os.path.join(settings.out, "changes.jsonl"), [{"after_step": step, **told}], add=True)
+    write_json(os.path.join(settings.out, "settings.json"), now)
+
+
+def _now(settings):
+    return {**dataclasses.asdict(settings), "draws": DRAWS, "data_sha256": _sha256(settings.data),
+            "model_fingerprint": fingerprint(settings.model)}
 
 
 HELD = []  # files whose lock this process holds until it ends
@@ -98,8 +115,8 @@ def _hold(out):
         pass
 
 
-def _compare(out, now, newest, ranks):
-    """InputError if a setting differs that must not; says and keeps what else differs from the run's settings.json."""
+def _compare(out, now):
+    """{name: [old, new]} of what differs from the run's settings.json; InputError if it must not."""
     try:
         before = read_json(out, "settings.json")
     except (OSError, ValueError) as error:
@@ -115,11 +132,7 @@ def _compare(out, now, newest, ranks):
     if fixed:
         was = ", ".join(f"{flag_of(name)} {before.get(name)}" for name in fixed if name not in CONTENT.values())
         raise InputError(f"{out}: was begun with {was}, which --resume cannot change; give another --out.")
-    if told := {name: values for name, values in changed.items() if name not in ("resume", "overwrite", "out")}:
-        for name, (old, new) in told.items():
-            ranks.print(f"{flag_of(name)} was {old}, from here on {new}")
-        change = {"after_step": read_json(newest, "step.json")["step"], **told}
-        write_jsonl(os.path.join(out, "changes.jsonl"), [change], add=True)
+    return {name: values for name, values in changed.items() if name not in ("resume", "overwrite", "out")}
 
 
 def _sha256(path):
@@ -129,15 +142,15 @@ def _sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _remove_run(settings):
+def _written(settings):
+    """What of WRITTEN is there; InputError if this run reads from it."""
     found = [path for name in WRITTEN for path in glob.glob(os.path.join(glob.escape(settings.out), name))]
-    for path in found:  # before anything is removed: what this run reads may lie there
+    for path in found:
         for read in (settings.data, settings.model):
             real, own = os.path.realpath(path), os.path.realpath(read)
             if os.path.exists(read) and os.path.commonpath([real, own]) == real:
                 raise InputError(f"{read}: lies in what --overwrite would remove; give another --out.")
-    for path in found:
-        shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+    return found
 
 
 def divide(num_pairs: int, settings, ranks) -> tuple[int, int]:
@@ -167,10 +180,12 @@ class Run:
     pairs per step; warmup_steps.
     """
 
-    def __init__(self, name: str, model, optimizer, num_pairs: int, settings, ranks):
-        """COLLECTIVE. name: "stage 1" or "stage 2". Loads the newest checkpoint if --resume was given."""
+    def __init__(self, name: str, model, optimizer, pairs: list, settings, ranks):
+        """COLLECTIVE. name: "stage 1" or "stage 2". Loads the newest checkpoint if --resume was given; --out changes
+        only then, when nothing refuses the command any more."""
         self.name, self.model, self.optimizer, self.settings, self.ranks = name, model, optimizer, settings, ranks
-        self.num_pairs = num_pairs
+        self.num_pairs = num_pairs = len(pairs)
+        self.pairs = task_seed(*(pair.line for pair in pairs))  # --skip-bad-videos may keep as many, but others
         self.steps_per_epoch, self.local_pairs = divide(num_pairs, settings, ranks)
         self.total = min(settings.max_steps or 10**9, settings.epochs * self.steps_per_epoch)
         if settings.max_steps and self.total < settings.max_steps:
@@ -181,7 +196,10 @@ class Run:
         # The run's own: with more --epochs a share of the new total would begin the warm-up again.
         self.warmup_steps = position.get("warmup_steps", self.warmup_steps)
         self.first, before = position["step"], position.get("num_pairs", num_pairs)
-        if before != num_pairs:
+        same = before == num_pairs and position.get("pairs", self.pairs) == self.pairs
+        if ranks.is_main:
+            _begin(settings, self.first, ranks)
+        if not same:
             ranks.print(f"{num_pairs} pairs, {before} until step {self.first}: others can be read or are left out now; "
                         "they are shuffled anew, so some come twice in this epoch, and some not at all")
             if ranks.is_main:
@@ -221,7 +239,8 @@ class Run:
         """
         self.stopping, s = self.ranks.sum({"stop": self.stop.requested})["stop"] > 0, self.settings
         if self.stopping or self.is_due(step, s.save_every):
-            more = {"metrics": metrics, "warmup_steps": self.warmup_steps, "num_pairs": self.num_pairs}
+            more = {"metrics": metrics, "warmup_steps": self.warmup_steps}
+            more |= {"num_pairs": self.num_pairs, "pairs": self.pairs}
             begin = self.background.begin
             save_checkpoint(s.out, step, self.model, self.optimizer, self.ranks, s.keep, more, begin)
 
@@ -240,8 +259,13 @@ def save_run(model, settings, ranks, panels: dict[str, list[str]], title: str) -
     The rewards' mean and spread go along, for a rough common scale: DeScore.reward(normalize=True).
     """
     model.settings.update(reward_scale(settings.out))
-    save_model(model, os.path.join(settings.out, "model"), ranks, lambda folder: write_card(
-        folder, model.settings, settings, read_metrics(settings.out), panels, title))
+    path = os.path.join(settings.out, "model")
+    try:
+        save_model(model, path, ranks, lambda folder: write_card(
+            folder, model.settings, settings, read_metrics(settings.out), panels, title))
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: could not be written ({first_line(error)}); free space, then --resume writes "
+                         "it: no step is lost.") from error
     if ranks.is_main:
         draw_curves(settings.out, panels, os.path.join(settings.out, "curves.png"), title)
     ranks.print(f"wrote {settings.out}/model, metrics.jsonl and curves.png")
@@ -265,7 +289,10 @@ def require_finite(found: list[tuple], what: str, settings, ranks) -> None:
 
 
 class StopSignal:
-    """Ctrl-C (or SIGTERM) asks for a stop at the end of the step, with a checkpoint; twice stops at once."""
+    """Ctrl-C (or SIGTERM) asks for a stop at the end of the step, with a checkpoint; Ctrl-C again stops at once.
+
+    SIGTERM does not: sent to torchrun and its ranks together (systemd, slurm's time limit), each rank gets two.
+    """
 
     def __init__(self):
         self.requested = False
@@ -273,12 +300,12 @@ class StopSignal:
             signal.signal(number, self._ask)
 
     def _ask(self, number, frame):
-        if self.requested:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
-        if os.environ.get("RANK", "0") != "0":
+        told, self.requested = self.requested, True
+        if told or os.environ.get("RANK", "0") != "0":
             return  # all ranks get the signal: one message is enough
-        text = "stopping after this step; again to stop at once"
+        text = "stopping after this step; Ctrl-C now stops at once"
         if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, not this process, decides how long a step may still take
             text += " (torchrun kills after 30 s by default; longer steps need torchrun --shutdown-timeout SECONDS)"
         print("\n" + text, file=sys.stderr, flush=True)

@@ -201,6 +201,18 @@ def test_pairs_without_cots_are_named_and_count_as_masked(with_cots, base_dir, t
     assert line["masked_share"] == pytest.approx(6 / 7)
 
 
+def test_a_cot_sampled_as_nothing_but_its_end_is_a_cot(with_cots, base_dir, processor, tmp_path, capsys):
+    """Its text is empty, its token EOS stands before the query: not masked, so not counted as masked."""
+    rows = list(csv.DictReader(open(with_cots["train_cold_start"], encoding="utf-8")))
+    for row in rows:
+        row |= {"CoT_A": "", "CoT_A_tokens": f"[{processor.tokenizer.eos_token_id}]", "CoT_B_tokens": "[]"}
+    ends = write_csv(tmp_path / "ends.csv", list(rows[0]), [list(row.values()) for row in rows])
+    how = {"max_steps": 1, "mask_probability": 0}
+    cold_start.main(arguments({"train_cold_start": ends}, base_dir, tmp_path / "out", **how))
+    assert "have no CoTs" not in capsys.readouterr().out
+    assert logs.read_metrics(str(tmp_path / "out"))[0]["masked_share"] == 0
+
+
 def test_more_epochs_do_not_begin_the_warm_up_again(with_cots, base_dir, tmp_path):
     """A warm-up of both of 2 steps. Resumed with 4 steps in sight, step 3 has the full rate, not 3/4 of it."""
     how = {"warmup": 1, "batch_pairs": 4, "loss": "btt", "max_steps": 8}
@@ -262,6 +274,16 @@ def test_too_long_a_cot_names_its_row(with_cots, base_dir, tmp_path, capsys):
     assert not logs.read_metrics(str(tmp_path))
 
 
+@pytest.mark.parametrize("cots", [{"CoT_A_tokens": "[1]"}, {"CoT_A": "five " * 3000}])
+def test_with_every_cot_masked_none_is_looked_at(with_cots, base_dir, tmp_path, cots):
+    """--mask-probability 1: no CoT is too long, and no tokens are of another tokenizer."""
+    rows = [row | cots for row in csv.DictReader(open(with_cots["train_cold_start"], encoding="utf-8"))]
+    odd = write_csv(tmp_path / "odd.csv", list(rows[0]), [list(row.values()) for row in rows])
+    how = {"mask_probability": 1, "max_steps": 1, "max_length": 2000}
+    cold_start.main(arguments({"train_cold_start": odd}, base_dir, tmp_path / "out", **how))
+    assert logs.read_metrics(str(tmp_path / "out"))[0]["masked_share"] == 1
+
+
 def test_bad_input(world, with_cots, base_dir, tmp_path, capsys):
     with pytest.raises(InputError, match="no CoT_A / CoT_B"):
         cold_start.main(arguments(world, base_dir, tmp_path))
@@ -320,6 +342,34 @@ def test_a_second_run_in_the_same_folder(with_cots, base_dir, two_steps, tmp_pat
     refuses(capsys, cold_start.main, *flags(), "--resume", says="a model but no checkpoint")
 
 
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_command_that_is_refused_leaves_the_run_in_its_folder_as_it_is(
+    world, with_cots, base_dir, two_steps, tmp_path, capsys
+):
+    """Told late: by the CSV, the lengths, the division into batches. Neither --overwrite nor --resume has begun yet."""
+    go_on(two_steps, tmp_path)
+    (tmp_path / "skipped.jsonl").write_text('{"video": "of the first run"}\n')
+    before = files_of(tmp_path)
+    for flag, wrong, says in (
+        ("--resume", {"micro_pairs": 3, "lr": 1}, "not a multiple"),
+        ("--resume", {"max_length": 9}, "exceed --max-length"),
+        ("--overwrite", {"data": world["train_cold_start"]}, "has no CoT_A"),
+        ("--overwrite", {"val": "typo.csv"}, "typo.csv: no such file"),
+        ("--overwrite", {"batch_pairs": 64}, "do not fill one batch"),
+        ("--overwrite", {"max_length": 9}, "exceed --max-length"),
+    ):
+        refuses(capsys, cold_start.main, *arguments(with_cots, base_dir, tmp_path, **wrong), flag, says=says)
+        after = files_of(tmp_path)
+        after = {str(path).removesuffix(".old"): content for path, content in after.items()}
+        assert after == {str(path): content for path, content in before.items()}, wrong
+    cold_start.main([*arguments(with_cots, base_dir, tmp_path, max_steps=1), "--overwrite"])
+    assert not list(tmp_path.glob("skipped*")) and len(logs.read_metrics(str(tmp_path))) == 1
+    assert json.loads((tmp_path / "settings.json").read_text())["max_steps"] == 1
+
+
 def test_a_kill_between_saving_and_logging_loses_no_line(with_cots, base_dir, two_steps, tmp_path):
     """The step's metrics lie in the checkpoint too: tests/kills.py found their line missing after a resume."""
     path = go_on(two_steps, tmp_path) / "metrics.jsonl"
@@ -328,6 +378,29 @@ def test_a_kill_between_saving_and_logging_loses_no_line(with_cots, base_dir, tw
     cold_start.main([*arguments(with_cots, base_dir, tmp_path, max_steps=2), "--resume"])
     after = logs.read_metrics(str(tmp_path))
     assert [line["step"] for line in after] == [1, 2] and after[1]["loss"] == before[1]["loss"]
+
+
+def test_a_kill_during_a_validation_loses_no_accuracy(with_cots, base_dir, tmp_path, monkeypatch):
+    """The last one's is what the model card tells; its step is saved before, and no step is left for a resume."""
+    due = {"val": with_cots["train_cold_start"], "max_steps": 2, "val_every": 1, "save_every": 1, "workers": 1}
+    cold_start.main(arguments(with_cots, base_dir, tmp_path / "whole", **due))
+    for killed in (1, 2):
+        calls, real = [], cold_start.validate
+
+        def validate(*args, killed=killed, calls=calls, real=real):
+            calls.append(1)
+            if len(calls) == killed:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(cold_start, "validate", validate)
+            cold_start.main(arguments(with_cots, base_dir, tmp_path / str(killed), **due))
+        cold_start.main([*arguments(with_cots, base_dir, tmp_path / str(killed), **due), "--resume"])
+        whole, cut = (logs.read_metrics(str(tmp_path / name)) for name in ("whole", str(killed)))
+        for name in ("step", "loss", "val_accuracy"):
+            assert [line.get(name) for line in cut] == [line[name] for line in whole], name
+        assert "val_accuracy" in (tmp_path / str(killed) / "model/README.md").read_text()
 
 
 def test_resume_with_other_settings(with_cots, base_dir, two_steps, tmp_path, capsys):
@@ -377,6 +450,29 @@ def test_pairs_that_come_or_go_between_two_halves_are_told(with_cots, base_dir, 
     assert {"after_step": 2, "num_pairs": [7, 6]} in changes
 
 
+def test_as_many_other_pairs_between_two_halves_are_told(with_cots, base_dir, tmp_path, capsys):
+    """A clip is back, another is gone: six pairs less one as before, but not the same five."""
+    text = open(with_cots["train_cold_start"], encoding="utf-8").read()
+    first, second = [pair.video_a for pair in data.read_pairs(with_cots["train_cold_start"]) if pair.label][:2]
+    text = text.replace(first, str(tmp_path / "0.mp4")).replace(second, str(tmp_path / "1.mp4"))
+    (tmp_path / "x.csv").write_text(text)
+    shutil.copy(first, tmp_path / "0.mp4")
+    flags = lambda **more: [*arguments({"train_cold_start": str(tmp_path / "x.csv")}, base_dir, tmp_path / "out",
+                                       **more), "--skip-bad-videos"]
+    cold_start.main(flags(max_steps=1))
+    cold_start.main([*flags(max_steps=2), "--resume"])
+    assert "are shuffled anew" not in capsys.readouterr().out
+    os.rename(tmp_path / "0.mp4", tmp_path / "1.mp4")
+    cold_start.main([*flags(max_steps=3), "--resume"])
+    assert "5 pairs, 5 until step 2: others can be read" in capsys.readouterr().out
+    step = tmp_path / "out/checkpoints/step-000003/step.json"
+    held = json.loads(step.read_text())
+    del held["pairs"]
+    step.write_text(json.dumps(held))  # as code wrote it that counted them alone
+    cold_start.main([*flags(max_steps=4), "--resume"])
+    assert "are shuffled anew" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flags", [{"loss": "bt"}, {"loss": "btt", "val": "same"}])
 def test_ties_alone_are_told_before_a_model_is_opened(with_cots, base_dir, tmp_path, capsys, monkeypatch, flags):
     rows = list(csv.DictReader(open(with_cots["train_cold_start"], encoding="utf-8")))
@@ -385,6 +481,19 @@ def test_ties_alone_are_told_before_a_model_is_opened(with_cots, base_dir, tmp_p
     flags = {name: same if value == "same" else value for name, value in flags.items()}
     monkeypatch.setattr(cold_start.checkpoint, "open_on_rank", None)
     refuses(capsys, cold_start.main, *arguments(ties, base_dir, tmp_path / "out", **flags), says="ties alone")
+
+
+@pytest.mark.parametrize("left_out", [{"CoT_A": "five " * 900}, {"videos": "['gone.mp4', 'gone.mp4']"}])
+def test_validation_pairs_that_become_ties_alone_are_told_before_the_first_step(
+    with_cots, base_dir, tmp_path, capsys, left_out
+):
+    """--skip-bad-videos leaves the only pair with a winner out."""
+    rows = list(csv.DictReader(open(with_cots["train_cold_start"], encoding="utf-8")))[:3]
+    rows = [row | {"GSB": "same"} for row in rows[1:]] + [rows[0] | {"GSB": "A"} | left_out]
+    val = write_csv(tmp_path / "val.csv", list(rows[0]), [list(row.values()) for row in rows])
+    flags = arguments(with_cots, base_dir, tmp_path / "out", loss="btt", val=val, max_length=2000)
+    refuses(capsys, cold_start.main, *flags, "--skip-bad-videos", says="val.csv: in no pair that --skip-bad")
+    assert not logs.read_metrics(str(tmp_path / "out"))
 
 
 def test_a_run_of_code_that_drew_otherwise_is_not_resumed(with_cots, base_dir, two_steps, tmp_path, capsys):

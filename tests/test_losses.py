@@ -131,7 +131,17 @@ def test_grpo_loss_eq7_by_hand():
     mask = torch.ones(4, 1)
     expected = (-1.3 + 1.648721 + 3.0 - 0.367879) / 4
     assert losses.grpo_loss(log_probs, old, advantages, mask).item() == pytest.approx(expected, abs=1e-5)
-    assert losses.clipped_tokens(log_probs, old, advantages, mask).item() == 1  # only the first token's gradient is cut
+    assert losses.clipped_tokens(log_probs, old, advantages, mask).item() == 2  # the first's and the third's gradient
+
+
+def test_the_tokens_that_count_as_clipped_are_those_without_a_gradient():
+    ratio = torch.arange(0.05, 6, 0.1)  # on no bound
+    for low, high, dual in ((0.2, 0.3, 3.0), (0.5, 4.0, 2.0)):  # the dual clip outside the other, and inside
+        for sign in (1.0, -1.0):
+            log_probs, old = ratio.log()[None].requires_grad_(), torch.zeros(1, len(ratio))
+            args = log_probs, old, torch.tensor([sign]), torch.ones_like(old), low, high, dual
+            losses.grpo_loss(*args).backward()
+            assert losses.clipped_tokens(*args).item() == (log_probs.grad == 0).sum() > 0
 
 
 def test_grpo_loss_equals_the_naive_loop():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,6 +42,15 @@ def test_ctrl_c_asks_once_and_tells_of_torchruns_limit(stop, under_torchrun, mon
     text = capsys.readouterr().err
     assert "stopping after this step" in text
     assert ("torchrun --shutdown-timeout SECONDS" in text) == under_torchrun
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_second_sigterm_does_not_stop_at_once(stop, capsys):
+    """systemd and slurm send it to torchrun and to its ranks, and torchrun then hands it on to the ranks again."""
+    signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.requested and capsys.readouterr().err.count("stopping after this step") == 1
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
 
@@ -99,6 +109,22 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(model, tmp_path, monke
         assert resume.load_checkpoint(str(tmp_path), model, optimizer, ranks)["step"] == 1
     resume.save_checkpoint(str(tmp_path), 2, model, optimizer, ranks)  # what the kill left is no obstacle
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-000001", "step-000002"]
+
+
+@pytest.mark.parametrize("name", ["step.json", "random-0.pt", "state/__0_0.distcp", "state/.metadata"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used_without_it(model, tmp_path, name):
+    model.make_trainable("head", vision=False)
+    optimizer, ranks = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]), parallel.Ranks()
+    for step in (1, 2):
+        resume.save_checkpoint(str(tmp_path), step, model, optimizer, ranks)
+    newest = tmp_path / "checkpoints/step-000002"
+    for size in ((newest / name).stat().st_size // 2, 0, None):
+        os.truncate(newest / name, size) if size is not None else os.remove(newest / name)
+        with pytest.raises(resume.InputError, match="step-000002: is damaged, .*; delete this folder") as told:
+            resume.load_checkpoint(str(tmp_path), model, optimizer, ranks)
+        assert len(str(told.value).splitlines()) == 1
+    shutil.rmtree(newest)
+    assert resume.load_checkpoint(str(tmp_path), model, optimizer, ranks)["step"] == 1
 
 
 @pytest.mark.parametrize("steps", [(1, 2), (9, 10), (999_999, 1_000_000)])
@@ -209,6 +235,7 @@ def main():
     cold_start.main(sys.argv[1:])
 cli(main)
 """
+LATER = FULL.replace(".train", ".save_run")  # while checkpoints are written there is room
 
 
 def test_a_disk_that_takes_no_more_is_one_sentence(world, base_dir, tmp_path):
@@ -221,6 +248,16 @@ def test_a_disk_that_takes_no_more_is_one_sentence(world, base_dir, tmp_path):
     assert len(lines) == 1 and "step-000001: could not be written (" in lines[0] and "is the disk full" in lines[0]
     assert [line["step"] for line in read_metrics(str(tmp_path))] == [1] or len(read_metrics(str(tmp_path))) == 2
     assert os.listdir(tmp_path / "checkpoints") == ["step-000001.tmp"]
+
+
+def test_a_disk_that_is_full_when_the_model_is_written_costs_no_step(world, base_dir, tmp_path):
+    flags = ["--model", base_dir, "--data", world["train_cold_start"], *STAGE_1, "--max-steps", "2"]
+    command = [sys.executable, "-c", LATER, *flags, "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "/model: could not be written (" in done.stderr and not (tmp_path / "model").exists()
+    cold_start.main([*flags, "--out", str(tmp_path), "--resume"])
+    assert DeScore.from_pretrained(str(tmp_path / "model")) and len(read_metrics(str(tmp_path))) == 2
 
 
 HOLD = """

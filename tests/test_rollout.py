@@ -76,6 +76,19 @@ def test_sampling_depends_on_the_seed_alone(model, prefixes, processor):
     assert [len(row) for row in many] == [2, 2, 2, 2]
 
 
+def test_no_more_rows_are_sampled_at_a_time_than_asked_for(model, prefixes, processor, monkeypatch):
+    """--rows-per-batch below --rollouts, too: it is what a full GPU is told to lower. The CoTs stay the same."""
+    sizes, real, seeds = [], rollout.sample_cots, [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10], [11, 12]]
+    monkeypatch.setattr(rollout, "sample_cots", lambda *a: sizes.append(sum(map(len, a[3]))) or real(*a))
+    found = []
+    for rows, wanted in ((64, [12]), (2, [2, 2, 1, 2, 2, 1, 2]), (1, [1] * 12)):
+        sizes.clear()
+        engine = rollout.TransformersEngine(model.backbone, processor, True, rows)
+        found.append(engine.generate(prefixes[:3], seeds, 8))
+        assert sizes == wanted
+    assert found[0] == found[1] == found[2] and [len(row) for row in found[0]] == [5, 5, 2]
+
+
 def test_sampling_reads_each_video_once(model, prefixes, processor):
     seen, visual = [], model.backbone.model.visual
     hook = visual.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)

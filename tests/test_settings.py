@@ -36,6 +36,8 @@ def test_every_number_has_bounds_that_its_default_keeps(settings_class):
     (cold_start, ["--lr", "-1"], "--lr -1.0: must be at least 0"),
     (cold_start, ["--mask-probability", "1.5"], "--mask-probability 1.5: must be at least 0 and at most 1"),
     (cold_start, ["--lora-r", "0"], "--lora-r 0: must be at least 1"),
+    (cold_start, ["--seed", str(2**64)], f"--seed {2**64}: must be at least 0 and at most {2**63}"),
+    (evaluate, ["--seed", str(2**64)], f"--seed {2**64}: must be at least 0 and at most {2**63}"),
     (grpo, ["--rollouts", "0"], "--rollouts 0: must be at least 2"),
     (grpo, ["--temperature", "-1"], "--temperature -1.0: must be above 0"),
     (grpo, ["--clip-dual", "1"], "--clip-dual 1.0: must be above 1"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import cold_start
+import data
 import parallel
 from plumbing import training
 from plumbing.logs import read_metrics
@@ -27,7 +28,7 @@ def test_a_rank_count_that_does_not_divide_is_one_sentence(world, base_dir, tmp_
 
 
 def test_two_runs_at_once_do_not_share_a_folder(tmp_path):
-    """For minutes a run leaves nothing there but settings.json. The lock goes with the process, however it ends."""
+    """For minutes a run leaves nothing there that tells. The lock goes with the process, however it ends."""
     context, out = multiprocessing.get_context("fork"), str(tmp_path)
     held, end = context.Event(), context.Event()
 
@@ -57,14 +58,16 @@ def test_steps_that_the_epochs_do_not_give_are_said(world, base_dir, tmp_path, c
 
 
 @pytest.fixture
-def begin(model, tmp_path):
+def begin(model, world, base_dir, tmp_path):
     """begin(seed=0, ...) -> a Run of three epochs over 8 pairs, 2 a step; query and head are trained."""
     model.make_trainable("head", vision=False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
     def start(**flags):
-        settings = cold_start.Settings(out=str(tmp_path), batch_pairs=2, epochs=3, **flags)
-        return Run("a run", model, optimizer, 8, settings, parallel.Ranks())
+        read = {"data": world["train_cold_start"], "model": base_dir}
+        settings = cold_start.Settings(**read, out=str(tmp_path), batch_pairs=2, epochs=3, **flags)
+        pairs = [data.PreferencePair("a", "b", "a prompt", 1, line=line) for line in range(8)]
+        return Run("a run", model, optimizer, pairs, settings, parallel.Ranks())
 
     return start
 
