@@ -146,9 +146,9 @@ def compare_runs(runs: list[str], out: str, training: list[str] = ()) -> str:
 
     Where a label has several reports of one benchmark, of several seeds, a cell is their mean and standard deviation.
     `training`: folders of whole runs (stage1, discriminative, stage2), summed up in a second table.
-    InputError: a label without a report.
+    InputError: a label without a report; reports of one benchmark on other numbers of pairs: some left out clips.
     """
-    found, benchmarks = {}, []  # label -> {benchmark: numbers of each seed}
+    found, benchmarks, size = {}, [], {}  # label -> {benchmark: numbers of each seed}; benchmark -> its pairs, a file
     for run in runs:
         label, _, pattern = run.partition("=")
         paths = sorted(glob.glob(pattern))
@@ -161,6 +161,11 @@ def compare_runs(runs: list[str], out: str, training: list[str] = ()) -> str:
                 numbers = json.load(file)
             name = numbers["benchmark"] or os.path.basename(numbers["data"])
             name += f" ({numbers['labels']})" if numbers.get("labels") else ""  # another number, not another seed
+            pairs = [numbers.get("pairs"), numbers.get("human_ties")]  # counted only: each seed's world is another
+            same, first = size.setdefault(name, (pairs, path))
+            if pairs != same:
+                raise InputError(f"{path}: has {pairs[0]} pairs of {name} ({pairs[1]} human ties), {first} {same[0]} "
+                                 f"({same[1]}): other pairs, other accuracies; evaluate both on the same ones.")
             found.setdefault(label, {}).setdefault(name, []).append(numbers)
             benchmarks += [name] if name not in benchmarks else []
     head = ["model", *(f"{name} {kind}" for name in benchmarks for kind in ("w/o ties", "w/ ties"))]
@@ -252,7 +257,7 @@ def draw_runs(path: str, found: dict, benchmarks: list[str]) -> None:
             if len(numbers) > 1:
                 dots = [n["accuracy_without_ties"] for n in numbers]
                 axis.plot([place] * len(dots), dots, "o", color="black", markersize=3)
-            elif interval := numbers[0].get("accuracy_without_ties_interval"):
+            elif None not in (interval := numbers[0].get("accuracy_without_ties_interval") or [None]):  # 1 prompt
                 spread = [[max(0, value - interval[0])], [max(0, interval[1] - value)]]
                 axis.errorbar(place, value, spread, color="black", capsize=2, elinewidth=0.8)
     axis.axhline(0.5, color="grey", linestyle="--", linewidth=1)
