@@ -254,13 +254,14 @@ def test_frames_in_memory_are_made_small_by_averages():
 
 
 def test_line_ends_and_blanks_around_a_prompt_do_not_count(processor, tiny_clips, tmp_path):
-    """A CSV, the Python call, HTTP and --prompt give the same ids: encode_prompt alone does it, for all."""
+    """A CSV, the Python call, HTTP and --prompt give the same ids, and in logs the same name."""
     video = data.sample_frames(tiny_clips[0])
     ids = lambda prompt: data.encode_prompt(processor, video, prompt)["input_ids"].tolist()
     assert ids("A red circle.") == ids("A red circle.\r\n") == ids(" \tA red circle.\n\n")
     assert ids("one\ntwo") == ids("one\r\ntwo") == ids("one\rtwo\n") != ids("one two")
     (tmp_path / "x.csv").write_bytes(b'path_A,path_B,prompt,TA\r\na.mp4,b.mp4,"one\r\ntwo ",A\r\n')
-    assert ids(data.read_pairs(str(tmp_path / "x.csv"))[0].prompt) == ids("one\ntwo")
+    (pair,) = data.read_pairs(str(tmp_path / "x.csv"))
+    assert pair.prompt == "one\ntwo" and ids(pair.prompt) == ids("one\ntwo")
 
 
 def test_tokens_behind_the_end_do_not_spell_the_text(processor):

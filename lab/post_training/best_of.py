@@ -12,7 +12,7 @@ import os
 import evaluate
 import parallel
 from phases import WORDING, Workers, text_rewards
-from plumbing.formats import open_table, refuse_outside
+from plumbing.formats import open_table, refuse_outside, tidy_prompt
 from plumbing.jobs import Item, require_same_settings, write_skipped
 from plumbing.settings import InputError, arg, cli, evaluation_flags, parse, require, writable, write_csv
 
@@ -37,7 +37,7 @@ def read_videos(s: Settings) -> list[Item]:
     """The videos of --data, each once. InputError: none, or an empty cell."""
     items, root = {}, s.root or os.path.dirname(s.data)
     for line, row in open_table(s.data, ("path", "prompt"))[1]:
-        video, prompt = os.path.normpath(os.path.join(root, row["path"].strip())), row["prompt"].strip()
+        video, prompt = os.path.normpath(os.path.join(root, row["path"].strip())), tidy_prompt(row["prompt"])
         if not prompt or not row["path"].strip():
             raise InputError(f"{s.data}, line {line}: path or prompt is empty.")
         if s.root:

@@ -19,7 +19,7 @@ import parallel
 from lab.post_training.best_of import rewards_of
 from lab.post_training.report import ranks as ranks_of
 from metrics import bootstrap_interval
-from plumbing.formats import open_table, refuse_outside
+from plumbing.formats import open_table, refuse_outside, tidy_prompt
 from plumbing.jobs import Item
 from plumbing.report import table
 from plumbing.settings import InputError, arg, atomic_write, cli, evaluation_flags, parse, require, writable, write_json
@@ -48,7 +48,7 @@ def read_numbers(path: str, column: str, root: str = "") -> dict[tuple[str, str]
     """
     folder, found = os.path.abspath(root or os.path.dirname(path)), {}
     for line, row in open_table(path, ("path", "prompt", column))[1]:
-        key = os.path.normpath(os.path.join(folder, row["path"].strip())), row["prompt"].strip()
+        key = os.path.normpath(os.path.join(folder, row["path"].strip())), tidy_prompt(row["prompt"])
         if root:
             refuse_outside(folder, key[0], line)
         try:

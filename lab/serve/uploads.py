@@ -16,6 +16,7 @@ from PIL import Image
 
 import data
 from plumbing.decoder import LIMIT
+from plumbing.formats import tidy_prompt
 from plumbing.settings import InputError
 from plumbing.video import MAX_SIDE, open_clip, resize
 
@@ -143,4 +144,4 @@ def check_fields(fields: dict, max_videos: int, source_fps: float) -> tuple[list
         fps = math.nan
     if not 0 < fps <= 1000:
         raise InputError("`fps` must be a number of frames a second, above 0 and at most 1000.")
-    return prompts, videos, fps
+    return list(map(tidy_prompt, prompts)), videos, fps

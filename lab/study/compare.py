@@ -18,7 +18,7 @@ import numpy as np
 import evaluate
 from metrics import bootstrap_interval
 from plumbing import report
-from plumbing.formats import open_table
+from plumbing.formats import open_table, tidy_prompt
 from plumbing.report import table
 from plumbing.settings import InputError, arg, cli, parse, require, writable
 
@@ -72,7 +72,7 @@ def read_scores(path: str, data_path: str, pairs: list, root: str) -> np.ndarray
             i = place.get(k)
             if i is not None:
                 rewards[i] = [number(path, line, row, column) for column in ("reward_A", "reward_B")]
-                if row.get("prompt", pairs[i].prompt).strip() != pairs[i].prompt.strip():
+                if tidy_prompt(row.get("prompt", pairs[i].prompt)) != pairs[i].prompt:
                     other = f"line {pairs[i].line} of {data_path}"
                     raise InputError(f"{path}, line {line}: has another prompt than {other}.")
         if k + 1 != len(index):
@@ -81,12 +81,12 @@ def read_scores(path: str, data_path: str, pairs: list, root: str) -> np.ndarray
     if not {"path", "reward"} <= set(first):
         raise InputError(f"{path}: needs the columns reward_A,reward_B or path,reward; it has {sorted(first)}.")
     for line, row in open_table(path)[1]:
-        key = os.path.normpath(os.path.join(root, row["path"].strip())), row.get("prompt", "").strip()
+        key = os.path.normpath(os.path.join(root, row["path"].strip())), tidy_prompt(row.get("prompt", ""))
         reward = number(path, line, row, "reward")
         if not np.isnan(reward) and found.setdefault(key, reward) != reward:
             raise InputError(f"{path}, line {line}: a second reward for {row['path']!r}.")
     for i, pair in enumerate(pairs):
-        own = [(video, pair.prompt.strip()) for video in pair.videos]  # a video under two prompts has two rewards
+        own = [(video, pair.prompt) for video in pair.videos]  # a video under two prompts has two rewards
         rewards[i] = [found.get(key, found.get((key[0], ""), float("nan"))) for key in own]
     return rewards
 

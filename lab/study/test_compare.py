@@ -174,6 +174,18 @@ def test_bad_score_files_are_one_sentence(tmp_path, pairs_csv, capsys):
         refuses(capsys, compare.main, *out, *flags, says=words)
 
 
+def test_what_evaluation_wrote_of_prompts_with_blanks_is_read_back(tmp_path, tiny_model_dir, tiny_clips, no_figure):
+    """The same clip under "a cat" and "a cat " is one item with one reward."""
+    a, b, c = map(os.path.abspath, tiny_clips[:3])
+    rows = [[a, b, "a\r\ncat", "A"], [a, c, "a\ncat ", "B"]]
+    flags = ["--data", write_csv(tmp_path / "x.csv", ["path_A", "path_B", "prompt", "TA"], rows), "--out"]
+    more = ["--thoughts", "2", "--max-new-tokens", "4"]
+    evaluate.main(["--model", tiny_model_dir, *flags, str(tmp_path / "one"), *more])
+    compare.main(["--scores", str(tmp_path / "one" / "scores.csv"), *flags, str(tmp_path / "again")])
+    first, again = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "again"))
+    assert first["prompts"] == again["prompts"] == 1 and first["threshold"] == again["threshold"]
+
+
 def test_what_evaluation_wrote_is_read_back(tmp_path, tiny_model_dir, world, no_figure):
     flags = ["--data", world["test_in_domain"], "--out"]
     evaluate.main(["--model", tiny_model_dir, *flags, str(tmp_path / "one"), "--no-think"])
