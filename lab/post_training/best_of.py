@@ -14,6 +14,7 @@ import parallel
 from phases import WORDING, Workers, text_rewards
 from plumbing.formats import open_table, refuse_outside, tidy_prompt
 from plumbing.jobs import Item, require_same_settings, write_skipped
+from plumbing.report import cut_off
 from plumbing.settings import InputError, arg, cli, evaluation_flags, parse, require, writable, write_csv
 
 
@@ -82,6 +83,9 @@ def rewards_of(s: Settings, items: list[Item], ranks) -> tuple[dict, list[dict],
     workers, thoughts, skipped = Workers(s, ranks), None, []
     if s.think:
         thoughts, skipped = workers.think(items, s.out, s.thoughts)
+        ended = [one for record in thoughts.values() for one in record["ended"]]
+        for line in cut_off(ended.count(False), len(ended)):
+            ranks.print(line)
     if s.score_from[0] == "text":
         rewards, unscored = text_rewards(thoughts), []
     else:

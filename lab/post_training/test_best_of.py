@@ -47,6 +47,13 @@ def test_no_clip_that_can_be_read(tmp_path, tiny_model_dir, capsys):
     refuses(capsys, best_of.main, *flags, "--skip-bad-videos", says="no video has a reward; see")
 
 
+def test_cots_that_were_cut_off_are_told(tmp_path, tiny_model_dir, tiny_clips, capsys):
+    rows = [[os.path.abspath(path), "a prompt"] for path in tiny_clips[:2]]
+    videos = write_csv(tmp_path / "videos.csv", ["path", "prompt"], rows)
+    best_of.main(["--model", tiny_model_dir, *FEW, "--data", videos, "--out", str(tmp_path / "out")])
+    assert "2 of 2 CoTs did not end within --max-new-tokens" in capsys.readouterr().out
+
+
 def test_a_replaced_clip_is_ranked_anew(tmp_path, tiny_model_dir, tiny_clips):
     """A generator writes each round's clips to the same names."""
     names = [str(tmp_path / f"{k}.mp4") for k in range(3)]
