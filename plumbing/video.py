@@ -31,7 +31,8 @@ class Clip:
     """What a file says of itself.
 
     height, width: as displayed, turned upright and with square pixels. stamps: the seconds at which each frame comes
-    on screen, ascending, the first at 0. seconds: the clip's length; the last frame stays as long as the one before.
+    on screen, ascending, the first at 0. seconds: the clip's length; the last frame stays as long as its packet says
+    where the file's own length agrees (with B-frames, packets of an mp4 say another's), else as long as the one before.
     slack: by how much a stamp may be rounded up.
     plain: one rate, square pixels, upright, not cut, no open key frame: what a reader by number gets right.
     """
@@ -93,13 +94,17 @@ def read_header(path: str) -> Clip:
     for packet, stamp in zip(packets, stamps):  # in the order of decoding
         opened |= key is not None and stamp < key  # shown before the key frame, stored behind it
         key = stamp if packet.is_keyframe else key
-    shown = sorted({stamp for packet, stamp in zip(packets, stamps) if not packet.is_discard})
+    lasts = {stamp: packet.duration for packet, stamp in zip(packets, stamps) if not packet.is_discard}
+    shown = sorted(lasts)
     if not shown:
         raise InputError(f"{path}: has no video frames.")
     steps = np.diff(shown)
-    seconds = (shown[-1] - shown[0] + (steps[-1] if len(steps) else 1)) * tick
+    stays = lasts[shown[-1]]
+    if not stays or abs((shown[-1] + stays) * tick - declared) > max(tick, 2e-3):
+        stays = steps[-1] if len(steps) else 1
+    seconds = (shown[-1] - shown[0] + stays) * tick
     end = shown[0] * tick + seconds
-    if end < declared - 0.5:
+    if end < declared - 0.5 and name in ("matroska,webm", "avi"):  # a truncated mp4 cannot be opened at all
         raise InputError(f"{path}: is cut short: it ends at {end:.1f} s of {declared:.1f}; copy it anew.")
     even = len(shown) < 2 or np.ptp(steps) * tick <= 2e-3  # mkv counts in milliseconds
     plain = even and pixel == 1 and not (swap or opened or any(flips)) and len(shown) == len(packets)
@@ -143,11 +148,9 @@ def _opened(path: str):
 
 
 def _declared(file, stream) -> float:
-    """The seconds that avi, mkv and webm say they hold; 0 if unknown. A truncated mp4 cannot be opened at all."""
-    if file.format.name == "avi":
-        return float((stream.duration or 0) * stream.time_base)
+    """The second at which the video ends by what its file says; 0 if unknown."""
     if "matroska" not in file.format.name:
-        return 0.0
+        return float(((stream.start_time or 0) + stream.duration) * stream.time_base) if stream.duration else 0.0
     found = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))  # 00:00:04.125000000
     return sum(float(part) * 60**k for part, k in zip(found.groups(), (2, 1, 0))) if found else 0.0
 
@@ -281,7 +284,7 @@ def resize(frames, size: tuple[int, int]) -> np.ndarray:
 
 
 # ---- 3. Sampled frames on disk, so that a clip that is used in every epoch is decoded once --------------------
-VERSION = 4  # of how frames are sampled: a change there must not find old frames
+VERSION = 5  # of how frames are sampled: a change there must not find old frames
 
 
 class FrameCache:
