@@ -133,7 +133,8 @@ def _opened(path: str):
     import av
 
     try:
-        with av.open(path, metadata_errors="replace") as file:  # a title may be in any encoding
+        whole = os.path.join(os.getcwd(), path)  # FFmpeg takes what stands before a colon for a protocol
+        with av.open(whole, metadata_errors="replace") as file:  # a title may be in any encoding
             stream = file.streams.best("video")
             if stream is None:
                 raise InputError(f"{path}: has no video frames.")
@@ -224,7 +225,8 @@ def frames_decord(clip: Clip, times: list[float], size: tuple[int, int]) -> tupl
                           "key frames are open, or its pixels not square); leave the flag out.")
     numbers = [max(0, int(np.searchsorted(clip.stamps, time + clip.slack, "right")) - 1) for time in times]
     try:
-        reader = VideoReader(clip.path, ctx=cpu(0), width=size[1], height=size[0], num_threads=1)
+        path = os.path.join(os.getcwd(), clip.path)  # as for FFmpeg
+        reader = VideoReader(path, ctx=cpu(0), width=size[1], height=size[0], num_threads=1)
         starts = reader.get_frame_timestamp(range(len(reader)))[:, 0]  # read from the index, nothing is decoded yet
         if len(reader) != len(clip.stamps) or np.abs(starts - starts[0] - clip.stamps).max() > 2e-3:
             raise Unsupported(f"{clip.path}: decord takes other time stamps than FFmpeg; leave out --reader decord.")
@@ -243,13 +245,16 @@ def from_memory(video):
     """
     import torch
 
-    if isinstance(video, (list, tuple)) and any(getattr(image, "mode", "").startswith(("I", "F")) for image in video):
+    listed = isinstance(video, (list, tuple))
+    if listed and any(str(getattr(image, "mode", "")).startswith(("I", "F")) for image in video):
         raise InputError("images of Pillow's mode I or F: their values would be cut off at 0 and 255; scale them.")
     try:
-        if isinstance(video, (list, tuple)):
+        if listed:
             images = [image.convert("RGB") if hasattr(image, "convert") else image for image in video]
-            video = np.stack([np.asarray(image) for image in images])
-        frames = torch.as_tensor(video)
+            tensors = all(map(torch.is_tensor, images))
+            video = torch.stack(images) if tensors else np.stack([np.asarray(image) for image in images])
+        # PyTorch refuses views that run backwards: frames[..., ::-1] of OpenCV's BGR
+        frames = torch.as_tensor(np.ascontiguousarray(video) if isinstance(video, np.ndarray) else video)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"a video must be a path, an array (F, H, W, 3) or a list of images of one size; this is a "
                          f"{type(video).__name__} ({first_line(error)}).") from error

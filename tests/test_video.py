@@ -220,6 +220,19 @@ def test_a_title_in_any_encoding_is_no_fault_of_the_clip(name, tmp_path):
     assert numbers(whole) == EVERY_12
 
 
+@pytest.mark.parametrize("reader", ["pyav", "decord"])
+def test_a_colon_in_a_name_is_no_protocol(reader, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DESCORE_READER", reader)
+    clips.write(tmp_path / "12:30:01.mp4", 240)
+    clip = video.read_header("12:30:01.mp4")  # here: another process may have begun in another folder
+    read = video.frames_decord if reader == "decord" else video.frames_pyav
+    assert [clips.number(frame) for frame in read(clip, [0, 1, 2], (96, 160))[0]] == [0, 24, 48]
+    (tmp_path / "a:b.mp4").write_bytes(b"no video")
+    with pytest.raises(InputError, match="^a:b.mp4: is broken or not a video .Invalid data"):
+        video.read_header("a:b.mp4")
+
+
 def test_a_length_that_is_no_number_is_unknown(tmp_path):
     whole = pathlib.Path(clips.write(tmp_path / "x.mkv", 240))
     whole.write_bytes(whole.read_bytes().replace(b"00:00:10", b"00:00:??"))
