@@ -13,9 +13,12 @@ import evaluate
 import parallel
 from phases import WORDING, Workers, text_rewards
 from plumbing.formats import open_table, refuse_outside, tidy_prompt
-from plumbing.jobs import Item, require_same_settings, write_skipped
+from plumbing.jobs import Item, content_of, require_same_settings, write_skipped
 from plumbing.report import cut_off
 from plumbing.settings import InputError, arg, cli, evaluation_flags, parse, require, writable, write_csv
+
+
+NOISE = 1e-5  # by how much the reward of one clip may differ between two batches
 
 
 @dataclasses.dataclass
@@ -62,12 +65,14 @@ def write_ranking(path: str, groups: dict[str, list[tuple[float, str]]]) -> None
 def write_best_and_worst(path: str, groups: dict[str, list[tuple[float, str]]]) -> None:
     """Best (A) and worst (B) video of each prompt, in VideoAlign's columns, so that DPO and cold_start.py can read it.
 
-    A prompt with one video, or with equal rewards only, has no pair. Paths are relative to the file.
+    A prompt with one video, with equal rewards only, or whose best and worst are copies of one clip, has no pair. Paths
+    are relative to the file.
     """
     folder, rows = os.path.dirname(os.path.abspath(path)), []
     for prompt, videos in groups.items():
         (high, best), (low, worst) = videos[0], videos[-1]
-        if high > low:
+        copies = content_of(best) == content_of(worst) is not None
+        if high - low > NOISE and not copies:
             rows.append([os.path.relpath(best, folder), os.path.relpath(worst, folder), prompt, "A", high, low])
     write_csv(path, ["path_A", "path_B", "prompt", "TA", "reward_A", "reward_B"], rows)
     print(f"{len(rows)} pairs of {len(groups)} prompts -> {path}")

@@ -33,6 +33,10 @@ def test_best_of_and_one_video(tmp_path, tiny_model_dir, tiny_clips, capsys):
 def test_best_and_worst_leaves_out_what_has_no_order(tmp_path):
     groups = {"two": [(2.0, "v/a.mp4"), (1.0, "v/c.mp4")], "one": [(2.0, "b.mp4")]}
     groups["equal"] = [(1.0, "d.mp4"), (1.0, "e.mp4")]
+    groups["a copy, in another batch"] = [(1.0000001, "d.mp4"), (1.0, "e.mp4")]
+    for name in "fg":
+        (tmp_path / f"{name}.mp4").write_text("one clip")
+    groups["a copy, with other sampled CoTs"] = [(2.0, str(tmp_path / "f.mp4")), (1.0, str(tmp_path / "g.mp4"))]
     best_of.write_best_and_worst(str(tmp_path / "dpo.csv"), groups)
     lines = (tmp_path / "dpo.csv").read_text().splitlines()
     assert len(lines) == 2 and lines[1].endswith("two,A,2.0,1.0")
