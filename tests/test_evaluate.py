@@ -111,6 +111,9 @@ def test_the_first_five_minutes_of_a_user(tmp_path, base_dir, tiny_model_dir, ti
         says = refuses(capsys, evaluate.main, "--video", video, "--prompt", "a cat", *flags, says=words)
         assert "python" in says or "with: " in says or "make demo" in says
 
+    refuses(capsys, evaluate.main, "--video", clip, "--prompt", "caf\udce9", *model, "--no-think",
+            says="'caf\\udce9' holds half a character")  # what a terminal in Latin-1 hands over
+
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 594.00 MiB. GPU 0 has 24 GiB.")
 

@@ -116,13 +116,9 @@ def read_form(form) -> dict:
 
 
 def require_text(prompt: str) -> None:
-    """InputError for an empty prompt, and for half a character, which JSON can spell and no tokenizer reads."""
+    """InputError for an empty prompt: seen here, before its video is decoded."""
     if not prompt.strip():
         raise InputError("the prompt is empty; a reward needs the prompt that the video was made from.")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise InputError("the prompt holds half a character (a lone surrogate); remove it.") from None
 
 
 def check_fields(fields: dict, max_videos: int, source_fps: float) -> tuple[list[str], list, float]:
