@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from plumbing.decoder import CORES, LIMIT, allow_many_files, detach
-from plumbing.formats import read_records
+from plumbing.formats import read_records, tidy_prompt
 from plumbing.settings import InputError
 from plumbing.video import FrameCache, from_memory, open_clip, resize
 
@@ -253,7 +253,7 @@ def encode_prompt(processor, video: Video, prompt: str) -> dict[str, torch.Tenso
         pixel_values_videos (N, 1536) float32 patches; video_grid_thw (1, 3) patches along time, height, width;
         and for an engine that encodes videos itself: video, and short_ids, the ids with ONE <|video_pad|>.
     """
-    prompt = re.sub(r"\r\n?", "\n", prompt).strip()  # here alone: a line end would move the reward
+    prompt = tidy_prompt(prompt)
     if not prompt:
         raise InputError("the prompt is empty; a reward needs the prompt the video was made from (--prompt).")
     template = processor.apply_chat_template(build_conversation(_PLACE), add_generation_prompt=True, tokenize=False)

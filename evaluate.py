@@ -27,8 +27,8 @@ from plumbing.checkpoint import trained_settings
 from plumbing.formats import open_table, refuse_outside
 from plumbing.jobs import Item, items_of, require_same_settings, write_skipped
 from plumbing.settings import InputError, arg, cli, evaluation_flags, parse, writable
-from rollout import decode_cot
-from rules import overall_score
+from rollout import decode_cot, has_ended
+from rules import overall_score, stated_score
 
 BENCHMARKS = {  # name -> what the CSV in --root may be called, the published name first
     "videogen-rewardbench": ("videogen-rewardbench.csv", "test_videogen_rewardbench.csv"),
@@ -233,7 +233,13 @@ def one_video(settings: Settings, ranks, workers: Workers) -> None:
     if "head" in settings.score_from:
         scores["reward"] = workers.open_model().score(prefixes, cots)[0].tolist()
     for k, text in enumerate(texts):
-        ranks.print("\n".join([text, *(f"{name} {row[k]:+.4f}" for name, row in scores.items())]))
+        told = {name: f"{row[k]:+.4f}" for name, row in scores.items()}
+        if "stated score" in told and stated_score(text) is None:
+            told["stated score"] = f"none (counted as {overall_score(text):g})"
+        ranks.print("\n".join([text, *map(" ".join, told.items())]))
+    cut = sum(not has_ended(processor.tokenizer, cot) for cot in cots[0] if settings.think)
+    for line in report.cut_off(cut, len(texts)):
+        ranks.print(line)
     if settings.thoughts > 1:
         ranks.print("\n".join(f"mean {name} {np.mean(row):+.4f}" for name, row in scores.items()))
     ranks.print("(a reward is unbounded and has no unit: only differences between videos of one prompt mean something)")

@@ -241,9 +241,14 @@ class DeScore(nn.Module):
         """Rewards (S,) fp32 of S prefixes, each with its CoT: token ids, or None or [] for no CoT.
 
         With a list of k CoTs for each prefix: (S, k); the k share the prefix. Nothing is masked, and no dropout.
+        InputError: k is not the same for all.
         """
         several = any(isinstance(cot, (list, type(None))) for row in cots for cot in row or ())
-        rows = [[cot or [] for cot in (row if several else [row])] for row in cots]
+        rows = [[cot or [] for cot in (row or () if several else [row])] for row in cots]
+        if len(counts := {len(row) for row in rows}) > 1:  # a reward would go to another row's video
+            raise InputError(f"score: prefixes with {sorted(counts)} CoTs; give each as many, or score them apart.")
+        if not rows:
+            return torch.zeros(0, device=self.query.device)
         was_training = self.training
         self.eval()
         batch = to_device(lay_out(self.backbone, prefixes, rows), self.query.device)

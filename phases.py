@@ -50,7 +50,8 @@ class ThinkingSettings(EngineSettings):
 
 def require_short(prompt: str, tokenizer) -> None:
     """InputError for a prompt of absurd length. Counted in tokens: 20,000 characters may be 2,000 or 33,000 of them."""
-    length = len(tokenizer(prompt)["input_ids"])
+    known = prompt.encode(errors="replace").decode()  # half a character has a sentence of its own: encode_text's
+    length = len(tokenizer(known)["input_ids"])
     if length > MAX_PROMPT:
         raise InputError(f"the prompt has {length:,} tokens; at most {MAX_PROMPT:,} are read.")
 

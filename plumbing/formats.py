@@ -150,6 +150,12 @@ def _ids(text):
     return value
 
 
+def tidy_prompt(prompt: str) -> str:
+    """The prompt as the model is told it. Its line ends, and blanks around it, would move the reward; and what is one
+    prompt to the model must be one name in logs, one group, one stream of random numbers."""
+    return re.sub(r"\r\n?", "\n", prompt).strip()
+
+
 def _two(text):
     value = parse_literal(text)
     if not (isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, str) for v in value)):
@@ -174,14 +180,14 @@ def _read_row(csv_path, line, row, read_row, root):
     where = f"{csv_path}, line {line}"
     try:
         path_a, path_b, prompt, label, more = read_row(row)
-        label, path_a, path_b = label.strip(), path_a.strip(), path_b.strip()  # the prompt: in data.encode_prompt
+        label, path_a, path_b, prompt = label.strip(), path_a.strip(), path_b.strip(), tidy_prompt(prompt)
     except ValueError as error:
         raise InputError(f"{where}: cannot be read ({error}).") from error
     if label.lower() not in LABELS:
         raise InputError(f"{where}: unknown label {label[:40]!r}; known: {', '.join(LABELS)}.")
     if LABELS[label.lower()] is None:
         return None
-    if not prompt.strip():
+    if not prompt:
         raise InputError(f"{where}: the prompt is empty; a reward needs the prompt the video was made from.")
     if not path_a or not path_b:
         raise InputError(f"{where}: a video path is empty.")

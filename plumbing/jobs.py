@@ -63,10 +63,11 @@ def _hash_of(path: str, size: int, time_ns: int) -> str:
 def read_log(out: str, name: str) -> dict[tuple[str, str], dict]:
     """All ranks' lines of a phase, {(video, prompt): record}. A last line cut short by a kill is left out.
 
-    Where a clip was replaced, there may be several records of one name: the one of the clip that is there now is given.
-    InputError: a damaged line before the last.
+    Where a clip was replaced, there may be several records of one name: the one of the clip that is there now is given;
+    where none is there any more, the last that was written.
+    InputError: a damaged line before the last; two clips of a name that is gone, in files of two ranks.
     """
-    records = {}
+    records, written_in = {}, {}
     for path in sorted(glob.glob(os.path.join(glob.escape(out), f"{name}*.jsonl"))):
         with open(path, "rb") as file:
             for count, line in enumerate(file, 1):
@@ -76,8 +77,13 @@ def read_log(out: str, name: str) -> dict[tuple[str, str], dict]:
                         key = record["video"], record["prompt"]
                     except (ValueError, KeyError, TypeError) as error:
                         raise InputError(f"{path}, line {count}: is damaged; delete it and run again.") from error
-                    if key not in records or record.get("content") == content_of(record["video"]):
-                        records[key] = record
+                    now = content_of(record["video"]) if key in records else None
+                    if key in records and now is None and path != written_in[key]:  # the order of files is not of time
+                        if records[key].get("content") != record.get("content"):
+                            raise InputError(f"{path}, line {count}: {record['video']} is gone, and which of two clips "
+                                             "of that name was the last is not known; put it back and run again.")
+                    if now in (None, record.get("content")):
+                        records[key], written_in[key] = record, path
     return records
 
 

@@ -46,7 +46,7 @@ class Agreement(typing.NamedTuple):
 
 # ---- 1. Numbers about the rewards and the CoTs ----------------------------------------------------------------
 def thought_statistics(records: list[dict], pairs: list) -> dict:
-    """records {video, prompt, thoughts, tokens}; pairs, whose annotations are the truth -> what the CoTs are like.
+    """records of Workers.think; pairs, whose annotations are the truth -> what the CoTs are like.
 
     verdict_accuracy: per dimension, share of CoTs whose verdict is the annotated one, as R_qual counts it.
     """
@@ -67,10 +67,16 @@ def thought_statistics(records: list[dict], pairs: list) -> dict:
     lengths = [n for record in records for n in record["tokens"]]
     return {
         "cots": len(malformed), "malformed_share": float(np.mean(malformed)),
+        "cut_off": sum(not ended for record in records for ended in record["ended"]),
         "tokens_mean": float(np.mean(lengths)), "tokens_median": float(np.median(lengths)), "tokens_max": max(lengths),
         "verdict_accuracy": {d: float(np.mean(h)) for d, h in hits.items() if h},
         "verdicts": sum(map(len, hits.values())),
     }
+
+
+def cut_off(cut: int, cots: int) -> list[str]:
+    """A sentence about CoTs that were scored though they had not ended; none if all had."""
+    return [f"{cut} of {cots} CoTs did not end within --max-new-tokens; their rewards may be far off."] if cut else []
 
 
 # ---- 2. report.json, report.md --------------------------------------------------------------------------------
@@ -115,11 +121,13 @@ def accuracy_table(judged: list[Agreement], videoalign: bool) -> str:
 def markdown(judged: list[Agreement], videoalign: bool) -> str:
     """The whole report.md: what was measured here, then what the paper published, which says so; then details."""
     first = judged[0].numbers
+    t = first.get("thoughts")
     labels = f" ({first['labels']})" if first.get("labels") else ""
     text = [
         f"# Agreement with people: {markdown_cell(first['data'])}\n",
         f"{first['pairs']} pairs of {first['prompts']} prompts, {first['human_ties']} human ties{labels}; left out: "
         f"{first['skipped_pairs']} pairs ({first['skipped_videos']} videos could not be read).\n",
+        *([line + "\n" for line in cut_off(t["cut_off"], t["cots"])] if t else []),
         accuracy_table(judged, videoalign),
         "Without ties: of the pairs that people decided, the share whose better video has the higher reward; .5 is\n"
         "chance. With ties: the share right where |margin| <= threshold counts as a tie; it is never below the share\n"
@@ -128,8 +136,7 @@ def markdown(judged: list[Agreement], videoalign: bool) -> str:
         "## Published results (the paper's Table 1; not measured here)\n",
         published(first),
     ]
-    if first.get("thoughts"):
-        t = first["thoughts"]
+    if t:
         text += [f"## Chains of thought\n\n{t['cots']} CoTs, {t['malformed_share']:.1%} malformed. Tokens: mean "
                  f"{t['tokens_mean']:.0f}, median {t['tokens_median']:.0f}, longest {t['tokens_max']}.\n"]
         if t["verdict_accuracy"]:

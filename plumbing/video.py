@@ -31,7 +31,8 @@ class Clip:
     """What a file says of itself.
 
     height, width: as displayed, turned upright and with square pixels. stamps: the seconds at which each frame comes
-    on screen, ascending, the first at 0. seconds: the clip's length; the last frame stays as long as the one before.
+    on screen, ascending, the first at 0. seconds: the clip's length; the last frame stays as long as its packet says
+    where the file's own length agrees (with B-frames, packets of an mp4 say another's), else as long as the one before.
     slack: by how much a stamp may be rounded up.
     plain: one rate, square pixels, upright, not cut, no open key frame: what a reader by number gets right.
     """
@@ -93,13 +94,17 @@ def read_header(path: str) -> Clip:
     for packet, stamp in zip(packets, stamps):  # in the order of decoding
         opened |= key is not None and stamp < key  # shown before the key frame, stored behind it
         key = stamp if packet.is_keyframe else key
-    shown = sorted({stamp for packet, stamp in zip(packets, stamps) if not packet.is_discard})
+    lasts = {stamp: packet.duration for packet, stamp in zip(packets, stamps) if not packet.is_discard}
+    shown = sorted(lasts)
     if not shown:
         raise InputError(f"{path}: has no video frames.")
     steps = np.diff(shown)
-    seconds = (shown[-1] - shown[0] + (steps[-1] if len(steps) else 1)) * tick
+    stays = lasts[shown[-1]]
+    if not stays or abs((shown[-1] + stays) * tick - declared) > max(tick, 2e-3):
+        stays = steps[-1] if len(steps) else 1
+    seconds = (shown[-1] - shown[0] + stays) * tick
     end = shown[0] * tick + seconds
-    if end < declared - 0.5:
+    if end < declared - 0.5 and name in ("matroska,webm", "avi"):  # a truncated mp4 cannot be opened at all
         raise InputError(f"{path}: is cut short: it ends at {end:.1f} s of {declared:.1f}; copy it anew.")
     even = len(shown) < 2 or np.ptp(steps) * tick <= 2e-3  # mkv counts in milliseconds
     plain = even and pixel == 1 and not (swap or opened or any(flips)) and len(shown) == len(packets)
@@ -128,7 +133,8 @@ def _opened(path: str):
     import av
 
     try:
-        with av.open(path, metadata_errors="replace") as file:  # a title may be in any encoding
+        whole = os.path.join(os.getcwd(), path)  # FFmpeg takes what stands before a colon for a protocol
+        with av.open(whole, metadata_errors="replace") as file:  # a title may be in any encoding
             stream = file.streams.best("video")
             if stream is None:
                 raise InputError(f"{path}: has no video frames.")
@@ -143,11 +149,9 @@ def _opened(path: str):
 
 
 def _declared(file, stream) -> float:
-    """The seconds that avi, mkv and webm say they hold; 0 if unknown. A truncated mp4 cannot be opened at all."""
-    if file.format.name == "avi":
-        return float((stream.duration or 0) * stream.time_base)
+    """The second at which the video ends by what its file says; 0 if unknown."""
     if "matroska" not in file.format.name:
-        return 0.0
+        return float(((stream.start_time or 0) + stream.duration) * stream.time_base) if stream.duration else 0.0
     found = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))  # 00:00:04.125000000
     return sum(float(part) * 60**k for part, k in zip(found.groups(), (2, 1, 0))) if found else 0.0
 
@@ -221,7 +225,8 @@ def frames_decord(clip: Clip, times: list[float], size: tuple[int, int]) -> tupl
                           "key frames are open, or its pixels not square); leave the flag out.")
     numbers = [max(0, int(np.searchsorted(clip.stamps, time + clip.slack, "right")) - 1) for time in times]
     try:
-        reader = VideoReader(clip.path, ctx=cpu(0), width=size[1], height=size[0], num_threads=1)
+        path = os.path.join(os.getcwd(), clip.path)  # as for FFmpeg
+        reader = VideoReader(path, ctx=cpu(0), width=size[1], height=size[0], num_threads=1)
         starts = reader.get_frame_timestamp(range(len(reader)))[:, 0]  # read from the index, nothing is decoded yet
         if len(reader) != len(clip.stamps) or np.abs(starts - starts[0] - clip.stamps).max() > 2e-3:
             raise Unsupported(f"{clip.path}: decord takes other time stamps than FFmpeg; leave out --reader decord.")
@@ -240,13 +245,16 @@ def from_memory(video):
     """
     import torch
 
-    if isinstance(video, (list, tuple)) and any(getattr(image, "mode", "").startswith(("I", "F")) for image in video):
+    listed = isinstance(video, (list, tuple))
+    if listed and any(str(getattr(image, "mode", "")).startswith(("I", "F")) for image in video):
         raise InputError("images of Pillow's mode I or F: their values would be cut off at 0 and 255; scale them.")
     try:
-        if isinstance(video, (list, tuple)):
+        if listed:
             images = [image.convert("RGB") if hasattr(image, "convert") else image for image in video]
-            video = np.stack([np.asarray(image) for image in images])
-        frames = torch.as_tensor(video)
+            tensors = all(map(torch.is_tensor, images))
+            video = torch.stack(images) if tensors else np.stack([np.asarray(image) for image in images])
+        # PyTorch refuses views that run backwards: frames[..., ::-1] of OpenCV's BGR
+        frames = torch.as_tensor(np.ascontiguousarray(video) if isinstance(video, np.ndarray) else video)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"a video must be a path, an array (F, H, W, 3) or a list of images of one size; this is a "
                          f"{type(video).__name__} ({first_line(error)}).") from error
@@ -281,7 +289,7 @@ def resize(frames, size: tuple[int, int]) -> np.ndarray:
 
 
 # ---- 3. Sampled frames on disk, so that a clip that is used in every epoch is decoded once --------------------
-VERSION = 4  # of how frames are sampled: a change there must not find old frames
+VERSION = 5  # of how frames are sampled: a change there must not find old frames
 
 
 class FrameCache:

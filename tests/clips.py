@@ -32,8 +32,9 @@ def number(frame: np.ndarray) -> int:
 
 
 def write(path, count: int, rate=24, codec="libx264", options=None, ticks=None, pixel=None, pix_fmt="yuv420p",
-          turn=lambda frame: frame, title="", **container) -> str:
-    """Writes `count` numbered frames. ticks: when each is shown, in 1/600 s; pixel: width / height of one."""
+          turn=lambda frame: frame, title="", last=0, **container) -> str:
+    """Writes `count` numbered frames. ticks: when each is shown, in 1/600 s; last: for how long the last one is shown;
+    pixel: width / height of one."""
     with av.open(str(path), "w", options=container) as file:
         file.metadata.update({"title": title} if title else {})
         stream = file.add_stream(codec, rate=rate, options=options or {})
@@ -48,7 +49,10 @@ def write(path, count: int, rate=24, codec="libx264", options=None, ticks=None, 
             if ticks:
                 frame.pts, frame.time_base = ticks[k], Fraction(1, 600)
             file.mux(stream.encode(frame))
-        file.mux(stream.encode())
+        rest = stream.encode()
+        if last:
+            rest[-1].duration = int(Fraction(last, 600) / rest[-1].time_base)
+        file.mux(rest)
     return str(path)
 
 

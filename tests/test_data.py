@@ -235,12 +235,14 @@ def test_frames_in_memory_of_any_kind_are_the_same_frames():
     frames = np.random.default_rng(0).integers(0, 256, (4, 64, 96, 3), dtype=np.uint8)
     floats = torch.tensor(frames).float() / 255
     for same in (torch.tensor(frames), frames.astype(np.int32), floats, floats.double(), list(frames),
-                 [Image.fromarray(frame) for frame in frames]):
+                 list(torch.tensor(frames)), list(floats), np.flip(np.flip(frames, 0).copy(), 0),
+                 np.flip(np.flip(frames, 3).copy(), 3), [Image.fromarray(frame) for frame in frames]):
         video = data.to_video(same, 2.0, 448 * 448, source_fps=4.0)
         assert np.array_equal(video.frames, frames[[0, 2]]) and video.frame_indices == (0, 1)
         assert video.metadata()["fps"] == 2.0
-    half = data.to_video(floats.bfloat16(), 2.0, 448 * 448, source_fps=4.0)
-    assert np.abs(half.frames.astype(int) - frames[[0, 2]]).max() <= 2
+    for rough in (floats.bfloat16(), list(floats.bfloat16())):
+        half = data.to_video(rough, 2.0, 448 * 448, source_fps=4.0)
+        assert np.abs(half.frames.astype(int) - frames[[0, 2]]).max() <= 2
     with pytest.raises(InputError, match="images of one size"):
         data.to_video([frames[0], frames[1][:32]], 2.0, 4096, source_fps=2.0)
 
@@ -254,13 +256,14 @@ def test_frames_in_memory_are_made_small_by_averages():
 
 
 def test_line_ends_and_blanks_around_a_prompt_do_not_count(processor, tiny_clips, tmp_path):
-    """A CSV, the Python call, HTTP and --prompt give the same ids: encode_prompt alone does it, for all."""
+    """A CSV, the Python call, HTTP and --prompt give the same ids, and in logs the same name."""
     video = data.sample_frames(tiny_clips[0])
     ids = lambda prompt: data.encode_prompt(processor, video, prompt)["input_ids"].tolist()
     assert ids("A red circle.") == ids("A red circle.\r\n") == ids(" \tA red circle.\n\n")
     assert ids("one\ntwo") == ids("one\r\ntwo") == ids("one\rtwo\n") != ids("one two")
     (tmp_path / "x.csv").write_bytes(b'path_A,path_B,prompt,TA\r\na.mp4,b.mp4,"one\r\ntwo ",A\r\n')
-    assert ids(data.read_pairs(str(tmp_path / "x.csv"))[0].prompt) == ids("one\ntwo")
+    (pair,) = data.read_pairs(str(tmp_path / "x.csv"))
+    assert pair.prompt == "one\ntwo" and ids(pair.prompt) == ids("one\ntwo")
 
 
 def test_tokens_behind_the_end_do_not_spell_the_text(processor):

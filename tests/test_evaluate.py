@@ -111,6 +111,9 @@ def test_the_first_five_minutes_of_a_user(tmp_path, base_dir, tiny_model_dir, ti
         says = refuses(capsys, evaluate.main, "--video", video, "--prompt", "a cat", *flags, says=words)
         assert "python" in says or "with: " in says or "make demo" in says
 
+    refuses(capsys, evaluate.main, "--video", clip, "--prompt", "caf\udce9", *model, "--no-think",
+            says="'caf\\udce9' holds half a character")  # what a terminal in Latin-1 hands over
+
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 594.00 MiB. GPU 0 has 24 GiB.")
 
@@ -236,15 +239,31 @@ def test_a_bad_clip_or_a_giant_prompt_stops_or_is_counted(tmp_path, tiny_model_d
     assert "broken.mp4" in reasons[0] and "tokens; at most 5,000" in reasons[1]
 
 
-def test_one_video_by_the_score_that_its_cot_states(tiny_model_dir, tiny_clips, capsys):
+def test_one_video_by_the_score_that_its_cot_states(tiny_model_dir, tiny_clips, capsys, monkeypatch):
     """--video, too: a checkpoint without a trained head has no other score."""
     flags = ["--model", tiny_model_dir, "--video", tiny_clips[0], "--prompt", "a circle", "--max-new-tokens", "3"]
     evaluate.main([*flags, "--score-from", "text"])
     text = capsys.readouterr().out
-    assert "stated score +3.0000" in text and "\nreward" not in text
+    assert "stated score none (counted as 3)" in text and "\nreward" not in text  # not a 3 that a CoT stated
+    assert "1 of 1 CoTs did not end within --max-new-tokens" in text
     evaluate.main([*flags, "--score-from", "head", "text", "--thoughts", "2"])
     text = capsys.readouterr().out
-    assert text.count("\nreward ") == 2 == text.count("\nstated score +3.0000") and "mean reward" in text
+    assert text.count("\nreward ") == 2 == text.count("\nstated score none (counted as 3)") and "mean reward" in text
+    assert "mean stated score +3.0000" in text
+    monkeypatch.setattr(evaluate, "decode_cot", lambda *_: '<answer>{"overall_score": "4.5"}</answer>')
+    monkeypatch.setattr(evaluate, "has_ended", lambda *_: True)
+    evaluate.main([*flags, "--score-from", "text"])
+    text = capsys.readouterr().out
+    assert "\nstated score +4.5000" in text and "did not end" not in text
+
+
+def test_cots_that_were_cut_off_are_counted_in_the_report(tmp_path, tiny_model_dir, clips_csv, capsys):
+    flags = ["--model", tiny_model_dir, "--data", clips_csv, "--out", str(tmp_path), "--max-new-tokens", "3"]
+    evaluate.main([*flags, "--thoughts", "2"])
+    cut = [end for record in jobs.read_log(str(tmp_path), "thoughts").values() for end in record["ended"]].count(False)
+    told = f"{cut} of 6 CoTs did not end within --max-new-tokens; their rewards may be far off."
+    assert told in capsys.readouterr().out and told in (tmp_path / "report.md").read_text()
+    assert json.loads((tmp_path / "report.json").read_text())["thoughts"]["cut_off"] == cut > 0
 
 
 def test_the_score_that_a_cot_states(tmp_path, tiny_model_dir, clips_csv):

@@ -7,6 +7,7 @@ import pytest
 
 import data
 from plumbing.formats import open_table, refuse_outside
+from plumbing.jobs import items_of
 from plumbing.settings import InputError
 from rules import DIMENSIONS
 from tests.conftest import write_csv
@@ -174,9 +175,16 @@ def test_long_texts_with_commas_quotes_and_file_names_are_cells(tmp_path):
     (pair,) = data.read_pairs(write_rows(tmp_path / "x.csv", rows))
     assert pair.cot_a == cot
     prompts = [{**FORMATS["videoalign"][0], "prompt": cot}, {**FORMATS["videoalign"][0], "prompt": '"'}]
-    assert [pair.prompt for pair in data.read_pairs(write_rows(tmp_path / "x.csv", prompts))] == [cot, '"']
+    assert [pair.prompt for pair in data.read_pairs(write_rows(tmp_path / "x.csv", prompts))] == [
+        cot.replace("\r\n", "\n"), '"']  # a CoT is kept as it was sampled, a prompt as the model is told it
     (tmp_path / "blank.csv").write_text(HEAD + "\n" + GOOD + "\n\n" + GOOD + "\n")  # empty lines are no records
     assert [pair.line for pair in data.read_pairs(str(tmp_path / "blank.csv"))] == [2, 3]
+
+
+def test_a_prompt_with_blanks_around_it_is_no_second_item(tmp_path):
+    """To the model it is the same prompt: a second item would get other random numbers, and be a group of its own."""
+    rows = [{**FORMATS["videoalign"][0], "prompt": prompt} for prompt in ("a cat", "a cat ", "\ta cat\r\n")]
+    assert len(items_of(data.read_pairs(write_rows(tmp_path / "x.csv", rows)))) == 2  # a.mp4, b.mp4
 
 
 def test_only_files_inside_the_root_are_opened(tmp_path):

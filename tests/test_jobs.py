@@ -6,6 +6,7 @@ A work function that counts stands here where a model would think or score.
 import collections
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 
@@ -176,6 +177,31 @@ def test_a_result_belongs_to_what_the_video_holds(tmp_path):
     assert go() == ([], {"a": 1.0, "b": 3.0})
     (tmp_path / "a.mp4").write_text("1")
     assert go()[0] == [] and go(made_from="other words")[0] == ["a", "b"]
+
+
+def test_a_clip_that_was_replaced_and_then_moved_away_keeps_its_last_result(tmp_path):
+    video, asked = str(tmp_path / "a.mp4"), "a prompt"
+    lines = {}
+    for text in ("old", "new"):
+        (tmp_path / "a.mp4").write_text(text)
+        record = {"video": video, "prompt": asked, "reward": text, "content": jobs.content_of(video)}
+        lines[text] = json.dumps(record) + "\n"
+    log, other = tmp_path / "rewards.jsonl", tmp_path / "rewards.rank1.jsonl"
+
+    def read():
+        return jobs.read_log(str(tmp_path), "rewards")[video, asked]["reward"]
+
+    log.write_text(lines["old"] + lines["new"])
+    os.rename(video, tmp_path / "away.mp4")
+    assert read() == "new"
+    other.write_text(lines["new"])  # the same clip, by another rank
+    assert read() == "new"
+    log.write_text(lines["new"])
+    other.write_text(lines["old"])  # of two files nobody knows which line is the later
+    with pytest.raises(InputError, match="rank1.jsonl, line 1: .*a.mp4 is gone, and which of two clips"):
+        read()
+    os.rename(tmp_path / "away.mp4", video)
+    assert read() == "new"
 
 
 def test_models_that_differ_in_one_byte_are_two(tmp_path):

@@ -352,6 +352,10 @@ def test_several_thoughts_cost_one_prefix_and_score_as_alone(model, tiny_clips):
     together = model.score(prefixes, cots)
     alone = torch.stack([model.score(prefixes, column) for column in zip(*cots)], dim=1)
     assert together.shape == (2, 3) and torch.allclose(together, alone, atol=1e-5)
+    for ragged in ([cots[0][:1], cots[1]], [None, cots[1]]):  # 1 + 3 CoTs fill a table of 2 x 2, too
+        with pytest.raises(InputError, match=r"score: prefixes with \[\d, \d\] CoTs; give each as many"):
+            model.score(prefixes, ragged)
+    assert model.score([], []).shape == model.reward([], []).shape == (0,)
     without = model.score(prefixes, [[None], [[]]])  # lists of one: a column
     assert without.shape == (2, 1) and torch.allclose(without[:, 0], model.score(prefixes, [None, []]), atol=1e-6)
 

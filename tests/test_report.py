@@ -33,11 +33,12 @@ def test_thought_statistics():
     good = cot(subject="2", dynamics="1", camera="N/A", environment="0", style="2")
     pairs = [PreferencePair("a", "b", "p", 1, annotation_a=truth)]
     records = [
-        {"video": "a", "prompt": "p", "thoughts": [good, "broken"], "tokens": [10, 20]},
-        {"video": "b", "prompt": "p", "thoughts": [good], "tokens": [60]},  # no annotation: not in the verdict accuracy
+        {"video": "a", "prompt": "p", "thoughts": [good, "broken"], "tokens": [10, 20], "ended": [True, False]},
+        {"video": "b", "prompt": "p", "thoughts": [good], "tokens": [60], "ended": [True]},  # no annotation: no verdict
     ]
     done = report.thought_statistics(records, pairs)
     assert (done["cots"], done["malformed_share"]) == (3, pytest.approx(1 / 3))
+    assert done["cut_off"] == 1
     assert (done["tokens_mean"], done["tokens_median"], done["tokens_max"]) == (30, 20, 60)
     # The good CoT is right about subject, camera and environment; the broken one about nothing.
     assert done["verdict_accuracy"] == dict(zip(DIMENSIONS, [0.5, 0, 0.5, 0.5, 0]))

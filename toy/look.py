@@ -12,7 +12,7 @@ import sys
 import numpy as np
 
 from data import PreferencePair, Video, encode_prompt, read_pairs, sample_frames
-from plumbing.settings import cli, writable
+from plumbing.settings import InputError, cli, writable
 
 
 def show(pair: PreferencePair, processor, fps: float, max_pixels: int) -> list[Video]:
@@ -50,7 +50,7 @@ def draw_frames(rows: list[tuple[str, Video]], path: str) -> None:
             axis.imshow(video.frames[k])
             axis.set_title(f"{video.frame_indices[k] / video.source_fps:.1f} s", fontsize=7)
             axis.set_xticks([]), axis.set_yticks([])
-        row[0].set_ylabel(title, fontsize=7)
+        row[0].set_ylabel(title.replace("$", r"\$"), fontsize=7)  # two $ would be a formula
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -67,6 +67,8 @@ def main(argv=None) -> None:
     parser.add_argument("--max-pixels", type=int, default=448 * 448, help="pixels per frame at most (paper: 448 * 448)")
     parser.add_argument("--out", default="frames.png", help="where to draw the sampled frames (default frames.png)")
     args = parser.parse_args(argv)
+    if args.show < 1:
+        raise InputError(f"--show {args.show}: at least 1 pair is shown.")
     writable([os.path.dirname(args.out)])
     pairs = read_pairs(args.data, args.dimension, args.video_root)
     print(f"{args.data}: {len(pairs)} pairs, {sum(p.label == 0 for p in pairs)} ties, "

@@ -12,9 +12,13 @@ import os
 import evaluate
 import parallel
 from phases import WORDING, Workers, text_rewards
-from plumbing.formats import open_table, refuse_outside
-from plumbing.jobs import Item, require_same_settings, write_skipped
+from plumbing.formats import open_table, refuse_outside, tidy_prompt
+from plumbing.jobs import Item, content_of, require_same_settings, write_skipped
+from plumbing.report import cut_off
 from plumbing.settings import InputError, arg, cli, evaluation_flags, parse, require, writable, write_csv
+
+
+NOISE = 1e-5  # by how much the reward of one clip may differ between two batches
 
 
 @dataclasses.dataclass
@@ -37,7 +41,7 @@ def read_videos(s: Settings) -> list[Item]:
     """The videos of --data, each once. InputError: none, or an empty cell."""
     items, root = {}, s.root or os.path.dirname(s.data)
     for line, row in open_table(s.data, ("path", "prompt"))[1]:
-        video, prompt = os.path.normpath(os.path.join(root, row["path"].strip())), row["prompt"].strip()
+        video, prompt = os.path.normpath(os.path.join(root, row["path"].strip())), tidy_prompt(row["prompt"])
         if not prompt or not row["path"].strip():
             raise InputError(f"{s.data}, line {line}: path or prompt is empty.")
         if s.root:
@@ -61,12 +65,14 @@ def write_ranking(path: str, groups: dict[str, list[tuple[float, str]]]) -> None
 def write_best_and_worst(path: str, groups: dict[str, list[tuple[float, str]]]) -> None:
     """Best (A) and worst (B) video of each prompt, in VideoAlign's columns, so that DPO and cold_start.py can read it.
 
-    A prompt with one video, or with equal rewards only, has no pair. Paths are relative to the file.
+    A prompt with one video, with equal rewards only, or whose best and worst are copies of one clip, has no pair. Paths
+    are relative to the file.
     """
     folder, rows = os.path.dirname(os.path.abspath(path)), []
     for prompt, videos in groups.items():
         (high, best), (low, worst) = videos[0], videos[-1]
-        if high > low:
+        copies = content_of(best) == content_of(worst) is not None
+        if high - low > NOISE and not copies:
             rows.append([os.path.relpath(best, folder), os.path.relpath(worst, folder), prompt, "A", high, low])
     write_csv(path, ["path_A", "path_B", "prompt", "TA", "reward_A", "reward_B"], rows)
     print(f"{len(rows)} pairs of {len(groups)} prompts -> {path}")
@@ -82,6 +88,9 @@ def rewards_of(s: Settings, items: list[Item], ranks) -> tuple[dict, list[dict],
     workers, thoughts, skipped = Workers(s, ranks), None, []
     if s.think:
         thoughts, skipped = workers.think(items, s.out, s.thoughts)
+        ended = [one for record in thoughts.values() for one in record["ended"]]
+        for line in cut_off(ended.count(False), len(ended)):
+            ranks.print(line)
     if s.score_from[0] == "text":
         rewards, unscored = text_rewards(thoughts), []
     else:

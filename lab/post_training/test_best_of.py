@@ -33,6 +33,10 @@ def test_best_of_and_one_video(tmp_path, tiny_model_dir, tiny_clips, capsys):
 def test_best_and_worst_leaves_out_what_has_no_order(tmp_path):
     groups = {"two": [(2.0, "v/a.mp4"), (1.0, "v/c.mp4")], "one": [(2.0, "b.mp4")]}
     groups["equal"] = [(1.0, "d.mp4"), (1.0, "e.mp4")]
+    groups["a copy, in another batch"] = [(1.0000001, "d.mp4"), (1.0, "e.mp4")]
+    for name in "fg":
+        (tmp_path / f"{name}.mp4").write_text("one clip")
+    groups["a copy, with other sampled CoTs"] = [(2.0, str(tmp_path / "f.mp4")), (1.0, str(tmp_path / "g.mp4"))]
     best_of.write_best_and_worst(str(tmp_path / "dpo.csv"), groups)
     lines = (tmp_path / "dpo.csv").read_text().splitlines()
     assert len(lines) == 2 and lines[1].endswith("two,A,2.0,1.0")
@@ -45,6 +49,13 @@ def test_no_clip_that_can_be_read(tmp_path, tiny_model_dir, capsys):
     refuses(capsys, best_of.main, *flags, says="is broken or not a video (Invalid data found when processing input). "
             "(--skip-bad-videos leaves it out)")
     refuses(capsys, best_of.main, *flags, "--skip-bad-videos", says="no video has a reward; see")
+
+
+def test_cots_that_were_cut_off_are_told(tmp_path, tiny_model_dir, tiny_clips, capsys):
+    rows = [[os.path.abspath(path), "a prompt"] for path in tiny_clips[:2]]
+    videos = write_csv(tmp_path / "videos.csv", ["path", "prompt"], rows)
+    best_of.main(["--model", tiny_model_dir, *FEW, "--data", videos, "--out", str(tmp_path / "out")])
+    assert "2 of 2 CoTs did not end within --max-new-tokens" in capsys.readouterr().out
 
 
 def test_a_replaced_clip_is_ranked_anew(tmp_path, tiny_model_dir, tiny_clips):

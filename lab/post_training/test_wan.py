@@ -353,7 +353,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(capsys, wan_dir, tiny_model_d
 
 
 def test_bad_flags(capsys, wan_dir, tmp_path):
-    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "empty.txt").write_text("\ufeff\n", encoding="utf-8")  # a byte order mark is no prompt
     grpo = ["--method", "grpo", "--reward", "-", "--out", tmp_path / "o", "--data", tmp_path / "empty.txt"]
     refuses(capsys, wan.main, says="--method is missing")
     refuses(capsys, wan.main, "--method", "grpo", "--data", "x", "--out", "y", says="--reward is missing")

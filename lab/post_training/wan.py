@@ -310,7 +310,7 @@ def read_items(s: Settings) -> list:
         if s.data.endswith(".csv"):  # its header would be the first prompt
             raise InputError(f"{s.data}: is a CSV; --method grpo takes a text file, one prompt a line.")
         try:
-            with open(s.data, encoding="utf-8") as file:
+            with open(s.data, encoding="utf-8-sig") as file:
                 items = [line.strip() for line in file if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{s.data}: cannot be read as a text file of prompts ({first_line(error)}).") from error

@@ -19,7 +19,7 @@ import parallel
 from lab.post_training.best_of import rewards_of
 from lab.post_training.report import ranks as ranks_of
 from metrics import bootstrap_interval
-from plumbing.formats import open_table, refuse_outside
+from plumbing.formats import open_table, refuse_outside, tidy_prompt
 from plumbing.jobs import Item
 from plumbing.report import table
 from plumbing.settings import InputError, arg, atomic_write, cli, evaluation_flags, parse, require, writable, write_json
@@ -40,16 +40,16 @@ class Settings(evaluate.Settings):
     scores: str = arg(None, "CSV path,prompt,reward of ready-made rewards, in place of --model")
 
 
-def read_numbers(path: str, column: str, root: str = "") -> dict[tuple[str, str], float]:
+def read_numbers(path: str, column: str, folder: str, confined: bool) -> dict[tuple[str, str], float]:
     """{(absolute path of the video, prompt): number} of a CSV path,prompt,COLUMN.
 
-    root: where the paths begin, and which they must not leave; default: the CSV's folder.
+    folder: where the paths begin; confined: they must not leave it.
     InputError: no video, no number, or a video twice.
     """
-    folder, found = os.path.abspath(root or os.path.dirname(path)), {}
+    folder, found = os.path.abspath(folder), {}
     for line, row in open_table(path, ("path", "prompt", column))[1]:
-        key = os.path.normpath(os.path.join(folder, row["path"].strip())), row["prompt"].strip()
-        if root:
+        key = os.path.normpath(os.path.join(folder, row["path"].strip())), tidy_prompt(row["prompt"])
+        if confined:
             refuse_outside(folder, key[0], line)
         try:
             number = float(row[column])
@@ -130,10 +130,11 @@ def main(argv=None) -> None:
     require(s, data="a CSV with the columns path,prompt,score")
     if bool(s.model) == bool(s.scores):
         raise InputError("give either --model DIR or --scores FILE (--help shows all flags).")
-    truth, engine = read_numbers(s.data, "score", s.root), None
+    where = s.root or os.path.dirname(s.data), bool(s.root)  # also of somebody's scores, wherever they lie
+    truth, engine = read_numbers(s.data, "score", *where), None
     writable([s.out])
     if s.scores:
-        ranks, given = parallel.Ranks(), read_numbers(s.scores, "reward", s.root)
+        ranks, given = parallel.Ranks(), read_numbers(s.scores, "reward", *where)
     else:
         evaluation_flags(s)
         ranks = parallel.start(s.seed)
@@ -144,6 +145,8 @@ def main(argv=None) -> None:
     if lacking and not s.skip_bad_videos:
         raise InputError(f"{s.scores}: has no reward for {lacking[0]} ({len(lacking)} lack one).")
     kept = [key for key in truth if key in given]
+    if not kept:
+        raise InputError(f"{s.scores or s.model}: has a reward for no video of {s.data}; paths begin in {where[0]!r}.")
     prompts = np.array([prompt for _, prompt in kept])
     rows = measure(np.array([truth[key] for key in kept]), np.array([given[key] for key in kept]), prompts)
     if ranks.is_main:

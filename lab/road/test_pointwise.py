@@ -83,8 +83,12 @@ def test_v2_in_its_published_columns_and_ready_made_rewards(tmp_path, capsys):
     pointwise.main([*judge, "--scores", write(tmp_path / "r.csv", "reward", given)])
     found = json.loads((tmp_path / "o/pointwise.json").read_text())
     assert found["spearman"]["value"] == pytest.approx(1) and found["within"]["value"] == 1 and found["videos"] == 3
-    (tmp_path / "else").mkdir()  # --root: there the paths begin, wherever the CSV lies, and they must not leave it
+    (tmp_path / "else").mkdir()  # paths begin where the data's do, wherever the rewards lie
     elsewhere = write(tmp_path / "else" / "r.csv", "reward", given)
+    pointwise.main([*judge, "--scores", elsewhere])
+    none = write(tmp_path / "n.csv", "reward", [("x.mp4", "p", 1)])
+    refuses(capsys, pointwise.main, *judge, "--scores", none, "--skip-bad-videos", says="has a reward for no video of")
+    # --root: there they begin, and they must not leave it
     pointwise.main([*judge, "--scores", elsewhere, "--root", str(tmp_path)])
     outside = write(tmp_path / "outside.csv", "reward", [("../x.mp4", "p", 1)])
     refuses(capsys, pointwise.main, *judge, "--scores", outside, "--root", tmp_path, says="line 2")

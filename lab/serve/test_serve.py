@@ -194,6 +194,8 @@ def test_limits_of_time_length_and_number(scorer, clips):
     for fps in (-1, 0, True, "x", 1e9, 10**400):
         with pytest.raises(InputError, match="`fps`"):
             uploads.check_fields({"prompt": [PROMPT], "video": [good], "fps": fps}, 64, 16.0)
+    ended = {"prompt": [f" {PROMPT}\r\n"], "video": [good]}  # sampled CoTs take their random numbers from the prompt
+    assert uploads.check_fields(ended, 64, 16.0)[0] == [PROMPT]
     for digits, says in ((400, "`fps` must be"), (5000, "no JSON")):  # Python reads no integer of over 4,300
         text = json.dumps({**one, "fps": 0})[:-2] + "9" * digits + "}"
         status, body = served(scorer, lambda *at, text=text: post(*at, data=text))

@@ -16,6 +16,7 @@ from PIL import Image
 
 import data
 from plumbing.decoder import LIMIT
+from plumbing.formats import tidy_prompt
 from plumbing.settings import InputError
 from plumbing.video import MAX_SIDE, open_clip, resize
 
@@ -115,13 +116,9 @@ def read_form(form) -> dict:
 
 
 def require_text(prompt: str) -> None:
-    """InputError for an empty prompt, and for half a character, which JSON can spell and no tokenizer reads."""
+    """InputError for an empty prompt: seen here, before its video is decoded."""
     if not prompt.strip():
         raise InputError("the prompt is empty; a reward needs the prompt that the video was made from.")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise InputError("the prompt holds half a character (a lone surrogate); remove it.") from None
 
 
 def check_fields(fields: dict, max_videos: int, source_fps: float) -> tuple[list[str], list, float]:
@@ -143,4 +140,4 @@ def check_fields(fields: dict, max_videos: int, source_fps: float) -> tuple[list
         fps = math.nan
     if not 0 < fps <= 1000:
         raise InputError("`fps` must be a number of frames a second, above 0 and at most 1000.")
-    return prompts, videos, fps
+    return list(map(tidy_prompt, prompts)), videos, fps

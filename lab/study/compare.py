@@ -18,7 +18,7 @@ import numpy as np
 import evaluate
 from metrics import bootstrap_interval
 from plumbing import report
-from plumbing.formats import open_table
+from plumbing.formats import open_table, tidy_prompt
 from plumbing.report import table
 from plumbing.settings import InputError, arg, cli, parse, require, writable
 
@@ -72,7 +72,7 @@ def read_scores(path: str, data_path: str, pairs: list, root: str) -> np.ndarray
             i = place.get(k)
             if i is not None:
                 rewards[i] = [number(path, line, row, column) for column in ("reward_A", "reward_B")]
-                if row.get("prompt", pairs[i].prompt).strip() != pairs[i].prompt.strip():
+                if tidy_prompt(row.get("prompt", pairs[i].prompt)) != pairs[i].prompt:
                     other = f"line {pairs[i].line} of {data_path}"
                     raise InputError(f"{path}, line {line}: has another prompt than {other}.")
         if k + 1 != len(index):
@@ -81,12 +81,12 @@ def read_scores(path: str, data_path: str, pairs: list, root: str) -> np.ndarray
     if not {"path", "reward"} <= set(first):
         raise InputError(f"{path}: needs the columns reward_A,reward_B or path,reward; it has {sorted(first)}.")
     for line, row in open_table(path)[1]:
-        key = os.path.normpath(os.path.join(root, row["path"].strip())), row.get("prompt", "").strip()
+        key = os.path.normpath(os.path.join(root, row["path"].strip())), tidy_prompt(row.get("prompt", ""))
         reward = number(path, line, row, "reward")
         if not np.isnan(reward) and found.setdefault(key, reward) != reward:
             raise InputError(f"{path}, line {line}: a second reward for {row['path']!r}.")
     for i, pair in enumerate(pairs):
-        own = [(video, pair.prompt.strip()) for video in pair.videos]  # a video under two prompts has two rewards
+        own = [(video, pair.prompt) for video in pair.videos]  # a video under two prompts has two rewards
         rewards[i] = [found.get(key, found.get((key[0], ""), float("nan"))) for key in own]
     return rewards
 
@@ -146,9 +146,9 @@ def compare_runs(runs: list[str], out: str, training: list[str] = ()) -> str:
 
     Where a label has several reports of one benchmark, of several seeds, a cell is their mean and standard deviation.
     `training`: folders of whole runs (stage1, discriminative, stage2), summed up in a second table.
-    InputError: a label without a report.
+    InputError: a label without a report; reports of one benchmark on other numbers of pairs: some left out clips.
     """
-    found, benchmarks = {}, []  # label -> {benchmark: numbers of each seed}
+    found, benchmarks, size = {}, [], {}  # label -> {benchmark: numbers of each seed}; benchmark -> its pairs, a file
     for run in runs:
         label, _, pattern = run.partition("=")
         paths = sorted(glob.glob(pattern))
@@ -161,6 +161,11 @@ def compare_runs(runs: list[str], out: str, training: list[str] = ()) -> str:
                 numbers = json.load(file)
             name = numbers["benchmark"] or os.path.basename(numbers["data"])
             name += f" ({numbers['labels']})" if numbers.get("labels") else ""  # another number, not another seed
+            pairs = [numbers.get("pairs"), numbers.get("human_ties")]  # counted only: each seed's world is another
+            same, first = size.setdefault(name, (pairs, path))
+            if pairs != same:
+                raise InputError(f"{path}: has {pairs[0]} pairs of {name} ({pairs[1]} human ties), {first} {same[0]} "
+                                 f"({same[1]}): other pairs, other accuracies; evaluate both on the same ones.")
             found.setdefault(label, {}).setdefault(name, []).append(numbers)
             benchmarks += [name] if name not in benchmarks else []
     head = ["model", *(f"{name} {kind}" for name in benchmarks for kind in ("w/o ties", "w/ ties"))]
@@ -252,7 +257,7 @@ def draw_runs(path: str, found: dict, benchmarks: list[str]) -> None:
             if len(numbers) > 1:
                 dots = [n["accuracy_without_ties"] for n in numbers]
                 axis.plot([place] * len(dots), dots, "o", color="black", markersize=3)
-            elif interval := numbers[0].get("accuracy_without_ties_interval"):
+            elif None not in (interval := numbers[0].get("accuracy_without_ties_interval") or [None]):  # 1 prompt
                 spread = [[max(0, value - interval[0])], [max(0, interval[1] - value)]]
                 axis.errorbar(place, value, spread, color="black", capsize=2, elinewidth=0.8)
     axis.axhline(0.5, color="grey", linestyle="--", linewidth=1)

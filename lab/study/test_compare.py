@@ -63,6 +63,34 @@ def test_several_seeds_give_mean_and_standard_deviation(tmp_path):
         compare.main([*runs, "--training", str(tmp_path)])
 
 
+def write_reports(tmp_path, **changes):
+    """{name: what differs} -> tmp_path/NAME/report.json of each."""
+    numbers = {"benchmark": None, "data": "a/x.csv", "pairs": 300, "human_ties": 40, "accuracy_without_ties": 0.75,
+               "accuracy_with_ties": 0.5, "accuracy_without_ties_interval": [0.6, 0.9]}
+    for name, change in changes.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(numbers | change))
+
+
+def test_reports_on_other_numbers_of_pairs_are_not_put_side_by_side(tmp_path):
+    """A report that left out clips, or a vote, is of other pairs. A seed's set of another folder has as many."""
+    write_reports(tmp_path, all={}, seed1={"data": "b/x.csv"}, few={"pairs": 210}, votes={"human_ties": 20})
+    run = f"one={tmp_path}/all/report.json"
+    for other, count in (("few", "210 pairs of x.csv .40 human"), ("votes", "300 pairs of x.csv .20 human")):
+        with pytest.raises(InputError, match=f"{other}/report.json: has {count} ties., .*all/report.json 300 .40"):
+            compare.compare_runs([run, f"two={tmp_path}/{other}/report.json"], str(tmp_path / "out"))
+        with pytest.raises(InputError, match="evaluate both on the same"):
+            compare.compare_runs([f"seeds={tmp_path}/[afv]*/report.json"], str(tmp_path / "out"))
+    text = compare.compare_runs([run, f"seeds={tmp_path}/[as]*/report.json"], str(tmp_path / "out"))
+    assert "| seeds | 0.750 ± 0.000 |" in text
+
+
+def test_a_set_of_one_prompt_has_no_interval_and_is_drawn_without(tmp_path):
+    write_reports(tmp_path, one={"accuracy_without_ties_interval": [None, None]})
+    compare.compare_runs([f"one={tmp_path}/one/report.json"], str(tmp_path / "out"))
+    assert (tmp_path / "out" / "results.png").stat().st_size > 5000
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Score files
 # ---------------------------------------------------------------------------------------------------------------
@@ -144,6 +172,18 @@ def test_bad_score_files_are_one_sentence(tmp_path, pairs_csv, capsys):
         (["--data", pairs_csv, "--scores", nan, "--out", nan], "cannot be written to"),
     ):
         refuses(capsys, compare.main, *out, *flags, says=words)
+
+
+def test_what_evaluation_wrote_of_prompts_with_blanks_is_read_back(tmp_path, tiny_model_dir, tiny_clips, no_figure):
+    """The same clip under "a cat" and "a cat " is one item with one reward."""
+    a, b, c = map(os.path.abspath, tiny_clips[:3])
+    rows = [[a, b, "a\r\ncat", "A"], [a, c, "a\ncat ", "B"]]
+    flags = ["--data", write_csv(tmp_path / "x.csv", ["path_A", "path_B", "prompt", "TA"], rows), "--out"]
+    more = ["--thoughts", "2", "--max-new-tokens", "4"]
+    evaluate.main(["--model", tiny_model_dir, *flags, str(tmp_path / "one"), *more])
+    compare.main(["--scores", str(tmp_path / "one" / "scores.csv"), *flags, str(tmp_path / "again")])
+    first, again = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "again"))
+    assert first["prompts"] == again["prompts"] == 1 and first["threshold"] == again["threshold"]
 
 
 def test_what_evaluation_wrote_is_read_back(tmp_path, tiny_model_dir, world, no_figure):
