@@ -103,6 +103,7 @@ def load_checkpoint(out: str, model, optimizer, ranks) -> dict:
     """COLLECTIVE: loads the newest complete checkpoint under OUT in place; the optimizer keeps its own rates.
 
     Returns its step.json, {"step": 0} if there is none. With another number of ranks it goes on, but not bit for bit.
+    InputError: it is damaged.
     """
     if not checkpoints_of(out):
         return {"step": 0}

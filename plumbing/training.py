@@ -257,6 +257,7 @@ def save_run(model, settings, ranks, panels: dict[str, list[str]], title: str) -
     """COLLECTIVE: what a finished run leaves in --out, OUT/model (with a model card) and OUT/curves.png.
 
     The rewards' mean and spread go along, for a rough common scale: DeScore.reward(normalize=True).
+    InputError: the model cannot be written.
     """
     model.settings.update(reward_scale(settings.out))
     path = os.path.join(settings.out, "model")
