@@ -1,6 +1,7 @@
 """The study's figures: one panel per claim and one for the ladder, each from study.json alone."""
 
 import pathlib
+from functools import partial
 
 import numpy as np
 
@@ -208,11 +209,13 @@ def budgets(axis, found) -> None:
     axis.legend(fontsize=7, frameon=False)
 
 
-def looks(axis, found) -> None:
-    """What a black clip costs under a kept CoT."""
-    rows = {name: row for name, row in found[12]["parts"].items() if "black clip" in name and "not" not in name}
-    intervals(axis, {name.partition(": ")[2]: row for name, row in rows.items()})
-    axis.set(xlabel="accuracy lost by a black clip, CoT kept")
+def looks(axis, found, what: str, says: str) -> None:
+    """Rows of claims 12 to 15, of the trainings that were stopped early."""
+    rows = {name: row for name, row in found[12]["parts"].items()
+            if name.startswith(what) and not name.endswith("not stopped early")}
+    said = {name: name.partition(": ")[2] + ", one seed" * (row["seeds"] == 1) for name, row in rows.items()}
+    intervals(axis, {said[name]: row for name, row in rows.items()})
+    axis.set(xlabel=says)
 
 
 def noise_by_length(axis, found) -> None:
@@ -227,11 +230,16 @@ def noise_by_length(axis, found) -> None:
 def draw_worlds(path: pathlib.Path, result: dict) -> None:
     """worlds.png: what has been measured."""
     found = {claim["number"]: claim for claim in result["claims"]}
-    chosen = {"what a head is worth": (worth, 10), "what it costs": (budgets, 9), "when it looks": (looks, 12),
+    chosen = {"what a head is worth": (worth, 10), "what it costs": (budgets, 9),
+              "when it looks": (partial(looks, what="black clip", says="accuracy lost by a black clip, CoT kept"), 12),
+              "what masking buys": (partial(looks, what="absent CoT", says="without a CoT, minus that of p 0"), 12),
               "length and noise": (noise_by_length, 16)}
     panels = {title: draw for title, (draw, number) in chosen.items() if found[number]["parts"]}
     plt = _plot()
-    figure, axes = plt.subplots(1, max(1, len(panels)), figsize=(6.2 * max(1, len(panels)), 4.2), squeeze=False)
+    columns, rows = max(1, min(3, len(panels))), max(1, -(-len(panels) // 3))
+    figure, axes = plt.subplots(rows, columns, figsize=(6.2 * columns, 4.2 * rows), squeeze=False)
     for axis, (title, draw) in zip(axes.flat, panels.items()):
         _panel(axis, title, draw, found)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
     _finish(plt, figure, path)
