@@ -78,7 +78,10 @@ def _claim(settings):
     if settings.resume and saved:
         _compare(out, now)
     if settings.overwrite and _written(settings) and os.path.exists(skipped := os.path.join(out, "skipped.jsonl")):
-        os.replace(skipped, f"{skipped}.old")  # the checks to come write one
+        if os.path.exists(f"{skipped}.old"):  # the run's: this one is a refused command's
+            os.remove(skipped)
+        else:
+            os.replace(skipped, f"{skipped}.old")  # the checks to come write one
 
 
 def _begin(settings, step, ranks):
@@ -296,12 +299,13 @@ class StopSignal:
     """
 
     def __init__(self):
-        self.requested = False
+        self.requested, self.first = False, None
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask)
 
     def _ask(self, number, frame):
-        if self.requested and number == signal.SIGINT:
+        self.first = self.first or number
+        if self.requested and signal.SIGINT in (number, self.first):  # torchrun hands on the second Ctrl-C as SIGTERM
             raise KeyboardInterrupt
         told, self.requested = self.requested, True
         if told or os.environ.get("RANK", "0") != "0":

@@ -82,7 +82,10 @@ def read_header(path: str) -> Clip:
         tick, opened, name = float(stream.time_base), False, file.format.name
         # A reader that meets nonsense looks for the next frame that it can read: none of these is an error to it.
         lost = any(who == name for _, who, _ in said) and name in ("matroska,webm", "avi")
-        lost |= name == "avi" and sum(p.dts is not None for p in packets) < stream.frames
+        # An avi's header counts empty chunks, too, which say that a frame stays; its index does not.
+        lost |= name == "avi" and sum(p.dts is not None for p in packets) < len(stream.index_entries)
+        if name == "mpegts" and any(p.is_corrupt for p in packets):  # a counter jumps where files were joined, too
+            raise Unsupported(f"{path}: is damaged, or joined of several files; put it into an mp4 file.")
         if lost or any(p.is_corrupt for p in packets):
             raise InputError(f"{path}: is damaged: frames are lost, or parts of them; copy it anew.")
         packets = [p for p in packets if p.size]
@@ -297,9 +300,9 @@ class FrameCache:
 
     Nothing is ever removed: with a new order in each epoch, what was used longest ago is what comes next, so a cache
     that makes room finds next to nothing again; one that stays as it is finds the share that fits. And the folder may
-    hold other files. The key holds path, size, time of change, fps and pixel budget: an edited clip is decoded again.
-    Raw uint8 frames: 16 s of 448 x 448 at 2 fps are 19 MB. Several processes may share a folder: files appear by
-    renaming.
+    hold other files; frames of an older `VERSION` count for nothing. The key holds path, size, time of change, fps and
+    pixel budget: an edited clip is decoded again. Raw uint8 frames: 16 s of 448 x 448 at 2 fps are 19 MB. Several
+    processes may share a folder: files appear by renaming.
     """
 
     def __init__(self, folder: str, gigabytes: float):
@@ -315,7 +318,7 @@ class FrameCache:
         clip = os.path.abspath(path), info.st_size, info.st_mtime_ns
         reader = os.environ.get("DESCORE_READER", "pyav")
         key = hashlib.sha256(repr((clip, fps, max_pixels, reader, VERSION)).encode())
-        file = os.path.join(self.folder, key.hexdigest()[:32] + ".npz")
+        file = os.path.join(self.folder, f"{key.hexdigest()[:32]}.{VERSION}.npz")
         try:
             with np.load(file) as saved:
                 return {
@@ -347,6 +350,6 @@ class FrameCache:
     def _look(self):
         self.held = self.written = 0  # bytes in the folder, and since this look
         for entry in os.scandir(self.folder):
-            if re.fullmatch(r"[0-9a-f]{32}\.npz", entry.name):  # what else lies there is not ours
+            if re.fullmatch(rf"[0-9a-f]{{32}}\.{VERSION}\.npz", entry.name):  # others are not ours, or of older code
                 with contextlib.suppress(FileNotFoundError):  # removed by hand, while it is in use
                     self.held += entry.stat().st_size

@@ -365,6 +365,8 @@ def test_a_command_that_is_refused_leaves_the_run_in_its_folder_as_it_is(
         after = files_of(tmp_path)
         after = {str(path).removesuffix(".old"): content for path, content in after.items()}
         assert after == {str(path): content for path, content in before.items()}, wrong
+        if flag == "--overwrite":
+            (tmp_path / "skipped.jsonl").write_text('{"video": "of the refused one"}\n')
     cold_start.main([*arguments(with_cots, base_dir, tmp_path, max_steps=1), "--overwrite"])
     assert not list(tmp_path.glob("skipped*")) and len(logs.read_metrics(str(tmp_path))) == 1
     assert json.loads((tmp_path / "settings.json").read_text())["max_steps"] == 1

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import data
+from plumbing import video
 from plumbing.settings import InputError
 from plumbing.video import FrameCache
 
@@ -73,10 +74,12 @@ def test_a_full_cache_keeps_what_it_has_and_touches_nothing_else(tmp_path):
         os.utime(clip, (1, 1))
     (tmp_path / "more").mkdir()
     (tmp_path / "theirs.npz").write_bytes(bytes(10**6))  # fills nothing of the cache's share
+    for old in ("", f".{video.VERSION - 1}"):  # nor does what older code wrote, and nobody finds any more
+        (tmp_path / f"{'0' * 32}{old}.npz").write_bytes(bytes(10**6))
     calls, cache = [], FrameCache(str(tmp_path), 5 * 25e-6)
     for clip in [*clips, *clips[::2], *clips[1::2]]:
         cache.sample(str(clip), 2.0, 4096, stand_in(calls))
-    assert len(calls) == 15 and len(list(tmp_path.glob("*.npz"))) == 6
+    assert len(calls) == 15 and len(list(tmp_path.glob("*.npz"))) == 8
     FrameCache(str(tmp_path), 1e-6).sample(str(clips[0]), 2.0, 4096, stand_in(calls))  # a smaller limit removes none
     assert len(calls) == 15 and all(clip.exists() for clip in clips) and (tmp_path / "more").is_dir()
 

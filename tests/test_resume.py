@@ -55,6 +55,13 @@ def test_a_second_sigterm_does_not_stop_at_once(stop, capsys):
         signal.raise_signal(signal.SIGINT)
 
 
+def test_a_second_ctrl_c_stops_at_once_under_torchrun_too(stop):
+    """It hands on the first as SIGINT and the second, its own end, as SIGTERM."""
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+
+
 def test_other_ranks_stop_silently(stop, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     signal.raise_signal(signal.SIGINT)

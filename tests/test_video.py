@@ -213,6 +213,13 @@ def test_a_damaged_file_is_refused_or_shows_what_the_whole_one_does(name, tmp_pa
     assert 10 < refused
 
 
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_an_avi_with_empty_chunks_is_whole(codec, tmp_path):
+    """Its header counts them among the frames: each says that the frame before stays."""
+    clip = video.read_header(clips.write(tmp_path / "x.avi", 24, codec=codec, ticks=clips.UNEVEN))
+    assert len(clip.stamps) == 24
+
+
 @pytest.mark.parametrize("name", ["x.mkv", "x.avi", "x.mp4"])
 def test_a_title_in_any_encoding_is_no_fault_of_the_clip(name, tmp_path):
     whole = pathlib.Path(clips.write(tmp_path / name, 240, title="Cafe"))

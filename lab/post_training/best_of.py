@@ -88,7 +88,7 @@ def rewards_of(s: Settings, items: list[Item], ranks) -> tuple[dict, list[dict],
     workers, thoughts, skipped = Workers(s, ranks), None, []
     if s.think:
         thoughts, skipped = workers.think(items, s.out, s.thoughts)
-        ended = [one for record in thoughts.values() for one in record["ended"]]
+        ended = [one for item in items if item.key in thoughts for one in thoughts[item.key]["ended"]]
         for line in cut_off(ended.count(False), len(ended)):
             ranks.print(line)
     if s.score_from[0] == "text":

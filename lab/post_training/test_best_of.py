@@ -56,6 +56,9 @@ def test_cots_that_were_cut_off_are_told(tmp_path, tiny_model_dir, tiny_clips, c
     videos = write_csv(tmp_path / "videos.csv", ["path", "prompt"], rows)
     best_of.main(["--model", tiny_model_dir, *FEW, "--data", videos, "--out", str(tmp_path / "out")])
     assert "2 of 2 CoTs did not end within --max-new-tokens" in capsys.readouterr().out
+    write_csv(tmp_path / "videos.csv", ["path", "prompt"], rows[:1])
+    best_of.main(["--model", tiny_model_dir, *FEW, "--data", videos, "--out", str(tmp_path / "out")])
+    assert "1 of 1 CoTs did not end" in capsys.readouterr().out  # not those of an earlier --data
 
 
 def test_a_replaced_clip_is_ranked_anew(tmp_path, tiny_model_dir, tiny_clips):
