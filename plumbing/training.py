@@ -299,16 +299,15 @@ class StopSignal:
     """
 
     def __init__(self):
-        self.requested, self.first = False, None
+        self.requested = 0  # the number of the first signal
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._ask)
 
     def _ask(self, number, frame):
-        self.first = self.first or number
-        if self.requested and signal.SIGINT in (number, self.first):  # torchrun hands on the second Ctrl-C as SIGTERM
+        first, self.requested = self.requested, self.requested or number
+        if first and signal.SIGINT in (number, first):  # torchrun hands on the second Ctrl-C as SIGTERM
             raise KeyboardInterrupt
-        told, self.requested = self.requested, True
-        if told or os.environ.get("RANK", "0") != "0":
+        if first or os.environ.get("RANK", "0") != "0":
             return  # all ranks get the signal: one message is enough
         text = "stopping after this step; Ctrl-C now stops at once"
         if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, not this process, decides how long a step may still take

@@ -213,6 +213,15 @@ def test_a_damaged_file_is_refused_or_shows_what_the_whole_one_does(name, tmp_pa
     assert 10 < refused
 
 
+def test_joined_ts_files_are_unsupported_not_broken(tmp_path):
+    """Where one ends, a counter jumps, as where packets are lost: which of the two it is, nobody can tell."""
+    whole = clips.write(tmp_path / "x.ts", 24)
+    assert len(video.read_header(whole).stamps) == 24
+    (tmp_path / "two.ts").write_bytes(2 * pathlib.Path(whole).read_bytes())
+    with pytest.raises(video.Unsupported, match="two.ts: is damaged, or joined of several files"):
+        video.read_header(str(tmp_path / "two.ts"))
+
+
 @pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
 def test_an_avi_with_empty_chunks_is_whole(codec, tmp_path):
     """Its header counts them among the frames: each says that the frame before stays."""

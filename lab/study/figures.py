@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 
+LAST = ", not stopped early"  # how claims 12 to 15 name the same rows of a training's last checkpoint
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple")
 
 
@@ -212,7 +213,7 @@ def budgets(axis, found) -> None:
 def looks(axis, found, what: str, says: str) -> None:
     """Rows of claims 12 to 15, of the trainings that were stopped early."""
     rows = {name: row for name, row in found[12]["parts"].items()
-            if name.startswith(what) and not name.endswith("not stopped early")}
+            if name.startswith(what) and not name.endswith(LAST)}
     said = {name: name.partition(": ")[2] + ", one seed" * (row["seeds"] == 1) for name, row in rows.items()}
     intervals(axis, {said[name]: row for name, row in rows.items()})
     axis.set(xlabel=says)

@@ -83,14 +83,11 @@ def measured(result: dict) -> list[tuple[list[dict], str, dict]]:
     return list(rows.values())
 
 
-LAST = ", not stopped early"  # how claims 12 to 15 name the same rows of a training's last checkpoint
-
-
 def parts(result: dict) -> str:
-    """What was measured for a claim, what decides it in bold. Without `LAST`: those rows stand in the JSON alone."""
+    """What was measured for a claim, what decides it in bold; not `figures.LAST`, which stands in the JSON alone."""
     rows = []
     for claims, name, row in measured(result):
-        if name.endswith(LAST):
+        if name.endswith(figures.LAST):
             continue
         label = f"**{name}**" if any(name in claim["decides"] for claim in claims) else name
         numbers = ", ".join(str(claim["number"]) for claim in claims)

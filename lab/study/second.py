@@ -29,8 +29,8 @@ import layout
 import parallel
 import toy.__main__
 from lab.study import coupled, measures, models
+from lab.study.figures import LAST
 from lab.study.models import CSVS, SETS
-from lab.study.pages import LAST
 from lab.study.sanity import half_hits
 from model import DeScore
 from plumbing import checkpoint, training

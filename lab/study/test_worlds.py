@@ -543,6 +543,8 @@ def test_a_row_that_two_claims_share_is_shown_and_counted_once():
     assert [line.split(" | ")[:2] for line in lines] == [["| 1, 2", "**x**"], ["| 1, 2", "**y**"], ["| 3", "x"]]
     assert pages.many({"claims": claims}).startswith("3 intervals")
     assert lines[0].endswith(f"| {SEEN} |")
+    both["x, not stopped early"] = row  # in the JSON alone
+    assert len(pages.parts({"claims": claims}).splitlines()[2:]) == len(lines)
     both["x"] = row | {"seeds": 1, "by_seed": [0.1]}
     assert pages.parts({"claims": claims}).splitlines()[2].endswith("| one seed | 90 | - |")  # and no verdict
 
