@@ -17,7 +17,6 @@ Shapes: N = prompts x group clips, P patches, C components, A attributes, K SDE 
 
 import copy
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -29,11 +28,12 @@ from tqdm import tqdm
 from lab.post_training import flow, report
 from lab.post_training.generator import C, Generator, P, draw_times, sample, step_mean, train_base
 from lab.post_training.world import Reward, draw_asked, gold_judge, noise_of, rng_of
+from lab.study.cells import read
 from losses import clipped_tokens, group_advantages, grpo_loss
-from plumbing.jobs import fingerprint
+from plumbing.jobs import content_of, fingerprint
 from plumbing.settings import InputError, arg, atomic_write, cli, flag_of, parse, writable, write_json, write_jsonl
 
-COMMANDS = ("base", "grpo", "dpo", "measure")
+COMMANDS, CONTROLS = ("base", "grpo", "dpo", "measure"), ("gold", "random")
 
 
 @dataclasses.dataclass
@@ -67,7 +67,8 @@ class Settings:
     publish: bool = arg(False, "measure: also write README.md of lab/post_training, post_training.json and the figures")
 
 
-FREE = ("out", "updates", "save_every", "eval_prompts", "curve_every", "publish")  # these may change when a run goes on
+# These may change when a run goes on; of the reward the place, not the weights
+FREE = ("out", "updates", "save_every", "eval_prompts", "curve_every", "publish", "reward")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -196,7 +197,7 @@ def take_step(policy: Generator, optimizer, s: Settings, update: int) -> float:
 # ---------------------------------------------------------------------------------------------------------------
 def arm_name(method: str, s: Settings) -> str:
     """The folder of a run: grpo-descore, dpo-gold, grpo-flow-grpo-random, ..."""
-    kind = s.reward if s.reward in ("gold", "random") else "descore"
+    kind = s.reward if s.reward in CONTROLS else "descore"
     return "-".join([method, *["flow-grpo"] * (s.noise == "flow-grpo" and method == "grpo"), kind])
 
 
@@ -225,18 +226,20 @@ def load_generator(path: str) -> tuple[Generator, dict]:
 def post_train(method: str, s: Settings, progress=True) -> None:
     """--updates updates from the base, or from where the run of this name stopped.
 
-    InputError: that run had other settings.
+    InputError: that run had other settings, another reward model or another base.
     """
-    folder = os.path.join(seed_folder(s), arm_name(method, s))
+    folder, base_path = os.path.join(seed_folder(s), arm_name(method, s)), os.path.join(seed_folder(s), "base.pt")
     path, settings = os.path.join(folder, "state.pt"), dataclasses.asdict(s) | {"method": method}
-    base, _ = load_generator(os.path.join(seed_folder(s), "base.pt"))
+    base, _ = load_generator(base_path)
     base.requires_grad_(False)
     policy, log, store = copy.deepcopy(base).requires_grad_(True), [], []
     optimizer = torch.optim.AdamW(policy.parameters(), s.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    # What the files hold, not what they are called: `make demo` writes another reward model under the same name.
+    made_from = {"base": content_of(base_path), "reward": s.reward if s.reward in CONTROLS else fingerprint(s.reward)}
     if os.path.exists(path):
         kept, state = load_generator(path)
         changed = [flag_of(n) for n, v in settings.items() if n not in FREE and state["settings"].get(n) != v]
-        if changed:
+        if changed := changed + exchanged(state, made_from):
             raise InputError(f"{path}: was run with other {', '.join(changed)}; delete its folder or change --out.")
         policy.load_state_dict(kept.state_dict())
         optimizer.load_state_dict(state["optimizer"])
@@ -257,8 +260,15 @@ def post_train(method: str, s: Settings, progress=True) -> None:
             log[-1]["fixed"] = {name: fixed[name] for name in report.CURVES}
         bar.set_postfix({name: f"{np.mean([line[name] for line in log[-5:]]):.3f}" for name in ("reward", "gold")})
         if (update + 1) % s.save_every == 0 or update + 1 == s.updates:
-            save_generator(path, policy, settings=settings, optimizer=optimizer.state_dict(), log=log, store=store)
+            save_generator(path, policy, settings=settings, made_from=made_from, log=log, store=store,
+                           optimizer=optimizer.state_dict())
             write_jsonl(os.path.join(folder, "metrics.jsonl"), log)
+
+
+def exchanged(state: dict, made_from: dict[str, str]) -> list[str]:
+    """What a run was trained with and is no longer what `made_from` names, in words; runs of old did not keep it."""
+    kept = state.get("made_from", {})
+    return [f"weights of the {name}" for name, content in made_from.items() if kept.get(name, content) != content]
 
 
 def make_base(s: Settings) -> None:
@@ -278,12 +288,18 @@ def make_base(s: Settings) -> None:
     print(f"{path}: {count:,} parameters, loss {loss:.4f}, latents keep {kept:.1%} of the variance")
 
 
-def require_alike(runs: dict[int, dict[str, str]]) -> None:
-    """InputError unless the seeds of an arm had as many updates, and the same settings: they are summed up."""
+def require_alike(runs: dict[int, dict[str, str]], proxy: str) -> None:
+    """InputError unless the seeds of an arm had as many updates and the same settings: they are summed up. An arm that
+    follows DeScore must have followed `proxy`: HACKED says that ITS reward rose.
+    """
     first, own = {}, ("out", "save_every", "publish", "seed", "reward")  # own: of a seed, or without effect
-    for arm, path in [item for arms in runs.values() for item in arms.items() if item[0] != "base"]:
+    for arm, path, base in [(arm, path, arms["base"]) for arms in runs.values() for arm, path in arms.items()]:
         state = load_generator(path)[1]
-        now = state["settings"] | {"updates": len(state["log"])}  # those that were made, not those that were asked for
+        made_from = {"base": content_of(base)} | ({"reward": proxy} if arm.endswith("-descore") else {})
+        if changed := exchanged(state, made_from):
+            raise InputError(f"{path}: was run with other {', '.join(changed)} than those given; move its folder away.")
+        now = state["settings"] | {"updates": len(state.get("log", []))}  # those made, not those that were asked for
+        now |= {"base_steps": now.pop("steps")} if arm == "base" else {}
         other, expected = first.setdefault(arm, (path, now))
         if changed := [flag_of(name) for name in now if name not in own and now[name] != expected.get(name)]:
             raise InputError(f"{path}: has other {', '.join(changed)} than {other}; let it run to its end, or move one "
@@ -295,19 +311,19 @@ def measure(s: Settings) -> None:
 
     InputError: no --reward.
     """
-    if s.reward in ("gold", "random"):
+    if s.reward in CONTROLS:
         raise InputError("--reward: measure needs the DeScore folder; the gold judge measures anyway.")
     judge, score, rendered = gold_judge(s.out, s.judge_steps, s.pool), None, report.rendered_clips(s.eval_prompts)
     measured, seeds, logs, pictures, proxy = {}, {}, {}, {}, fingerprint(s.reward)
     runs = report.find_runs(s.out)
-    require_alike(runs)
+    require_alike(runs, proxy)
     for seed, arms in runs.items():
         for arm, path in arms.items():
             generator, state = load_generator(path)
             kept = path.removesuffix(".pt") + "_measured.json"
-            key = {"updates": len(state.get("log", [])), "prompts": s.eval_prompts, "group": s.group, "steps": s.steps,
-                   "reward": proxy}
-            numbers = read_json(kept)
+            key = {"generator": content_of(path), "judge": content_of(os.path.join(s.out, "judge.pt")), "reward": proxy,
+                   "prompts": s.eval_prompts, "group": s.group, "steps": s.steps}
+            numbers = read(kept)
             if numbers.get("key") != key:
                 score = score or Reward(s.reward, judge, seed)
                 numbers = {"key": key, **report.evaluate(generator, judge, score, rendered, s.group, s.steps)}
@@ -324,14 +340,6 @@ def measure(s: Settings) -> None:
     report.draw_strip(os.path.join(s.out, "strip.png"), pictures, s.steps)
     if s.publish:
         report.publish(s.out)
-
-
-def read_json(path: str) -> dict:
-    """The file, {} where there is none."""
-    if not os.path.exists(path):
-        return {}
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
 
 
 def main(argv=None) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pathlib
 import shutil
 
 import numpy as np
@@ -255,7 +256,6 @@ def test_the_whole_script_resumes_to_the_bit(tmp_path, tiny_model_dir, capsys):
         assert ["fixed" in line for line in again["log"]] == [False, True]  # --curve-every 2
         with pytest.raises(InputError, match="--lr"):
             post_training.main([method, *flags, "--reward", reward, "--updates", "3", "--lr", "1e-3"])
-    post_training.main(["grpo", *flags, "--reward", tiny_model_dir, "--updates", "1", "--prompts", "1"])
     post_training.main(["measure", *flags, "--reward", tiny_model_dir])
     before = measured(out, "base")
     other = shutil.copytree(tiny_model_dir, tmp_path / "other")  # another reward, the same generators
@@ -263,10 +263,30 @@ def test_the_whole_script_resumes_to_the_bit(tmp_path, tiny_model_dir, capsys):
     save_file({name: -value for name, value in load_file(head).items()}, head)
     post_training.main(["measure", *flags, "--reward", str(other)])
     assert measured(out, "base")["proxy"] == pytest.approx(-before["proxy"], abs=5) != before["proxy"]
+    post_training.main(["grpo", *flags, "--reward", tiny_model_dir, "--updates", "1", "--prompts", "1"])
     post_training.main(["measure", *flags, "--reward", tiny_model_dir])
     assert measured(out, "base") == before
+    # A run belongs to the reward and the base that it was trained with, not to their names
+    with pytest.raises(InputError, match="grpo-descore/state.pt: was run with other weights of the reward than"):
+        post_training.main(["measure", *flags, "--reward", str(other)])
+    more = ["grpo", *flags, "--updates", "2", "--prompts", "1", "--reward"]
+    with pytest.raises(InputError, match="grpo-descore/state.pt: was run with other weights of the reward;"):
+        post_training.main([*more, str(other)])
+    path = os.path.join(out, "seed0", "base.pt")
+    kept, of_base = pathlib.Path(path).read_bytes(), torch.load(path)
+    torch.save(of_base | {"weights": {name: -value for name, value in of_base["weights"].items()}}, path)
+    with pytest.raises(InputError, match="was run with other weights of the base;"):
+        post_training.main([*more, tiny_model_dir])
+    with pytest.raises(InputError, match="was run with other weights of the base than"):
+        post_training.main(["measure", *flags, "--reward", tiny_model_dir])
+    pathlib.Path(path).write_bytes(kept)
     os.makedirs(os.path.join(out, "seed1.old"))  # put aside by hand
     shutil.copytree(os.path.join(out, "seed0"), os.path.join(out, "seed1"))
+    path = os.path.join(out, "seed1", "base.pt")
+    torch.save(of_base | {"settings": of_base["settings"] | {"steps": 9}}, path)
+    with pytest.raises(InputError, match="seed1/base.pt: has other --base-steps than"):
+        post_training.main(["measure", *flags, "--reward", tiny_model_dir])
+    pathlib.Path(path).write_bytes(kept)
     half = state(out, "grpo-random")
     for change, flag in (({"log": half["log"][:1]}, "--updates"),
                          ({"settings": half["settings"] | {"lr": 1.0}}, "--lr")):

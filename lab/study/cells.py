@@ -52,7 +52,7 @@ def child(command: list[str]) -> list[str]:
 
 
 def read(path: str) -> dict:
-    """A cell's record; {} if there is none that can be read."""
+    """A JSON file, say a cell's record; {} if there is none that can be read."""
     try:
         return json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
