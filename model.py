@@ -80,7 +80,7 @@ class DeScore(nn.Module):
             hidden, _ = self._hidden(embeds, batch)
         else:  # CoTs are text: no tower, no video among them
             hidden = self.backbone.model.language_model(
-                inputs_embeds=embeds, attention_mask=None, spans=batch["spans"], past=past,
+                inputs_embeds=embeds, attention_mask=None, spans=batch["spans"], past=past.layers.__getitem__,
                 position_ids=batch["position_ids"], use_cache=False,
             ).last_hidden_state
             hidden = torch.cat([past.last, hidden[0]])
@@ -111,8 +111,9 @@ class DeScore(nn.Module):
                 batch["pixel_values_videos"], batch["video_grid_thw"], return_dict=True, video_cu_seqlens=ends)
         # `spans` and `keep` are no arguments of transformers: its models hand keywords they do not know down to each
         # layer's attention function, here prefix_once.attention, which reads who sees whom from them. No mask then:
-        # with None (and spans), that function runs each part causally, and padding is in no part. keep is a function,
-        # since FSDP would hand each layer a copy of an object with tensors.
+        # with None (and spans), that function runs each part causally, and padding is in no part. keep and past are
+        # functions, since FSDP would open an object with tensors: each layer would get a copy, and would make zeros in
+        # the backward for the keys and values of all other layers.
         hidden = self.backbone.model(
             inputs_embeds=embeds, attention_mask=None, spans=batch["spans"], keep=keep,
             position_ids=batch["position_ids"], mm_encoder_outputs={"video": video_features}, use_cache=False,

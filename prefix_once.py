@@ -74,8 +74,8 @@ def lay_out_behind(backbone, prefixes: list[dict], cots: list[list[list[int]]]) 
 def attention(module, query, key, value, attention_mask, keep=None, past=None, spans=None, **more):
     """What transformers calls in each layer: whole rows go on to `shared_prefix_attention`.
 
-    keep: `Past.keep`, which takes this layer's keys and values. past: a Past that has them; then the ONE row of query,
-    key, value (1, H, L, d) holds CoTs alone, from `lay_out_behind`, and each sees its prefix in there, and itself.
+    keep: `Past.keep`, which takes this layer's keys and values. past: layer -> those of a Past; then the ONE row of
+    query, key, value (1, H, L, d) holds CoTs alone, from `lay_out_behind`; each sees its prefix in there, and itself.
     """
     if keep is not None:
         keep(module.layer_idx, key.to(value.dtype), value)
@@ -84,7 +84,7 @@ def attention(module, query, key, value, attention_mask, keep=None, past=None, s
     options = {"scale": more.get("scaling"), "dropout_p": more.get("dropout", 0.0), "enable_gqa": True}
     states, outputs = [x.to(value.dtype) for x in (query, key, value)], {}
     for row, (length, cots) in enumerate(spans):
-        prefix = [x[row, :, :length] for x in past.layers[module.layer_idx]]
+        prefix = [x[row, :, :length] for x in past(module.layer_idx)]
         outputs |= attend_behind(prefix, cots, *states, options)
     return torch.cat([outputs[start] for start in sorted(outputs)], dim=2).transpose(1, 2).contiguous(), None
 

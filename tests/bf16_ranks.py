@@ -81,6 +81,18 @@ def away(model, path: str, train: str, items, ranks) -> float:
     return (square(found[n] - wanted[n].grad for n in names) / square(wanted[n].grad for n in names)) ** 0.5
 
 
+def opened(tensor: torch.Tensor) -> list[int]:
+    """How many tensors FSDP has found in the arguments of each module that it shards: each is given a gradient."""
+    seen, found, counts = set(), [tensor.grad_fn], []
+    while found:
+        node = found.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found += [before for before, _ in node.next_functions]
+            counts += [len(node.next_functions)] if "PostBackward" in node.name() else []
+    return sorted(counts)
+
+
 def both_stages(path: str, csv: str, train: str, ranks) -> dict:
     """What this rank sees of a step of stage 1 and of stage 2's three passes over a pair."""
     first, types = load(path, train, ranks, vision=True, dropout=0.5).train(), set()
@@ -98,14 +110,17 @@ def both_stages(path: str, csv: str, train: str, ranks) -> dict:
     items = [data.EncodedPairs(data.read_pairs(csv), model.processor)[i] for i in range(ranks.world)]
     gap = away(model, path, train, items, ranks)
     pair, prefixes = items[ranks.rank]
-    looks.clear()
     rollouts = grpo.PairRollouts(pair, prefixes, [[[70, 71], [80]], [[90, 91, 92], [75]]], advantages=torch.ones(2, 2))
     settings = grpo.Settings(rollouts=2, kl_coef=1e-2, micro_rollouts=1, out=".")
+    cut = grpo.read(model, rollouts, settings, ranks).cut()
+    in_blocks = opened(grpo.forward_behind(model, cut, rollouts, settings, ranks)[0].rewards)
+    looks.clear()
     rollouts.old, _ = grpo.log_probs_now(model, rollouts, settings, ranks)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
     done = grpo.update(model, reference, optimizer, [rollouts], settings, ranks)
     return {"train": train, "looks": len(looks), "kl": done["kl"], "ratio": done["ratio_max"],
-            "norm": done["grad_norm_total"], "away": gap, "types": sorted(types), "stage 1": step}
+            "norm": done["grad_norm_total"], "away": gap, "types": sorted(types), "stage 1": step,
+            "opened": in_blocks}
 
 
 path, csv, *ways = sys.argv[1:]

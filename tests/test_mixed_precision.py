@@ -39,6 +39,7 @@ def test_both_stages_under_mixed_precision(lines, train):
         assert 0 < rank["norm"] < 1e3 and rank["away"] < 0.03
         # Hidden states are bf16; the vision tower's rotary tables are not cast with them.
         assert rank["types"] == [["text", "torch.bfloat16"], ["vision", "torch.bfloat16", "torch.float32"]]
+        assert rank["opened"] == [1, 1, 5]  # a layer: its hidden states, not all layers' prefixes, as the whole model
         parts = ("grad_norm_llm", "grad_norm_vision", "grad_norm_head")
         assert all(0 < rank["stage 1"][part] < 1e4 for part in parts)
     # The same pair on both ranks: with LoRA's dropout their losses differ, without adapters they are equal.
