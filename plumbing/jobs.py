@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import time
 import typing
 
 import numpy as np
@@ -190,6 +191,30 @@ def fingerprint(model: str) -> str:
     return hashlib.sha256(repr([(os.path.relpath(p, model), h) for p, h in zip(paths, hashes)]).encode()).hexdigest()
 
 
+def require_shared(out: str, ranks, seconds: int = 90) -> None:
+    """COLLECTIVE: InputError on every rank if they do not all see ONE folder under this name.
+
+    On nodes with a folder each, a checkpoint would be cut in pieces that no rank can read again, and ranks would go on
+    from different places. A network's folder shows new files late, so each rank looks for so many seconds.
+    """
+    if ranks.world == 1:
+        return
+    path, (token,) = os.path.join(out, ".shared"), ranks.gather_objects([os.urandom(8).hex()] * ranks.is_main)
+    if ranks.is_main:
+        write_json(path, token)
+    ranks.barrier()
+    seen, until = False, time.monotonic() + seconds
+    while not seen and time.monotonic() < until:
+        with contextlib.suppress(OSError, ValueError), open(path, encoding="utf-8") as file:
+            seen = json.load(file) == token
+        time.sleep(0 if seen else 0.5)
+    everywhere = all(ranks.gather_objects([seen]))
+    if ranks.is_main:
+        os.remove(path)
+    if not everywhere:
+        raise InputError(f"{out}: is not the same folder on every node; all need one that they share.")
+
+
 def require_same_settings(out: str, s, names: tuple[str, ...], wording: str, ranks) -> None:
     """COLLECTIVE: InputError if the folder's results are of another model, wording or setting: they must not be mixed.
 
@@ -205,7 +230,7 @@ def require_same_settings(out: str, s, names: tuple[str, ...], wording: str, ran
             if changed:
                 raise InputError(f"{out}: holds results made with another {', '.join(changed)}; give another --out.")
         write_json(path, {"made_with": now, "settings": dataclasses.asdict(s)})
-    ranks.barrier()
+    require_shared(out, ranks)
 
 
 def readable_pairs(pairs: list, settings, ranks, sample_frames) -> list:

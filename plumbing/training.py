@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from plumbing.hub import write_card
 from plumbing.checkpoint import save_model
-from plumbing.jobs import fingerprint, task_seed
+from plumbing.jobs import fingerprint, require_shared, task_seed
 from plumbing.logs import Log, draw_curves, read_metrics, read_numbers, reward_scale
 from plumbing.resume import Background, checkpoints_of, load_checkpoint, read_json, save_checkpoint
 from plumbing.settings import InputError, first_line, flag_of, writable, write_json, write_jsonl
@@ -59,6 +59,7 @@ def claim_run(settings, ranks) -> None:
             problems = [str(error)]
     if problems := ranks.gather_objects(problems):
         raise InputError(problems[0])
+    require_shared(settings.out, ranks)
 
 
 def _claim(settings):

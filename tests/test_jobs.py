@@ -19,6 +19,7 @@ import evaluate
 import parallel
 from plumbing import jobs
 from plumbing.settings import InputError
+from tests.conftest import run as run_script
 
 
 class OneRank:
@@ -38,6 +39,18 @@ class OneRank:
     def progress(self, *args, **more):
         return contextlib.nullcontext(collections.namedtuple("Bar", "update")(lambda n: None))
 
+
+# Two ranks, as on two nodes, with one --out or each with one of its own
+APART = """
+import os, sys
+import parallel
+from plumbing.jobs import require_shared
+from plumbing.settings import cli
+
+ranks = parallel.start(seed=0)
+cli(lambda: require_shared(sys.argv[1 + ranks.rank], ranks, seconds=1))
+ranks.finish()
+"""
 
 ITEMS = [jobs.Item(f"v{k}", "a prompt", k + 2) for k in range(10)]
 
@@ -251,3 +264,13 @@ def test_a_bad_video_on_either_side_drops_its_pair(tmp_path, tiny_clips):
     for one in pairs[3], pairs[5]:
         with pytest.raises(InputError, match=f"line {one.line}: gone.mp4: no such video"):
             jobs.readable_pairs([one], cold_start.Settings(), parallel.Ranks(), data.sample_frames)
+
+
+def test_nodes_must_share_the_folder(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+    run_script("-c", APART, one, one, ranks=2)
+    assert not list(one.iterdir())
+    done = run_script("-c", APART, one, other, ranks=2, check=False)
+    assert done.returncode and "is not the same folder on every node" in done.stderr, done.stderr[-2000:]
