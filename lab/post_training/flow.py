@@ -103,7 +103,8 @@ def grid(steps: int, shift: float = 1.0) -> list[float]:
     grid, .0015 and .0012 (test_the_last_sde_step_leaves_no_noise): a few long steps end near the mean of what
     is possible: less varied than the data, but clean.
     """
-    return [shifted(1 - k / steps, shift) for k in range(steps + 1)]
+    # 1 as it is: below a shift of .5 the formula rounds to a number beside it, which `odds` would take for a real time.
+    return [1.0, *(shifted(1 - k / steps, shift) for k in range(1, steps + 1))]
 
 
 NOISES = {"flow-grpo": {"a": 0.7}, "longcat": {"a": 1.0, "cap": 0.45}}  # --noise -> the arguments of (1)

@@ -80,6 +80,12 @@ def test_times_are_an_even_grid_that_is_shifted_once():
     # 3 * .5 / (1 + 2 * .5) = .75; 3 * .25 / 1.5 = .5; 3 * .75 / 2.5 = .9
     assert flow.grid(4, 3.0) == pytest.approx([1.0, 0.9, 0.75, 0.5, 0.0])
     assert flow.grid(10, 3.0)[-2:] == pytest.approx([0.25, 0.0])
+    for shift in (k / 100 for k in range(1, 1001)):  # .3 began at 1 - 2e-16 with a sigma of 5e7, .45 at 1 + 2e-16
+        times = flow.grid(10, shift)
+        assert times[0] == 1.0 and times[-1] == 0.0 and times == sorted({*times}, reverse=True), shift
+        assert flow.noise_scale(*times[:2]) == pytest.approx(0.7 * math.sqrt(1 + 9 * shift))  # a / √(1 - t_next)
+        if shift >= 0.5:  # to the bit what the formula gives everywhere
+            assert times == [flow.shifted(1 - k / 10, shift) for k in range(11)]
 
 
 @pytest.mark.parametrize("noise", flow.NOISES)
