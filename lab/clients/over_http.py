@@ -8,6 +8,7 @@ import json
 import os
 import urllib.error
 import urllib.request
+import warnings
 
 
 def rewards_of(videos, prompts, url=None, token=None, timeout=600.0, **more) -> list[float]:
@@ -15,7 +16,7 @@ def rewards_of(videos, prompts, url=None, token=None, timeout=600.0, **more) -> 
 
     videos: bytes of mp4 files, or lists of all frames of a clip, each the bytes of a PNG; more: `fps` of such frames.
     RuntimeError with the server's sentences if any of them failed: none gets a number in place of its reward, since a 0
-    would be the best or the worst of its group. OSError: no server there.
+    would be the best or the worst of its group. OSError: no server there. A CoT that was cut off: a warning.
     """
     url = url or os.environ.get("DESCORE_URL", "http://127.0.0.1:8000")
     token = token or os.environ.get("DESCORE_TOKEN", "")
@@ -30,7 +31,15 @@ def rewards_of(videos, prompts, url=None, token=None, timeout=600.0, **more) -> 
     if answer.get("error"):
         failed = [f"{k}: {told}" for k, told in enumerate(answer["errors"]) if told]
         raise RuntimeError(f"{url}: {len(failed)} of {len(answer['errors'])} clips have no reward; {'; '.join(failed)}")
+    warn_of_cut(answer, url)
     return answer["results"]
+
+
+def warn_of_cut(answer: dict, where: str) -> None:
+    """Says how many clips of the server's answer have a CoT that was cut off: a number alone does not show it."""
+    if cut := answer.get("ended", []).count(False):
+        warnings.warn(f"{where}: {cut} of {len(answer['ended'])} clips have a CoT that was cut off, and their rewards "
+                      "may be far off; raise the server's --max-new-tokens.", stacklevel=3)
 
 
 def as_text(video) -> str | list[str]:

@@ -89,6 +89,14 @@ def test_the_token_is_sent(scorer, clips, monkeypatch):
     assert len(served(scorer, ask, token="secret")) == 1
 
 
+def test_a_cot_that_was_cut_off_is_a_warning(monkeypatch):
+    answer = {"results": [1.0, 2.0, None], "errors": [None, None, "broken"], "ended": [True, False, None]}
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *args, **more: io.BytesIO(json.dumps(answer).encode()))
+    for ask in (lambda: over_http.rewards_of([b""] * 3, [PROMPT] * 3), lambda: unirl.reply_of(answer)):
+        with pytest.warns(UserWarning, match="1 of 3 clips have a CoT that was cut off"):
+            ask()
+
+
 # ---- flow_grpo ------------------------------------------------------------------------------------------------
 def multi_score(videos, prompts, weights):
     """What flow_grpo does with its scorers: built by the name of an argument, called in a thread, summed, a tensor."""

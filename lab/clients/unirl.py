@@ -7,6 +7,7 @@ and none in `results`; from that UniRL makes a failure that stops the step (unir
 
 import json
 
+from lab.clients.over_http import warn_of_cut
 from plumbing.settings import InputError
 
 NAME = "descore"  # in `required_rewards`
@@ -31,9 +32,13 @@ def fields_of(body: bytes) -> dict:
 
 
 def reply_of(answer: dict) -> dict:
-    """Our answer -> UniRL's. An answer that is about the whole request stays as it is."""
+    """Our answer -> UniRL's. An answer that is about the whole request stays as it is.
+
+    UniRL's form has no place for `ended`: CoTs that were cut off are a warning on the server's screen.
+    """
     if "results" not in answer:
         return answer
+    warn_of_cut(answer, "POST /score")
     results = [{} if error else {NAME: {NAME: reward}} for reward, error in zip(answer["results"], answer["errors"])]
     return {"protocol_version": "1", "results": results,
             "errors": [{NAME: error} if error else {} for error in answer["errors"]]}
