@@ -15,19 +15,17 @@ Tested on a tiny random Wan on a CPU, one rank and two. NOT RUN: with Wan's weig
 computed: lab/serve/README.md. Needs requirements-wan.txt.
 """
 
-import contextlib
 import dataclasses
 import os
-import random
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 import data
 import parallel
 from lab.post_training import flow
-from losses import group_advantages, grpo_loss
+from lab.post_training.wan_generator import FPS, WAN, Wan, open_pipeline
+from losses import group_advantages
 from model import DeScore
 from plumbing.jobs import task_seed
 from plumbing.logs import read_metrics
@@ -41,12 +39,8 @@ from plumbing.settings import (
     require,
     writable,
     write_jsonl,
-    atomic_write,
 )
-from plumbing.video import open_clip
 
-FPS = 16.0  # of Wan's clips
-LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 FREE = ("wan", "data", "reward", "out", "updates", "save_every")  # may change when a run goes on: length, and places
 
 
@@ -55,7 +49,7 @@ class Settings:
     """The flags. Defaults marked * are Flow-GRPO's or LongCat's; the others are ours, and none was tuned on Wan."""
 
     method: str | None = arg(None, "grpo or dpo", choices=["grpo", "dpo"])
-    wan: str = arg("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan in diffusers' layout: a folder or its name on the hub")
+    wan: str = arg(WAN, "Wan in diffusers' layout: a folder or its name on the hub")
     data: str | None = arg(None, "grpo: a text file, one prompt a line; dpo: a CSV of preference pairs")
     reward: str | None = arg(None, "grpo: a DeScore folder")
     out: str | None = arg(None, "folder for the LoRA and metrics.jsonl")
@@ -80,155 +74,6 @@ class Settings:
     lora_r: int = arg(32, "rank of the LoRA; its alpha is twice that *", at_least=1)
     save_every: int = arg(20, "updates between savings of LoRA and state", at_least=1)
     seed: int = arg(0, "of clips and LoRA")
-
-
-class Wan:
-    """The generator: Wan's pipeline with a LoRA, its text encoder used up at the start."""
-
-    def __init__(self, pipe, prompts: list[str], s: Settings, device="cpu"):
-        from peft import LoraConfig
-
-        self.pipe, self.s, self.device = pipe.to(device), s, device
-        # Not Wan's UniPC: its step looks back, so it has no log p. Nor diffusers' Euler: it shifts twice (flow.grid).
-        self.times = flow.grid(s.steps, s.shift)
-        with torch.no_grad():
-            # 512 places, as __call__ has (encode_prompt's own default is 226): no mask hides the padding
-            self.embeds = {p: pipe.encode_prompt(p, None, False, max_sequence_length=512)[0] for p in {*prompts, ""}}
-        pipe.text_encoder = None  # 5.7 B parameters, more than four times the generator
-        self.transformer, self.dtype = pipe.transformer, pipe.transformer.dtype
-        self.transformer.requires_grad_(False)
-        # diffusers' own method: it takes every released peft from 0.17 on, and disable_adapters below asks for it
-        self.transformer.add_adapter(LoraConfig(r=s.lora_r, lora_alpha=2 * s.lora_r, target_modules=LORA_TARGETS))
-        self.trained = [p for p in self.transformer.parameters() if p.requires_grad]
-        assert self.trained, f"no layer of this transformer is called {LORA_TARGETS}"
-        for parameter in self.trained:
-            parameter.data = parameter.data.float()  # in bf16 small updates round away
-        self.transformer.enable_gradient_checkpointing()
-        scale = pipe.vae_scale_factor_spatial
-        self.shape = (1, self.transformer.config.in_channels, (s.frames - 1) // pipe.vae_scale_factor_temporal + 1,
-                      s.height // scale, s.width // scale)
-
-    def velocity(self, x: torch.Tensor, t: float, prompt: str, guidance: float = 1.0) -> torch.Tensor:
-        """v_θ(x, t, prompt), fp32; with guidance w it is v_empty + w (v − v_empty), and THAT is the policy."""
-        time = torch.full((len(x),), t * self.pipe.scheduler.config.num_train_timesteps, device=x.device)
-
-        def predict(text):
-            embeds = self.embeds[text].expand(len(x), -1, -1)
-            return self.transformer(x.to(self.dtype), time, embeds, return_dict=False)[0].float()
-
-        if guidance == 1:
-            return predict(prompt)
-        empty = predict("")
-        return empty + guidance * (predict(prompt) - empty)
-
-    @contextlib.contextmanager
-    def reference(self):
-        """Inside: Wan as it was, without its LoRA and without gradients."""
-        self.transformer.disable_adapters()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.transformer.enable_adapters()
-
-    def sample(self, prompt: str, start_seed: int, seed: int, noisy: set[int]) -> tuple[torch.Tensor, list[flow.Step]]:
-        """One clip's latents, and its SDE steps: those numbered in `noisy`; the others are Euler."""
-        generator = torch.Generator().manual_seed(seed)
-        return flow.sample(
-            lambda x, t: self.velocity(x, t, prompt, self.s.guidance), self.draw(start_seed), self.times, noisy,
-            flow.NOISES[self.s.noise], lambda _: torch.randn(self.shape, generator=generator).to(self.device),
-        )
-
-    def draw(self, seed: int) -> torch.Tensor:
-        """Start noise, the same on every device."""
-        return torch.randn(self.shape, generator=torch.Generator().manual_seed(seed)).to(self.device)
-
-    def noisy_steps(self, number: int) -> set[int]:
-        """Which steps are SDE steps for this prompt: one early (LongCat), or all but the last: its noise stays."""
-        draw = random.Random(task_seed(self.s.seed, number)).randrange
-        return flow.noisy_steps(self.s.noise, self.s.steps, draw)
-
-    def grpo_step_loss(self, prompt: str, step: flow.Step, advantage: torch.Tensor, count: int) -> torch.Tensor:
-        """Eq. 7 for one step of one clip: advantage (1,). `count`: clips x steps of the whole update."""
-        at = (step.sigma, step.t, step.t_next)
-        weight = flow.step_weight(step.t, step.t_next) if self.s.noise == "longcat" else 1.0
-        if self.s.kl:
-            with self.reference():
-                v = self.velocity(step.x, step.t, prompt, self.s.guidance)
-                ref_mean = flow.sde_mean(step.x, v, step.t, step.t_next, step.sigma)
-        v = self.velocity(step.x, step.t, prompt, self.s.guidance)
-        mean = flow.sde_mean(step.x, v, step.t, step.t_next, step.sigma)
-        log_prob = flow.step_log_prob(step.x_next, mean, *at)  # (1,)
-        loss = weight * grpo_loss(log_prob[:, None], step.log_prob[:, None], advantage,
-                                  torch.ones_like(log_prob)[:, None], self.s.clip, self.s.clip, denominator=count)
-        if self.s.kl:
-            loss = loss + self.s.kl * weight**2 * flow.step_kl(mean, ref_mean, *at).sum() / count
-        return loss
-
-    def dpo_pair_loss(self, prompt: str, chosen: torch.Tensor, rejected: torch.Tensor, seed: int) -> torch.Tensor:
-        """Flow-DPO for one pair of latents (1, C, F', H', W'): flow.py (7), at one t and one ε for both.
-
-        t is uniform, then shifted as the sampler's steps are. Without guidance: what is trained is v itself.
-        """
-        t = flow.shifted(random.Random(seed).random(), self.s.shift)
-        noise, errors = self.draw(seed), []
-        for latents in (chosen, rejected):
-            x = flow.noised(latents, noise, t)
-            with self.reference():
-                ref_error = flow.flow_error(self.velocity(x, t, prompt), latents, noise)
-            errors += [flow.flow_error(self.velocity(x, t, prompt), latents, noise), ref_error]
-        return flow.flow_dpo_loss(*errors, beta=self.s.beta)
-
-    # -- pixels and latents: Wan's latents have a mean and a spread per channel ------------------------------------
-    def latent_scale(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and spread per channel, each (1, C, 1, 1, 1)."""
-        config = self.pipe.vae.config
-        return tuple(torch.tensor(v, device=self.device).view(1, -1, 1, 1, 1)
-                     for v in (config.latents_mean, config.latents_std))
-
-    @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents of one clip -> (F, H, W, 3) in [0, 1], as DeScore.reward takes them."""
-        mean, std = self.latent_scale()
-        video = self.pipe.vae.decode((latents * std + mean).to(self.pipe.vae.dtype), return_dict=False)[0]
-        return (video[0].float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 3, 0).cpu()
-
-    @torch.no_grad()
-    def encode(self, path: str) -> torch.Tensor:
-        """The first frames of a video file, at Wan's rate -> latents. InputError: the clip is too short."""
-        s, clip = self.s, open_clip(path)
-        if clip.seconds < (s.frames - 0.5) / FPS:
-            raise InputError(f"{path}: lasts {clip.seconds:.2f} s, and --frames {s.frames} at {FPS:g} a second need "
-                             f"{s.frames / FPS:.2f} s; lower it.")
-        # Not frame by frame: of a clip with 30 a second Wan would learn slow motion.
-        frames, _ = clip.frames(np.arange(s.frames) / FPS, (s.height, s.width))
-        pixels = torch.from_numpy(frames).to(self.device, self.pipe.vae.dtype).permute(3, 0, 1, 2)[None] / 127.5 - 1
-        mean, std = self.latent_scale()
-        return (self.pipe.vae.encode(pixels).latent_dist.mode().float() - mean) / std
-
-    def save(self, out: str, optimizer, done: int) -> None:
-        """The LoRA, as `WanPipeline.load_lora_weights` reads it, and what a run needs to go on."""
-        from peft import get_peft_model_state_dict
-
-        told = self.transformer.peft_config["default"].to_dict()  # or it loads with alpha = r: at half its strength
-        self.pipe.save_lora_weights(out, transformer_lora_layers=get_peft_model_state_dict(self.transformer),
-                                    transformer_lora_adapter_metadata=told)
-        state = {"settings": dataclasses.asdict(self.s), "done": done, "optimizer": optimizer.state_dict()}
-        with atomic_write(os.path.join(out, "state.pt"), "wb") as file:
-            torch.save({**state, "trained": [parameter.detach().cpu() for parameter in self.trained]}, file)
-
-    def resume(self, out: str, optimizer) -> int:
-        """Reads OUT/state.pt, if there, -> updates done. InputError: it had other settings."""
-        path = os.path.join(out, "state.pt")
-        if not os.path.exists(path):
-            return 0
-        state, now = torch.load(path, map_location="cpu"), dataclasses.asdict(self.s)
-        if changed := [flag_of(name) for name in now if name not in FREE and state["settings"].get(name) != now[name]]:
-            raise InputError(f"{path}: was run with other {', '.join(changed)}; give another --out.")
-        for parameter, kept in zip(self.trained, state["trained"], strict=True):
-            parameter.data.copy_(kept)
-        optimizer.load_state_dict(state["optimizer"])
-        return state["done"]
 
 
 # ---- The two updates -----------------------------------------------------------------------------------------
@@ -319,17 +164,15 @@ def read_items(s: Settings) -> list:
     return items
 
 
-def open_pipeline(path: str, dtype: torch.dtype):
-    """Wan's pipeline; the VAE in fp32, as published. InputError: a package or the weights are missing."""
-    try:
-        import ftfy  # noqa: F401  diffusers cleans prompts with it, and without it goes on: other tokens, without a word
-        from diffusers import WanPipeline
-    except ImportError:
-        raise InputError("lab.post_training.wan needs diffusers, ftfy: pip install -r requirements-wan.txt.") from None
-    try:
-        return WanPipeline.from_pretrained(path, dtype={"vae": torch.float32, "default": dtype})
-    except (OSError, ValueError) as error:
-        raise InputError(f"--wan {path}: cannot be opened ({first_line(error)}); hf download {Settings.wan}") from error
+def read_state(s: Settings) -> dict | None:
+    """OUT/state.pt, None if there is none yet. InputError: it had other settings."""
+    path = os.path.join(s.out, "state.pt")
+    if not os.path.exists(path):
+        return None
+    state, now = torch.load(path, map_location="cpu"), dataclasses.asdict(s)
+    if changed := [flag_of(name) for name in now if name not in FREE and state["settings"].get(name) != now[name]]:
+        raise InputError(f"{path}: was run with other {', '.join(changed)}; give another --out.")
+    return state
 
 
 def main(argv=None) -> None:
@@ -339,6 +182,7 @@ def main(argv=None) -> None:
     check(s, ranks)
     items, dtype = read_items(s), torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     writable([s.out])
+    state = read_state(s)  # before minutes of reading Wan
     pipe = open_pipeline(s.wan, dtype)
     prompts = [item.prompt if s.method == "dpo" else item for item in items]
     wan = Wan(pipe, prompts, s, ranks.device)
@@ -348,7 +192,7 @@ def main(argv=None) -> None:
         return model.reward(clips, prompts, s.think, s.max_new_tokens, source_fps=FPS).cpu()
 
     optimizer = torch.optim.AdamW(wan.trained, lr=s.lr, weight_decay=0.0)
-    done = wan.resume(s.out, optimizer)
+    done = wan.load(state, optimizer) if state else 0
     if ranks.is_main:  # lines behind the last saving: those updates are made again
         write_jsonl(os.path.join(s.out, "metrics.jsonl"), [m for m in read_metrics(s.out) if m["step"] <= done])
     for update in range(done + 1, s.updates + 1):
