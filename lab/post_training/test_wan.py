@@ -288,6 +288,16 @@ def test_a_reward_that_is_no_number_stops_the_run(processor):
         wan.grpo_update(made, [(0, PROMPTS[0])], lambda clips, prompts: broken, None, made.s, ranks)
 
 
+def test_a_gradient_that_is_no_number_is_one_sentence_and_no_step(processor):
+    made = tiny_wan(processor)
+    before = [parameter.detach().clone() for parameter in made.trained]
+    for parameter in made.trained:
+        parameter.grad = torch.full_like(parameter, torch.inf)
+    with pytest.raises(InputError, match="norm is (nan|inf), so no step is taken"):
+        wan.take_step(made, torch.optim.SGD(made.trained, lr=1.0), parallel.start(0))
+    assert all(torch.equal(a, b) for a, b in zip(before, made.trained))
+
+
 def flags(wan_dir, out, **more):
     """The command line of a run of one update."""
     values = {"wan": wan_dir, "out": out, **SMALL, "updates": 1, **more}
@@ -350,6 +360,17 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(capsys, wan_dir, tiny_model_d
     wan.main(train("parts", 3))  # done: nothing changes
     assert (tmp_path / "parts" / "metrics.jsonl").read_text() == lines[0]
     refuses(capsys, wan.main, *train("parts", 4, lr=2e-2), says="other --lr")
+
+
+def test_no_more_than_the_update_under_way_is_lost(capsys, wan_dir, tiny_model_dir, tmp_path, monkeypatch):
+    """By default: 20 updates between savings would be hours."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    rewards = iter([[0.0, 1.0], [1.0, 0.0], [1.0, torch.nan]])  # the third group is the second update's
+    monkeypatch.setattr(wan.DeScore, "reward", lambda *args, **more: torch.tensor(next(rewards)))
+    args = flags(wan_dir, tmp_path / "out", method="grpo", reward=tiny_model_dir, data=tmp_path / "prompts.txt",
+                 updates=9)
+    refuses(capsys, wan.main, *args, says="not finite")
+    assert torch.load(tmp_path / "out" / "state.pt")["done"] == 1
 
 
 def test_bad_flags(capsys, wan_dir, tmp_path):
