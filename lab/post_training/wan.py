@@ -28,7 +28,7 @@ from lab.post_training import flow
 from lab.post_training.wan_generator import FPS, WAN, Wan, open_pipeline
 from losses import group_advantages
 from model import DeScore
-from plumbing.jobs import task_seed
+from plumbing.jobs import items_of, task_seed
 from plumbing.logs import read_metrics
 from plumbing.settings import (
     InputError,
@@ -41,6 +41,7 @@ from plumbing.settings import (
     writable,
     write_jsonl,
 )
+from plumbing.video import open_clip
 
 FREE = ("wan", "data", "reward", "out", "updates", "save_every")  # may change when a run goes on: length, and places
 
@@ -73,8 +74,8 @@ class Settings:
     beta: float = arg(500.0, "dpo: weight of the implicit reward", above=0)
     lr: float = arg(1e-4, "learning rate of the LoRA", above=0)
     lora_r: int = arg(32, "rank of the LoRA; its alpha is twice that *", at_least=1)
-    save_every: int = arg(1, "updates between savings of LoRA and state (.4 GB, seconds; an update takes minutes); Ctrl-C "
-                             "loses what comes after the last", at_least=1)
+    save_every: int = arg(1, "updates between savings of LoRA and state (.4 GB, seconds; an update takes minutes): "
+                             "what comes after the last is lost with Ctrl-C", at_least=1)
     seed: int = arg(0, "of clips and LoRA")
 
 
@@ -115,12 +116,18 @@ def grpo_update(wan: Wan, items: list[tuple[int, str]], score, optimizer, s: Set
 
 
 def dpo_update(wan: Wan, items: list[tuple[int, data.PreferencePair]], optimizer, s: Settings, ranks):
-    """COLLECTIVE: one optimizer step on a batch of pairs. The videos are encoded anew each time: no cache to fill."""
+    """COLLECTIVE: one optimizer step on a batch of pairs. The videos are encoded anew each time: no cache to fill.
+
+    InputError: one is damaged; its line in --data.
+    """
     total = 0.0
     for number, pair in ranks.share(items):
         chosen, rejected = pair.videos if pair.label > 0 else pair.videos[::-1]
-        seed = task_seed(s.seed, number)
-        loss = wan.dpo_pair_loss(pair.prompt, wan.encode(chosen), wan.encode(rejected), seed) / len(items)
+        try:
+            latents = wan.encode(chosen), wan.encode(rejected)
+        except InputError as error:  # damaged further on: `check_clips` reads no frame but the first
+            raise InputError(f"{s.data}, line {pair.line}: {error}") from error
+        loss = wan.dpo_pair_loss(pair.prompt, *latents, task_seed(s.seed, number)) / len(items)
         loss.backward()
         total += loss.item()
     return {**ranks.sum({"loss": total}), "grad_norm": take_step(wan, optimizer, ranks)}
@@ -156,7 +163,10 @@ def check(s: Settings, ranks) -> None:
 
 
 def read_items(s: Settings) -> list:
-    """Prompts, or pairs with a winner. InputError: none, or another kind of file than the method takes."""
+    """Prompts, or pairs with a winner: as many as the updates come to.
+
+    InputError: none, or another kind of file than the method takes.
+    """
     if s.method == "dpo":
         items = [pair for pair in data.read_pairs(s.data) if pair.label]
     else:
@@ -169,7 +179,28 @@ def read_items(s: Settings) -> list:
             raise InputError(f"{s.data}: cannot be read as a text file of prompts ({first_line(error)}).") from error
     if not items:
         raise InputError(f"{s.data}: holds nothing to train on.")
-    return items
+    return items[: s.updates * s.batch]
+
+
+def check_clips(pairs: list[data.PreferencePair], s: Settings, ranks) -> None:
+    """COLLECTIVE: opens all clips now, shared out over the ranks: the last pair's turn may come after hours.
+
+    InputError, on all ranks: the first line with a clip that is broken, too short, or of another shape than Wan's.
+    """
+    problems = []
+    for video, _, line in ranks.progress(ranks.share(items_of(pairs)), desc="checking clips"):
+        try:
+            clip = open_clip(video)
+            if clip.seconds < (s.frames - 0.5) / FPS:
+                raise InputError(f"{video}: lasts {clip.seconds:.2f} s, and --frames {s.frames} at {FPS:g} a second "
+                                 f"need {s.frames / FPS:.2f} s; lower it, or leave the pair out.")
+            if abs(clip.width * s.height / (clip.height * s.width) - 1) > 0.05:  # 16:9 for 832 x 480 is off by .026
+                raise InputError(f"{video}: has {clip.width} x {clip.height} pixels and would be squashed; give "
+                                 f"--width and --height (now {s.width}, {s.height}) its shape, or leave the pair out.")
+        except InputError as error:
+            problems.append((line, str(error)))
+    if problems := sorted(ranks.gather_objects(problems)):
+        raise InputError(f"{s.data}, line {problems[0][0]} (the first of {len(problems)} clips): {problems[0][1]}")
 
 
 def read_state(s: Settings) -> dict | None:
@@ -191,6 +222,8 @@ def main(argv=None) -> None:
     items, dtype = read_items(s), torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     writable([s.out])
     state = read_state(s)  # before minutes of reading Wan
+    if s.method == "dpo":
+        check_clips(items, s, ranks)
     pipe = open_pipeline(s.wan, dtype)
     prompts = [item.prompt if s.method == "dpo" else item for item in items]
     wan = Wan(pipe, prompts, s, ranks.device)
