@@ -27,16 +27,20 @@ PROMPTS = ["a red circle moves left", "a blue square stands still"]
 SMALL = {"frames": 9, "height": 16, "width": 16, "steps": 4, "group": 2, "lora_r": 4, "batch": 2}
 
 
+def tiny_transformer(in_channels=16):
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=in_channels, out_channels=16,
+        text_dim=32, freq_dim=256, ffn_dim=32, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )
+
+
 def tiny_pipeline(processor):
     """Sizes of diffusers' own test of Wan."""
     torch.manual_seed(0)
     vae = AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
                            temperal_downsample=[False, True, True])
-    transformer = WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16, out_channels=16,
-        text_dim=32, freq_dim=256, ffn_dim=32, num_layers=2, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
-        rope_max_seq_len=32,
-    )
+    transformer = tiny_transformer()
     tokenizer = processor.tokenizer
     config = UMT5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     return WanPipeline(tokenizer=tokenizer, text_encoder=UMT5EncoderModel(config).eval(), vae=vae.eval(),
@@ -417,6 +421,21 @@ def test_bad_flags(capsys, wan_dir, tmp_path):
     refuses(capsys, wan.main, *grpo, says="holds nothing")
     refuses(capsys, wan.main, *grpo[:-1], "nowhere.txt", says="nowhere.txt")
     refuses(capsys, wan.main, *grpo[:-1], "pairs.csv", says="is a CSV")  # whose header would be a prompt
+
+
+@pytest.mark.parametrize("change", [
+    lambda pipe: pipe.register_to_config(boundary_ratio=0.875),
+    lambda pipe: pipe.register_to_config(expand_timesteps=True),
+    lambda pipe: pipe.register_modules(transformer_2=pipe.transformer),
+    lambda pipe: pipe.register_modules(transformer=tiny_transformer(in_channels=36)),
+], ids=["boundary", "times", "experts", "image"])
+def test_other_wans_are_refused(processor, tmp_path, change):
+    """Wan2.2's have two experts (A14B) or a time for each patch (5B), image-to-video ones the image's channels."""
+    pipe = tiny_pipeline(processor)
+    change(pipe)
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="is not Wan2.1's text-to-video model"):
+        wan.open_pipeline(str(tmp_path), torch.float32)
 
 
 @pytest.mark.parametrize("package", ["diffusers", "ftfy"])

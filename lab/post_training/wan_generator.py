@@ -23,16 +23,22 @@ LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 def open_pipeline(path: str, dtype: torch.dtype):
-    """Wan's pipeline; the VAE in fp32, as published. InputError: a package or the weights are missing."""
+    """Wan's pipeline; the VAE in fp32, as published. InputError: a package or the weights are missing; another Wan."""
     try:
         import ftfy  # noqa: F401  diffusers cleans prompts with it, and without it goes on: other tokens, without a word
         from diffusers import WanPipeline
     except ImportError:
         raise InputError("lab.post_training.wan needs diffusers, ftfy: pip install -r requirements-wan.txt.") from None
     try:
-        return WanPipeline.from_pretrained(path, dtype={"vae": torch.float32, "default": dtype})
+        pipe = WanPipeline.from_pretrained(path, dtype={"vae": torch.float32, "default": dtype})
     except (OSError, ValueError) as error:
         raise InputError(f"--wan {path}: cannot be opened ({first_line(error)}); hf download {WAN}") from error
+    experts = pipe.transformer_2 is not None or pipe.config.boundary_ratio  # one alone would be trained and sampled
+    channels = pipe.transformer.config.in_channels, pipe.transformer.config.out_channels
+    if experts or pipe.config.expand_timesteps or channels[0] != channels[1]:
+        raise InputError(f"--wan {path}: is not Wan2.1's text-to-video model but Wan2.2's, or an image-to-video one, "
+                         f"which are sampled otherwise; take {WAN}.")
+    return pipe
 
 
 class Wan:
