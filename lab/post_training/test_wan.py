@@ -124,7 +124,7 @@ def test_a_replayed_clip_has_ratio_one_and_the_gradient_goes_its_way(processor, 
     def log_probs():
         """(2,): of all steps of each clip, as they would be made now."""
         with torch.no_grad():
-            losses_ = [[made.grpo_step_loss(PROMPTS[0], step, torch.tensor([-1.0]), 1) for step in trail]
+            losses_ = [[made.grpo_step_loss(PROMPTS[0], step, torch.tensor([-1.0]), 1)["loss"] for step in trail]
                        for _, trail in clips]
         return torch.tensor(losses_).sum(dim=1)  # −A ρ w with A = −1: Σ ρ w
 
@@ -136,7 +136,7 @@ def test_a_replayed_clip_has_ratio_one_and_the_gradient_goes_its_way(processor, 
     before, optimizer = log_probs(), torch.optim.SGD(made.trained, lr=1.0)
     for advantage, (_, trail) in zip((1.0, -1.0), clips):
         for step in trail:
-            made.grpo_step_loss(PROMPTS[0], step, torch.tensor([advantage]), 2 * steps).backward()
+            made.grpo_step_loss(PROMPTS[0], step, torch.tensor([advantage]), 2 * steps)["loss"].backward()
     torch.nn.utils.clip_grad_norm_(made.trained, 0.01)
     optimizer.step()
     after = log_probs()
@@ -153,14 +153,14 @@ def test_kl_is_zero_at_the_start_and_pulls_back_later(processor):
     made = tiny_wan(processor, kl=1.0, noise="longcat")
     (step,) = made.sample(PROMPTS[0], 3, 4, {1})[1]
     nothing = torch.zeros(1)
-    assert made.grpo_step_loss(PROMPTS[0], step, nothing, 1).item() == 0.0  # v_ref is v
+    assert made.grpo_step_loss(PROMPTS[0], step, nothing, 1)["loss"].item() == 0.0  # v_ref is v
     for parameter in made.trained:
         torch.nn.init.normal_(parameter, std=0.3)
-    loss = made.grpo_step_loss(PROMPTS[0], step, nothing, 1)
+    loss = made.grpo_step_loss(PROMPTS[0], step, nothing, 1)["loss"]
     assert loss.item() > 0
     loss.backward()
     torch.optim.SGD(made.trained, lr=1e-3).step()
-    assert made.grpo_step_loss(PROMPTS[0], step, nothing, 1) < loss
+    assert made.grpo_step_loss(PROMPTS[0], step, nothing, 1)["loss"] < loss
 
 
 @pytest.mark.parametrize("noise", ["longcat", "flow-grpo"])
@@ -174,7 +174,7 @@ def test_the_weight_of_the_kl_is_the_square_of_the_step_s(processor, noise):
              for v in (made.velocity(step.x, step.t, PROMPTS[0], 5.0), v_ref)]
     kl = (means[0] - means[1]).square().mean() / (2 * step.sigma**2 * (step.t - step.t_next))
     square = step.t / ((step.t - step.t_next) * (1 - step.t)) if noise == "longcat" else 1.0
-    loss = made.grpo_step_loss(PROMPTS[0], step, torch.zeros(1), 4).item()
+    loss = made.grpo_step_loss(PROMPTS[0], step, torch.zeros(1), 4)["loss"].item()
     assert loss == pytest.approx((0.5 * square * kl / 4).item(), rel=1e-4) and loss > 0
 
 
@@ -254,7 +254,7 @@ def test_flow_dpo_starts_at_ln_2_falls_and_leaves_the_reference(processor):
         before = made.velocity(chosen, 0.5, PROMPTS[0])
     optimizer, curve = torch.optim.AdamW(made.trained, lr=1e-2), []
     for _ in range(6):
-        loss = made.dpo_pair_loss(PROMPTS[0], chosen, rejected, seed=7)
+        loss = made.dpo_pair_loss(PROMPTS[0], chosen, rejected, seed=7)["loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -282,6 +282,27 @@ def test_clips_go_where_the_reward_says(processor, noise):
         clips = [made.sample(PROMPTS[0], 100 + k, 0, noisy=set())[0] for k in range(8)]
         ends.append(torch.stack(clips).mean().item())
     assert ends[0] - ends[1] > 0.03, ends
+
+
+def test_the_log_tells_what_the_clip_range_and_the_kl_do(processor):
+    """Nothing in the first pass; in the second the ratio has moved, the way that the advantages say."""
+    def update(**flags):
+        made = tiny_wan(processor, guidance=1.0, clip=1e-9, **flags)
+        return wan.grpo_update(made, [(0, PROMPTS[0])], lambda clips, _: torch.tensor([0.0, 1.0]),
+                               torch.optim.AdamW(made.trained, lr=1e-2), made.s, parallel.start(0))
+
+    once, twice = update(), update(passes=2, kl=0.1)
+    assert once["clipped"] == once["ratio_off"] == 0 and "kl" not in once
+    assert twice["clipped"] == pytest.approx(0.5) and twice["ratio_off"] > 0 and twice["kl"] > 0  # of both passes
+
+
+def test_the_log_tells_how_far_the_winner_s_own_error_rose(processor, monkeypatch):
+    """Both get worse, the loser more: the pair is right, and the loss below ln 2, -log σ(50 (.8 - .3))."""
+    made, errors = tiny_wan(processor, beta=100.0), iter([1.0, 1.3, 1.0, 1.8])  # reference and policy, of winner, loser
+    monkeypatch.setattr(wan.flow, "flow_error", lambda *args: torch.tensor([next(errors)]))
+    numbers = made.dpo_pair_loss(PROMPTS[0], made.draw(1), made.draw(2), 3)
+    found = {name: value.item() for name, value in numbers.items()}
+    assert found == pytest.approx({"loss": 0.0, "pair_accuracy": 1.0, "winner_error_rise": 0.3}, abs=1e-6)
 
 
 def test_a_reward_that_is_no_number_stops_the_run(processor):
@@ -328,7 +349,8 @@ def test_the_script_and_two_ranks_give_the_same_lora(processor, wan_dir, tiny_mo
         assert trained.lora_alpha == 2 * trained.r  # or it would work at half the strength that was trained
         loras.append({name: p for name, p in fresh.transformer.named_parameters() if ".lora_" in name})
         (line,) = (json.loads(line) for line in open(out / "metrics.jsonl"))
-        assert set(line) == {"step", "reward", "group_std", "loss", "grad_norm"} and line["grad_norm"] > 0
+        assert set(line) == {"step", "reward", "group_std", "loss", "clipped", "ratio_off", "grad_norm"}
+        assert line["grad_norm"] > 0
     assert {*rates} == {16.0}  # frames per second of Wan's clips: by it the reward model is told each frame's time
     assert loras[0].keys() == loras[1].keys() and loras[0]
     assert any(p.abs().max() > 0 for name, p in loras[0].items() if "lora_B" in name)  # B starts at 0
@@ -341,6 +363,7 @@ def test_dpo_script(wan_dir, world, tmp_path):
     wan.main(flags(wan_dir, tmp_path / "out", method="dpo", data=pairs, frames=5))
     (line,) = (json.loads(line) for line in open(tmp_path / "out" / "metrics.jsonl"))
     assert line["loss"] == pytest.approx(0.693147, abs=1e-4) and line["grad_norm"] > 0
+    assert set(line) == {"step", "loss", "pair_accuracy", "winner_error_rise", "grad_norm"}
 
 
 def test_clips_that_do_not_fit_are_refused_before_wan_is_opened(capsys, tiny_clips, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ Tested on a tiny random Wan on a CPU, one rank and two. NOT RUN: with Wan's weig
 computed: lab/serve/README.md. Needs requirements-wan.txt.
 """
 
+import collections
 import dataclasses
 import math
 import os
@@ -102,17 +103,17 @@ def grpo_update(wan: Wan, items: list[tuple[int, str]], score, optimizer, s: Set
     advantages = (flow.shared_spread if longcat else group_advantages)(everyone).to(wan.device)
     advantages = advantages[len(groups) * ranks.rank :][: len(groups)]  # (S, G)
     # 4. Eq. 7, one step of one clip at a time; divided by all steps of all ranks
-    count, total = len(items) * s.group * len(noisy), 0.0
+    count, total = len(items) * s.group * len(noisy), collections.Counter()
     for _ in range(s.passes):
         for (_, prompt), trails, row in zip(ranks.share(items), groups, advantages):
             for trail, advantage in zip(trails, row):
                 for step in trail:
-                    loss = wan.grpo_step_loss(prompt, step, advantage[None], count)
-                    loss.backward()
-                    total += loss.item() / s.passes
+                    numbers = wan.grpo_step_loss(prompt, step, advantage[None], count)
+                    numbers["loss"].backward()
+                    total.update({name: value.item() / s.passes for name, value in numbers.items()})
         norm = take_step(wan, optimizer, ranks)
     spread = everyone.std(dim=1).mean().item()
-    return {"reward": everyone.mean().item(), "group_std": spread, **ranks.sum({"loss": total}), "grad_norm": norm}
+    return {"reward": everyone.mean().item(), "group_std": spread, **ranks.sum(total), "grad_norm": norm}
 
 
 def dpo_update(wan: Wan, items: list[tuple[int, data.PreferencePair]], optimizer, s: Settings, ranks):
@@ -120,17 +121,17 @@ def dpo_update(wan: Wan, items: list[tuple[int, data.PreferencePair]], optimizer
 
     InputError: one is damaged; its line in --data.
     """
-    total = 0.0
+    total = collections.Counter()
     for number, pair in ranks.share(items):
         chosen, rejected = pair.videos if pair.label > 0 else pair.videos[::-1]
         try:
             latents = wan.encode(chosen), wan.encode(rejected)
         except InputError as error:  # damaged further on: `check_clips` reads no frame but the first
             raise InputError(f"{s.data}, line {pair.line}: {error}") from error
-        loss = wan.dpo_pair_loss(pair.prompt, *latents, task_seed(s.seed, number)) / len(items)
-        loss.backward()
-        total += loss.item()
-    return {**ranks.sum({"loss": total}), "grad_norm": take_step(wan, optimizer, ranks)}
+        numbers = wan.dpo_pair_loss(pair.prompt, *latents, task_seed(s.seed, number))
+        (numbers["loss"] / len(items)).backward()
+        total.update({name: value.item() / len(items) for name, value in numbers.items()})
+    return {**ranks.sum(total), "grad_norm": take_step(wan, optimizer, ranks)}
 
 
 def take_step(wan: Wan, optimizer, ranks) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lab.post_training import flow
-from losses import grpo_loss
+from losses import clipped_tokens, grpo_loss, policy_ratio
 from plumbing.jobs import task_seed
 from plumbing.settings import InputError, atomic_write, first_line
 from plumbing.video import open_clip
@@ -109,8 +109,12 @@ class Wan:
         draw = random.Random(task_seed(self.s.seed, number)).randrange
         return flow.noisy_steps(self.s.noise, self.s.steps, draw)
 
-    def grpo_step_loss(self, prompt: str, step: flow.Step, advantage: torch.Tensor, count: int) -> torch.Tensor:
-        """Eq. 7 for one step of one clip: advantage (1,). `count`: clips x steps of the whole update."""
+    def grpo_step_loss(self, prompt: str, step: flow.Step, advantage: torch.Tensor, count: int) -> dict:
+        """Eq. 7 for one step of one clip: advantage (1,). `count`: clips x steps of the whole update.
+
+        -> {"loss"}, to go backward from; for the log "clipped" (0 or 1), "ratio_off" (abs(ratio - 1)), with --kl "kl":
+        scalars, divided by count.
+        """
         at = (step.sigma, step.t, step.t_next)
         weight = flow.step_weight(step.t, step.t_next) if self.s.noise == "longcat" else 1.0
         if self.s.kl:
@@ -119,17 +123,21 @@ class Wan:
                 ref_mean = flow.sde_mean(step.x, v, step.t, step.t_next, step.sigma)
         v = self.velocity(step.x, step.t, prompt, self.s.guidance)
         mean = flow.sde_mean(step.x, v, step.t, step.t_next, step.sigma)
-        log_prob = flow.step_log_prob(step.x_next, mean, *at)  # (1,)
-        loss = weight * grpo_loss(log_prob[:, None], step.log_prob[:, None], advantage,
-                                  torch.ones_like(log_prob)[:, None], self.s.clip, self.s.clip, denominator=count)
+        log_prob, old = flow.step_log_prob(step.x_next, mean, *at)[:, None], step.log_prob[:, None]  # (1, 1)
+        policy = log_prob, old, advantage, torch.ones_like(old), self.s.clip, self.s.clip
+        numbers = {"loss": weight * grpo_loss(*policy, denominator=count), "clipped": clipped_tokens(*policy) / count,
+                   "ratio_off": (policy_ratio(log_prob, old, torch.ones_like(old)) - 1).abs().sum() / count}
         if self.s.kl:
-            loss = loss + self.s.kl * weight**2 * flow.step_kl(mean, ref_mean, *at).sum() / count
-        return loss
+            numbers["kl"] = flow.step_kl(mean, ref_mean, *at).sum() / count
+            numbers["loss"] = numbers["loss"] + self.s.kl * weight**2 * numbers["kl"]
+        return numbers
 
-    def dpo_pair_loss(self, prompt: str, chosen: torch.Tensor, rejected: torch.Tensor, seed: int) -> torch.Tensor:
+    def dpo_pair_loss(self, prompt: str, chosen: torch.Tensor, rejected: torch.Tensor, seed: int) -> dict:
         """Flow-DPO for one pair of latents (1, C, F', H', W'): flow.py (7), at one t and one ε for both.
 
         t is uniform, then shifted as the sampler's steps are. Without guidance: what is trained is v itself.
+        -> {"loss"}, and for the log "pair_accuracy" (0 or 1), and "winner_error_rise", by how much worse than the
+        reference the policy is at the winner; scalars.
         """
         t = flow.shifted(random.Random(seed).random(), self.s.shift)
         noise, errors = self.draw(seed), []
@@ -138,7 +146,9 @@ class Wan:
             with self.reference():
                 ref_error = flow.flow_error(self.velocity(x, t, prompt), latents, noise)
             errors += [flow.flow_error(self.velocity(x, t, prompt), latents, noise), ref_error]
-        return flow.flow_dpo_loss(*errors, beta=self.s.beta)
+        winner, loser = errors[0] - errors[1], errors[2] - errors[3]  # (1,) each
+        return {"loss": flow.flow_dpo_loss(*errors, beta=self.s.beta),
+                "pair_accuracy": (winner < loser).float().mean(), "winner_error_rise": winner.mean()}
 
     # -- pixels and latents: Wan's latents have a mean and a spread per channel ------------------------------------
     def latent_scale(self) -> tuple[torch.Tensor, torch.Tensor]:
