@@ -1,6 +1,7 @@
 """Post-training on a tiny random Wan: diffusers' own classes, and its own sampler as the twin of ours."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -407,8 +408,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(capsys, wan_dir, tiny_model_d
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
 
     def train(out, updates, **more):
-        return flags(wan_dir, tmp_path / out, method="grpo", reward=tiny_model_dir, data=tmp_path / "prompts.txt",
-                     **{"lr": 1e-2, "save_every": 2, "updates": updates, **more})
+        return flags(wan_dir, tmp_path / out, method="grpo", data=tmp_path / "prompts.txt",
+                     **{"reward": tiny_model_dir, "lr": 1e-2, "save_every": 2, "updates": updates, **more})
 
     wan.main(train("whole", 3))
     wan.main(train("parts", 2))
@@ -422,6 +423,37 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(capsys, wan_dir, tiny_model_d
     wan.main(train("parts", 3))  # done: nothing changes
     assert (tmp_path / "parts" / "metrics.jsonl").read_text() == lines[0]
     refuses(capsys, wan.main, *train("parts", 4, lr=2e-2), says="other --lr")
+    moved = shutil.copytree(tiny_model_dir, tmp_path / "moved")
+    wan.main(train("parts", 3, reward=moved))  # the same one at another place
+    with open(moved / "descore.json", "a") as file:
+        file.write("\n")
+    refuses(capsys, wan.main, *train("parts", 4, reward=moved), says="with another reward model than")
+    state = torch.load(tmp_path / "parts" / "state.pt")
+    torch.save({name: state[name] for name in state if name != "reward"}, tmp_path / "parts" / "state.pt")
+    wan.main(train("parts", 3, reward=moved))  # begun by code that did not keep it
+
+
+def test_the_log_of_another_kind_of_run_is_not_emptied(capsys, tiny_model_dir, tmp_path, monkeypatch):
+    def opened(*args):
+        raise InputError("goes on.")
+
+    monkeypatch.setattr(wan, "open_pipeline", opened)
+    (tmp_path / "prompts.txt").write_text(PROMPTS[0])
+    args = flags("-", tmp_path, method="grpo", reward=tiny_model_dir, data=tmp_path / "prompts.txt")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "seconds": 2.5, "loss": 0.69, "grad_norm_llm": 1.0}\n')
+    refuses(capsys, wan.main, *args, says="the metrics.jsonl in it is another kind of run's")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.69, "grad_norm": 1.0}\n')
+    refuses(capsys, wan.main, *args, says="goes on.")  # ours, killed before it was saved
+
+
+def test_ranks_that_find_other_states_are_told_so(tmp_path):
+    """Several machines, and an --out that is a folder of each: one would begin at 1, the others go on."""
+    class Two:
+        def gather_objects(self, items):
+            return [*items, 5]
+
+    with pytest.raises(InputError, match=r"they found \[0, 5\] updates done"):
+        wan.read_state(wan.Settings(out=str(tmp_path)), None, Two())
 
 
 def test_no_more_than_the_update_under_way_is_lost(capsys, wan_dir, tiny_model_dir, tmp_path, monkeypatch):
