@@ -144,6 +144,19 @@ def test_a_replayed_clip_has_ratio_one_and_the_gradient_goes_its_way(processor, 
     assert after[0] - after[1] > before[0] - before[1]  # towards the better clip, away from the worse
 
 
+def test_in_bf16_a_replayed_clip_has_ratio_one_too(wan_dir):
+    """As on a GPU: Wan in bf16, its LoRA and the VAE in fp32."""
+    made = wan.Wan(wan.open_pipeline(wan_dir, torch.bfloat16), PROMPTS, wan.Settings(**SMALL))
+    for parameter in made.trained:
+        torch.nn.init.normal_(parameter, std=0.3)
+    latents, trail = made.sample(PROMPTS[0], 3, 4, {0, 1, 2})
+    numbers = [made.grpo_step_loss(PROMPTS[0], step, torch.tensor([1.0]), 3) for step in trail]
+    assert made.dtype == torch.bfloat16 and [number["ratio_off"].item() for number in numbers] == [0.0] * 3
+    sum(number["loss"] for number in numbers).backward()
+    assert all(p.dtype == torch.float32 and p.grad.isfinite().all() for p in made.trained)
+    assert any(p.grad.any() for p in made.trained) and made.decode(latents).isfinite().all()
+
+
 def test_which_steps_are_noisy(processor):
     assert tiny_wan(processor, noise="flow-grpo").noisy_steps(5) == {0, 1, 2}  # not the last of 4
     early = [tiny_wan(processor, noise="longcat").noisy_steps(number) for number in range(12)]
