@@ -440,9 +440,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(capsys, wan_dir, tiny_model_d
     wan.main(train("parts", 3, reward=moved))  # the same one at another place
     with open(moved / "descore.json", "a") as file:
         file.write("\n")
-    refuses(capsys, wan.main, *train("parts", 4, reward=moved), says="with another reward model than")
+    refuses(capsys, wan.main, *train("parts", 4, reward=moved), says="other content of --reward;")
+    (tmp_path / "prompts.txt").write_text("other words\n")
+    refuses(capsys, wan.main, *train("parts", 4), says="other content of --data;")
     state = torch.load(tmp_path / "parts" / "state.pt")
-    torch.save({name: state[name] for name in state if name != "reward"}, tmp_path / "parts" / "state.pt")
+    torch.save({name: state[name] for name in state if name != "made_from"}, tmp_path / "parts" / "state.pt")
     wan.main(train("parts", 3, reward=moved))  # begun by code that did not keep it
 
 
@@ -457,16 +459,6 @@ def test_the_log_of_another_kind_of_run_is_not_emptied(capsys, tiny_model_dir, t
     refuses(capsys, wan.main, *args, says="the metrics.jsonl in it is another kind of run's")
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.69, "grad_norm": 1.0}\n')
     refuses(capsys, wan.main, *args, says="goes on.")  # ours, killed before it was saved
-
-
-def test_ranks_that_find_other_states_are_told_so(tmp_path):
-    """Several machines, and an --out that is a folder of each: one would begin at 1, the others go on."""
-    class Two:
-        def gather_objects(self, items):
-            return [*items, 5]
-
-    with pytest.raises(InputError, match=r"they found \[0, 5\] updates done"):
-        wan.read_state(wan.Settings(out=str(tmp_path)), None, Two())
 
 
 def test_no_more_than_the_update_under_way_is_lost(capsys, wan_dir, tiny_model_dir, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ from lab.post_training import flow
 from lab.post_training.wan_generator import FPS, WAN, Wan, open_pipeline
 from losses import group_advantages
 from model import DeScore
-from plumbing.jobs import fingerprint, items_of, task_seed
+from plumbing.jobs import content_of, fingerprint, items_of, require_shared, task_seed
 from plumbing.logs import read_metrics
 from plumbing.settings import (
     InputError,
@@ -44,7 +44,7 @@ from plumbing.settings import (
 )
 from plumbing.video import open_clip
 
-# What may change when a run goes on: its length, and places. What lies at --reward may not (`read_state`)
+# What may change when a run goes on: its length, and places. What --reward and --data hold may not (`read_state`)
 FREE = ("wan", "data", "reward", "out", "updates", "save_every")
 
 
@@ -205,26 +205,24 @@ def check_clips(pairs: list[data.PreferencePair], s: Settings, ranks) -> None:
         raise InputError(f"{s.data}, line {problems[0][0]} (the first of {len(problems)} clips): {problems[0][1]}")
 
 
-def read_state(s: Settings, reward: str | None, ranks) -> dict | None:
-    """COLLECTIVE: OUT/state.pt, None if there is none yet. reward: what --reward holds, from `fingerprint`.
+def read_state(s: Settings, made_from: dict, ranks) -> dict | None:
+    """COLLECTIVE: OUT/state.pt, None if there is none yet. made_from: {flag: what tells its content from another}.
 
-    InputError: it had other settings or another reward model; it is not all ranks'; OUT holds another kind of run.
+    InputError: it had other settings, another reward model or other data; not all ranks see one OUT; OUT holds another
+    kind of run.
     """
+    require_shared(s.out, ranks)
     path = os.path.join(s.out, "state.pt")
-    state = torch.load(path, map_location="cpu") if os.path.exists(path) else None
-    found = ranks.gather_objects([state.get("done") if state else 0])
-    if len({*found}) > 1:  # some would make updates that others have behind them
-        raise InputError(f"{path}: each rank looked for it, and they found {found} updates done; copy rank 0's to all "
-                         "machines, or give an --out that they share.")
-    if state is None:
+    if not os.path.exists(path):
         if any(not {"step", "grad_norm"} <= line.keys() for line in read_metrics(s.out)):
             raise InputError(f"{s.out}: the metrics.jsonl in it is another kind of run's; give another --out.")
         return None
-    now = dataclasses.asdict(s)
-    if changed := [flag_of(name) for name in now if name not in FREE and state["settings"].get(name) != now[name]]:
+    state, now = torch.load(path, map_location="cpu"), dataclasses.asdict(s)
+    changed = [flag_of(name) for name in now if name not in FREE and state["settings"].get(name) != now[name]]
+    kept = state.get("made_from", made_from)  # older states have none
+    changed += [f"content of {flag_of(name)}" for name, content in made_from.items() if kept[name] != content]
+    if changed:
         raise InputError(f"{path}: was run with other {', '.join(changed)}; give another --out.")
-    if state.get("reward", reward) != reward:  # older states did not keep it
-        raise InputError(f"{path}: was run with another reward model than {s.reward} holds now; give another --out.")
     return state
 
 
@@ -235,8 +233,8 @@ def main(argv=None) -> None:
     check(s, ranks)
     items, dtype = read_items(s), torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
     writable([s.out])
-    reward = fingerprint(s.reward) if s.method == "grpo" else None
-    state = read_state(s, reward, ranks)  # before minutes of reading Wan
+    made_from = {"data": content_of(s.data), "reward": fingerprint(s.reward) if s.method == "grpo" else None}
+    state = read_state(s, made_from, ranks)  # before minutes of reading Wan
     if s.method == "dpo":
         check_clips(items, s, ranks)
     pipe = open_pipeline(s.wan, dtype)
@@ -262,7 +260,7 @@ def main(argv=None) -> None:
         if ranks.is_main:
             write_jsonl(os.path.join(s.out, "metrics.jsonl"), [{"step": update, **metrics}], add=True)
             if update % s.save_every == 0 or update == s.updates:
-                wan.save(s.out, optimizer, update, reward)
+                wan.save(s.out, optimizer, update, made_from)
     ranks.finish()
 
 

@@ -174,17 +174,17 @@ class Wan:
         mean, std = self.latent_scale()
         return (self.pipe.vae.encode(pixels).latent_dist.mode().float() - mean) / std
 
-    def save(self, out: str, optimizer, done: int, reward: str | None = None) -> None:
+    def save(self, out: str, optimizer, done: int, made_from: dict) -> None:
         """The LoRA, as `WanPipeline.load_lora_weights` reads it, and what a run needs to go on.
 
-        done: updates; reward: what tells the reward model from another, `fingerprint`.
+        done: updates; made_from: what tells the reward model and the data from others.
         """
         from peft import get_peft_model_state_dict
 
         told = self.transformer.peft_config["default"].to_dict()  # or it loads with alpha = r: at half its strength
         self.pipe.save_lora_weights(out, transformer_lora_layers=get_peft_model_state_dict(self.transformer),
                                     transformer_lora_adapter_metadata=told)
-        state = {"settings": dataclasses.asdict(self.s), "done": done, "reward": reward,
+        state = {"settings": dataclasses.asdict(self.s), "done": done, "made_from": made_from,
                  "optimizer": optimizer.state_dict()}
         with atomic_write(os.path.join(out, "state.pt"), "wb") as file:
             torch.save({**state, "trained": [parameter.detach().cpu() for parameter in self.trained]}, file)
