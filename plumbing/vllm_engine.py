@@ -37,11 +37,16 @@ class VLLMEngine:
         options = {"gpu_memory_utilization": memory}
         if on_cpu:
             options = {"kv_cache_memory_bytes": 64 << 20, "block_size": 32}
+        # vLLM has a second limit, of the tokens of ONE video: the most that its processor would make of one, or a batch
+        # if that is more. As large as the first, there is only one; the start measures what a video so long takes.
+        vision = processor.video_processor
+        longest = limit * vision.temporal_patch_size * (vision.merge_size * vision.patch_size) ** 2  # T x H x W
         state = torch.get_rng_state()  # the engine reseeds the global generators
         try:
             self.llm = LLM(
                 model=path, dtype=dtype, max_model_len=limit, seed=seed, enforce_eager=on_cpu,
-                mm_processor_kwargs={"do_resize": False, "cap_pixels_per_frame": False},  # as data.encode_prompt
+                mm_processor_kwargs={"do_resize": False, "cap_pixels_per_frame": False,  # as data.encode_prompt
+                                     "size": {"longest_edge": longest}},  # read for that limit alone: no resizing
                 tensor_parallel_size=tp, limit_mm_per_prompt={"image": 0, "video": 1}, enable_prefix_caching=True,
                 logprobs_mode="processed_logprobs", enable_sleep_mode=not on_cpu,
                 distributed_executor_backend="external_launcher" if distributed else None, **options,
@@ -119,7 +124,7 @@ class VLLMEngine:
                 self.places[name] = key, k, prefix["input_ids"]
         except Exception as error:
             self.cancel(key)
-            if isinstance(error, ValueError):
+            if isinstance(error, (ValueError, client_error())):
                 raise InputError(f"vLLM refused the video ({first_line(error)}).") from error
             raise
 
@@ -178,6 +183,15 @@ class VLLMEngine:
     def close(self) -> None:
         """Ends the engine. It takes the process group with it, so this is the very last thing a script does."""
         self.llm.llm_engine.engine_core.shutdown()
+
+
+def client_error() -> type:
+    """What vLLM raises for a request that it does not take: an error of its own; in older releases a ValueError."""
+    try:
+        from vllm.exceptions import VLLMClientError
+    except ImportError:
+        return ValueError
+    return VLLMClientError
 
 
 def say_merged(path: str) -> None:

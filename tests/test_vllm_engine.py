@@ -3,6 +3,7 @@
 Needs vllm; its CPU build is enough.
 """
 
+import copy
 import csv
 import json
 import os
@@ -16,7 +17,7 @@ import data
 import toy.base_model
 from plumbing import logs
 from rollout import banned_tokens
-from tests.conftest import ROOT, run
+from tests.conftest import ROOT, TINY, run
 from tests.test_data import published_layout
 
 pytestmark = pytest.mark.vllm
@@ -119,6 +120,42 @@ def test_engine_reads_the_published_layout_and_samples_only_text(files, request,
     expected = published_layout(processor.tokenizer, data.sample_frames(tiny_clips[0]), "a red circle.")
     assert report["prompt"] == expected
     assert not {token for cot in report["cots"] for token in cot} & set(banned)
+
+
+A_LONG_VIDEO = """
+import json, os, sys
+os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", TORCHDYNAMO_DISABLE="1", HF_HUB_OFFLINE="1")
+import numpy as np
+import data, parallel, rollout
+from transformers import AutoProcessor
+processor = AutoProcessor.from_pretrained(sys.argv[1])
+frames = np.random.default_rng(0).integers(0, 255, (34, 512, 512, 3), np.uint8)
+prefix = data.encode_prompt(processor, data.Video(frames, 2.0, 34, tuple(range(34))), "a red circle.")
+engine = rollout.make_engine("vllm", sys.argv[1], processor, parallel.start(0), max_model_len=4600)
+# Greedy: where a prompt is read in two batches, vLLM's CPU build has no random stream to set back.
+(cots,), refused = engine.generate([prefix], [[1]], 4, 0.0), ""
+engine.llm.llm_engine.input_processor.mm_encoder_cache_size = 9  # vLLM's own limit again, and too low
+try:
+    engine.generate([prefix], [[1]], 4, 0.0)
+except data.InputError as error:
+    refused = str(error)
+video = int((prefix["mm_token_type_ids"] == 2).sum())
+print("REPORT" + json.dumps({"video": video, "cots": cots, "refused": refused, "left": len(engine.under_way)}))
+"""
+
+
+def test_a_video_as_long_as_the_engine_s_limit(processor, tmp_path):
+    """vLLM limits the tokens of one video, too: here to 4,096, a CPU's batch, for its processor's largest video has 64.
+    What it refuses all the same is one sentence, and the engine goes on."""
+    model = toy.base_model.build_model(processor, **TINY)
+    model.config.text_config.max_position_embeddings = 8192
+    model.save_pretrained(tmp_path)
+    small = copy.deepcopy(processor)
+    small.video_processor.size = {"shortest_edge": 1024, "longest_edge": 64 * 2048}
+    small.save_pretrained(tmp_path)
+    report = run_script(A_LONG_VIDEO, tmp_path)
+    assert report["video"] == 17 * 256 and 1 <= len(report["cots"][0]) <= 4
+    assert "vLLM refused the video (" in report["refused"] and "4352" in report["refused"] and report["left"] == 0
 
 
 @pytest.mark.parametrize("tp", [1, 2])
