@@ -22,7 +22,7 @@ ROOM = 0.95  # of a GPU; the rest is left to CUDA and to fragments
 # ---- 1. Memory, by arithmetic ---------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Load:
-    """What the memory of an update depends on, beside the model."""
+    """What the memory of an update, and of sampling, depends on, beside the model."""
 
     stage: int = arg(2, "1: cold start, 2: RL", choices=[1, 2])
     train: str = arg("full", "what of the LLM is trained", choices=["lora", "full", "head"])
@@ -40,6 +40,7 @@ class Load:
     gradient_checkpointing: bool = arg(True, "recompute activations in backward")
     kl: bool = arg(True, "stage 2 holds a reference for the KL term")
     engine: str = arg("vllm", "who samples; transformers: by the weights trained", choices=["transformers", "vllm"])
+    rows_per_batch: int = arg(64, "CoTs the transformers engine samples at a time", at_least=1)
     cpu_offload: bool = arg(False, "FSDP2: weights, gradients and optimizer in the host's memory")
 
 
@@ -71,7 +72,7 @@ def block_bytes(text, prefix: int = 0, cot: int = 0, dropout: bool = False) -> f
 
 
 def plan_memory(config, s: Load, n: dict[str, int] | None = None) -> dict[str, float]:
-    """Bytes on one GPU, by use. `n`: what `count_parameters` gives, if it is known.
+    """Bytes on one GPU in an update, by use. `n`: what `count_parameters` gives, if it is known.
 
     States are exact, activations are counted (`block_bytes`), gathered weights are estimates from above.
     """
@@ -127,6 +128,18 @@ def plan_memory(config, s: Load, n: dict[str, int] | None = None) -> dict[str, f
     return memory
 
 
+def sampling_bytes(memory: dict[str, float], s: Load, text) -> float:
+    """Stage 2's other peak: bytes on one GPU while CoTs are sampled, without vLLM's share. memory: of `plan_memory`.
+
+    What an update alone holds is gone then. transformers samples under the trainer's autocast, whose copies stay, and
+    has keys and values, bf16, of --rows-per-batch prompts with their CoTs, from the start as long as they may become.
+    """
+    gone = ("gathered", "activations", "logits", "prefixes", "tower saw") + ("autocast",) * (s.engine == "vllm")
+    held = sum(size for use, size in memory.items() if not any(word in use for word in gone))
+    row = 4 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * (s.video_tokens + s.cot_tokens)
+    return held + (s.stage == 2 and s.engine == "transformers") * s.rows_per_batch * row
+
+
 # ---- 2. Before the first step ---------------------------------------------------------------------------------
 def prepare(model, settings, ranks, longest) -> bool:
     """COLLECTIVE: what both stages do to a model before parallel.shard. longest(): tokens of the longest sequence in
@@ -161,41 +174,48 @@ def load_of(settings, ranks, longest: int) -> Load:
 
 LESS = (  # what takes less memory, the cheapest first
     ("--gradient-checkpointing", {"gradient_checkpointing": True}), ("--micro-pairs 1", {"micro_pairs": 1}),
-    ("--micro-rollouts 1", {"micro_rollouts": 1}), ("--train lora", {"train": "lora"}),
-    ("--no-train-vision", {"train_vision": False}), ("--train head", {"train": "head"}),
+    ("--micro-rollouts 1", {"micro_rollouts": 1}), ("--rows-per-batch 8", {"rows_per_batch": 8}),
+    ("--train lora", {"train": "lora"}), ("--no-train-vision", {"train_vision": False}),
+    ("--train head", {"train": "head"}),
 )
 
 
 def choose(config, load: Load, card: int, wanted: bool | None = None) -> tuple[bool, str]:
     """Gradient checkpointing or not, and the sentence that says why. card: bytes of the GPU; wanted: as told.
 
+    Planned is the higher of two peaks, in an update and while transformers samples; recomputing lowers the first alone.
     InputError: the states alone, which are exact, are more than the card has. The plan as a whole is from above, so a
     run whose plan does not fit is only told so.
     """
     n, gib, room = count_parameters(config, load.lora_r), 2**30, ROOM * card
 
-    def planned(load: Load, states_only=False) -> float:
+    def peaks(load: Load) -> tuple[float, float]:  # in an update, while sampling
         memory = plan_memory(config, load, n)
-        states = sum(size for use, size in memory.items() if use.startswith(("weights", "gradients", "Adam", "refer")))
-        return states if states_only else sum(memory.values())
+        return sum(memory.values()), sampling_bytes(memory, load, config.text_config)
 
-    without = planned(dataclasses.replace(load, gradient_checkpointing=False))
+    def planned(load: Load) -> float:
+        return max(peaks(load))
+
+    without, _ = peaks(dataclasses.replace(load, gradient_checkpointing=False))
     recompute = without > room if wanted is None else wanted
     load = dataclasses.replace(load, gradient_checkpointing=recompute)
-    text = f"GPU memory: {planned(load) / gib:.1f} GiB planned of {card / gib:.1f}, " + "without " * (not recompute)
+    text = f"GPU memory: {planned(load) / gib:.1f} GiB planned of {card / gib:.1f}, "
+    text += "while sampling, " * (planned(load) > peaks(load)[0]) + "without " * (not recompute)
     text += "gradient checkpointing" + f" ({without / gib:.1f} without)" * recompute
     if planned(load) <= room:
         return recompute, text
     smaller, flags = load, []
     for flag, change in LESS:
         other = dataclasses.replace(smaller, **change)
-        if planned(smaller) > room and planned(other) < planned(smaller) and (load.stage == 1 or "head" not in flag):
+        lower = any(now > max(room, then) for now, then in zip(peaks(smaller), peaks(other)))
+        if lower and (load.stage == 1 or "head" not in flag):
             smaller, flags = other, [*flags, flag]
     while planned(smaller) > room and smaller.gpus < 64:
         smaller = dataclasses.replace(smaller, gpus=2 * smaller.gpus)
     flags += [f"torchrun --nproc_per_node {smaller.gpus}"] * (smaller.gpus > load.gpus)
     fits = f"{', '.join(flags)} would take {planned(smaller) / gib:.1f}; docs/machines.md has more"
-    if planned(load, states_only=True) > card:
+    uses = plan_memory(config, load, n).items()
+    if sum(size for use, size in uses if use.startswith(("weights", "gradients", "Adam", "refer"))) > card:
         raise InputError(f"{text}: not even the weights, gradients and optimizer fit; {fits}.")
     return recompute, f"{text}: it may run out of memory; {fits}"
 

@@ -7,7 +7,7 @@
 import dataclasses
 import math
 
-from plumbing.gpu import ROOM, Load, count_parameters, plan_memory
+from plumbing.gpu import ROOM, Load, count_parameters, plan_memory, sampling_bytes
 from plumbing.settings import InputError, arg, cli, parse
 
 
@@ -27,7 +27,6 @@ class Plan(Load):
     mini_pairs: int = arg(
         8, "pairs per update of stage 2 (paper: 8); as many as --batch-pairs: no pass for old log-probs", at_least=1)
     engine_memory: float = arg(0.4, "share of the GPU that vLLM may use while it samples", above=0, at_most=1)
-    rows_per_batch: int = arg(64, "CoTs the transformers engine samples at a time", at_least=1)
     engine_tp: int = arg(1, "tensor parallel vLLM: GPUs that hold one engine together", at_least=1)
 
 
@@ -131,20 +130,11 @@ def judge(memory: dict[str, float], s: Plan, parameters: int, text) -> Verdict:
     room, total = s.gpu_gb * 1e9, sum(memory.values())
     verdict = Verdict(total, total < ROOM * room, None, True)
     if s.stage == 2:
-        gone = ("gathered", "activations", "logits", "prefixes", "tower saw")
-        own = s.engine == "transformers"  # it samples under the trainer's autocast; vLLM when those copies are gone
-        gone += ("autocast",) * (not own)
-        states = total - sum(size for use, size in memory.items() if any(word in use for word in gone))
-        engine = s.rows_per_batch * cache_bytes(text, s) if own else s.engine_memory * room
-        verdict.sampling = states + engine
-        holds = own or 2 * parameters / s.engine_tp + 1e9 < engine
+        share = 0 if s.engine == "transformers" else s.engine_memory * room
+        verdict.sampling = sampling_bytes(memory, s, text) + share
+        holds = not share or 2 * parameters / s.engine_tp + 1e9 < share
         verdict.fits_sampling = verdict.sampling < 0.97 * room and holds
     return verdict
-
-
-def cache_bytes(text, s: Plan) -> float:
-    """Keys and values, bf16, of one row of a prompt and its CoT."""
-    return 4 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * (s.video_tokens + s.cot_tokens)
 
 
 MACHINES = {  # name -> GPUs, memory of one
