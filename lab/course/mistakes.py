@@ -1,4 +1,4 @@
-"""Exercise 10's code to be judged: the reference with one mistake, and right code written otherwise.
+"""Right code written otherwise, of each exercise, and exercise 10's code to be judged: the reference with one mistake.
 
 The usual mistakes of the other exercises are in test_proof.py. Neither is part of a student's copy: a mistake is the
 answer but for one word.
@@ -40,7 +40,11 @@ def _m(place, what, lesson, *changes, test=""):
     return Mistake(place, what, lesson, changes, test)
 
 
-ADVANTAGES = "losses.py::group_advantages"
+BT, BTT, MASK = "losses.py::bt_loss", "losses.py::btt_loss", "losses.py::draw_cot_mask"
+ADVANTAGES, KL, GRPO = (f"losses.py::{name}" for name in ("group_advantages", "kl_to_reference", "grpo_loss"))
+ANSWERS, QUALITY = "rules.py::well_formed", "rules.py::quality_reward"
+LENGTH, ROLLOUT = "rules.py::length_reward", "rules.py::rollout_reward"
+ATTENTION, BEHIND = "layout.py::shared_prefix_attention", "layout.py::attend_behind"
 HITS, CURVE, TIES = "metrics.py::_hits_by_ties", "metrics.py::accuracy_curve", "metrics.py::accuracy_with_ties"
 
 MISTAKES = (
@@ -90,6 +94,69 @@ REWRITES = {
         pairs = zip(*accuracy_curve(labels, margins))
         accuracy, threshold = max((a, -t) for t, a in pairs)
         return float(accuracy), -float(threshold)
+    """,
+    BT: """
+        margin = reward_chosen.to(torch.float32) - reward_rejected.to(torch.float32)
+        total = F.softplus(-margin).sum()
+        return total / margin.numel() if denominator is None else total / denominator
+    """,
+    BTT: """
+        margin, log_k = (reward_a - reward_b).float(), math.log(k)
+        cost_a, cost_b = F.softplus(log_k - margin), F.softplus(log_k + margin)
+        cost = cost_a + cost_b - math.log(k**2 - 1)
+        cost[label == 1], cost[label == -1] = cost_a[label == 1], cost_b[label == -1]
+        return cost.sum() / (len(cost) if denominator is None else denominator)
+    """,
+    MASK: """
+        return torch.empty(num_pairs).bernoulli_(probability, generator=generator).bool()
+    """,
+    KL: """
+        log_ratio = torch.clamp(ref_log_probs.float().detach() - log_probs.float(), max=20)
+        return torch.expm1(log_ratio) - log_ratio
+    """,
+    GRPO: """
+        a = advantages.float().unsqueeze(1)
+        ratio = policy_ratio(log_probs, old_log_probs, mask)
+        gain = torch.minimum(a * ratio, a * torch.clip(ratio, 1 - clip_low, 1 + clip_high))
+        gain = torch.where(a < 0, gain.maximum(a * clip_dual), gain)
+        return -(gain * mask).sum() / (mask.sum() if denominator is None else denominator)
+    """,
+    ANSWERS: """
+        if not LAYOUT.fullmatch(text):
+            return False
+        return set(read_verdicts(text)) == set(DIMENSIONS)
+    """,
+    QUALITY: """
+        said, right = read_verdicts(text), 0
+        for dimension in annotation:
+            right += said.get(dimension, "nothing") == annotation[dimension]
+        return right / len(annotation)
+    """,
+    LENGTH: """
+        if num_tokens <= low:
+            return 0.0
+        return 1.0 if num_tokens >= high else (num_tokens - low) / (high - low)
+    """,
+    ROLLOUT: """
+        q, f, l = quality_reward(text, annotation), format_reward(text), length_reward(num_tokens, *length_range)
+        return RolloutReward(weights[0] * q + weights[1] * f + weights[2] * l, q, f, l)
+    """,
+    ATTENTION: """
+        if spans is None:
+            kwargs = {"scaling": scaling, "dropout": dropout, **more}
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        groups, length = query.shape[1] // key.shape[1], query.shape[2]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        allowed = torch.zeros(len(query), 1, length, length, dtype=torch.bool)
+        used = torch.zeros(len(query), 1, length, 1, dtype=torch.bool)
+        for b, (prefix, cots) in enumerate(spans):
+            for start, n in [(0, prefix), *cots]:
+                allowed[b, 0, start : start + n, :prefix] = allowed[b, 0, start : start + n, start : start + n] = True
+                used[b, 0, start : start + n] = True
+        mask = allowed.tril() | torch.eye(length, dtype=torch.bool)
+        out = scaled_dot_product_attention(query, key, value, mask.to(query.device), scale=scaling, dropout_p=dropout)
+        return (out * used.to(query.device)).transpose(1, 2), None
     """,
 }
 
