@@ -11,6 +11,7 @@ mistake is named) is what test_proof.py shows.
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -104,7 +105,8 @@ def grade_one(exercise, submitted: dict[str, bytes], base: dict[str, str], varia
             (folder / name).write_bytes(content)
         folder.chmod(0o755)  # for another user, see process.py
         try:
-            submission = Submission(folder, exercise.places, constants(variant), seconds, quiet, implementations)
+            ours = implementations and functools.partial(implementations, variant=variant)
+            submission = Submission(folder, exercise.places, constants(variant), seconds, quiet, ours)
             for place, file in submission.open().items():
                 if file != place.split("::")[0]:
                     raise Ended(f"{place} comes from {file}, not from the file that was handed in")

@@ -184,6 +184,11 @@ def weak_and_strong_tests(exercise):
     """Exercise 10: two tests, and those two with one weakness."""
     solved = {f"my_tests.py::{name}": body for name, body in TWO_TESTS.items()}
     yield exercise, "two tests", {"my_tests.py": mistakes.with_bodies("my_tests.py", solved)}, None, PAPER
+    # Variant 7 has ε = .001: .5 / (.707107 + .001) = .706108, and 50 / (70.7107 + .001) = .707097.
+    numbers = "[[-0.7071, 0.7071]] * 2), atol=0.01", "[[-0.70611, 0.70611], [-0.7071, 0.7071]]), atol=1e-4"
+    own = mistakes.with_bodies("my_tests.py", solved | {OF_ADVANTAGES: solved[OF_ADVANTAGES].replace(*numbers)})
+    yield exercise, "two tests, a variant's numbers", {"my_tests.py": own}, None, OWN
+    yield exercise, "a variant's numbers without a variant", {"my_tests.py": own}, "right_code_is_accepted", PAPER
     for lesson, change in WEAKENED.items():
         place, (old, new) = change
         assert old in solved[place], lesson
