@@ -33,10 +33,13 @@ def mean_over_all_elements(f):
 
 
 def denominator_of_the_whole_batch(f):
-    """You averaged within the micro-batch. Where `denominator` is given, divide the sum by it: pieces then add up."""
+    """You averaged within the micro-batch. Where `denominator` is given, divide the sum over all elements by it: pieces
+    then add up."""
     won, lost = tensor([1.0, 2, 0, 1, 0, 3]), tensor([0.0, 1, 2, 1, 3, 0])
     pieces = [f.bt_loss(won[i:j], lost[i:j], denominator=6) for i, j in ((0, 1), (1, 6))]
     near(sum(pieces), f.bt_loss(won, lost))
+    # (B, G): margins 1 and -3, 0 and 0: (.313262 + 3.048587 + 2 * .693147) / 8
+    near(f.bt_loss(tensor([[1.0, 0.0], [0, 0]]), tensor([[0.0, 3.0], [0, 0]]), denominator=8), 0.593518)
 
 
 def log_sigma_in_one(f):
@@ -75,7 +78,8 @@ def a_tie_is_an_outcome(f):
 def probabilities_sum_to_one(f):
     """P(A > B) + P(tie) + P(B > A) is not 1. The tie has the factor k² − 1."""
     a, b = tensor([1.3]), tensor([0.2])
-    near(sum((-f.btt_loss(a, b, tensor([label]), k=5.0)).exp() for label in (1, 0, -1)), 1.0)
+    for k in (5.0, 3.0):
+        near(sum((-f.btt_loss(a, b, tensor([label]), k=k)).exp() for label in (1, 0, -1)), 1.0)
 
 
 def ties_far_apart(f):
@@ -85,9 +89,17 @@ def ties_far_apart(f):
 
 def mean_over_pairs(f):
     """Each pair by its own label, and the mean over all of them: one A better, one B better, one tie."""
-    case = tensor([1.3, 0.2, 0.0]), tensor([0.2, 1.3, 0.0]), tensor([1, -1, 0])
-    near(f.btt_loss(*case, k=5.0), 0.788463)  # (.979962 + .979962 + .405465) / 3
-    near(f.gradients("btt_loss", *case, k=5.0)[0], [-0.208225, 0.208225, 0.0])  # (1 / 1.601117 - 1) / 3
+    case = tensor([1.3, 0.2, 1.0]), tensor([0.2, 1.3, 0.0]), tensor([1, -1, 0])
+    near(f.btt_loss(*case, k=5.0), 0.835298)  # (.979962 + .979962 - ln(24 * .352188 * .068534)) / 3
+    # A better: (.375325 - 1) / 3, and B the other way. The tie at margin 1: (.931466 - .647812) / 3, towards margin 0.
+    slopes = [-0.208225, 0.208225, 0.094551]
+    near(f.gradients("btt_loss", *case, k=5.0, of=(0, 1)), [slopes, [-slope for slope in slopes]])
+
+
+def ties_in_fp32(f):
+    """Compute in fp32, whatever comes in: in bf16 a reward of 5.4 has steps of .03, and ties are small margins."""
+    case = (tensor([value], dtype=torch.bfloat16) for value in (5.4, 0.3))
+    near(f.btt_loss(*case, tensor([1]), k=5.0), 0.029867)  # the margin is 5.10546875: ln(1 + 5 e^-5.10546875)
 
 
 def ties_denominator(f):
@@ -137,8 +149,10 @@ def rows_are_groups(f):
 
 
 def bessel(f):
-    """The std divides by G − 1 (Bessel): (0, 1) gives ∓.7071. You divided by G, which gives ∓1."""
+    """A = (R − mean) / std, and the std divides by G − 1 (Bessel): (0, 1) gives ∓.7071. Divided by G it gives ∓1."""
     near(f.group_advantages(tensor([[0.0, 1.0]]), epsilon=1e-6), [[-0.707106, 0.707106]])
+    # Three tell a mean from a median, G − 1 from 1: mean 2/3, variance (4/9 + 1/9 + 1/9) / 2 = 1/3, std .577350.
+    near(f.group_advantages(tensor([[0.0, 1.0, 1.0]]), epsilon=1e-6), [[-1.154699, 0.577349, 0.577349]])
 
 
 def a_group_of_one(f):
@@ -185,13 +199,18 @@ def reference_is_a_constant(f):
 
 
 def kl_stays_finite(f):
-    """e^1000 is inf in fp32, and one such token makes a whole batch nan. Bound the exponent, as `policy_ratio` does."""
-    got = f.kl_to_reference(tensor([[-1000.0]]), tensor([[0.0]]))
+    """e^1000 is inf in fp32, and one such token makes a whole batch nan. Bound the exponent, as `policy_ratio` does:
+    before the exp, so that the gradient is finite, too, and far outside of what tokens have."""
+    far = tensor([[-1000.0]]), tensor([[0.0]])
+    got = torch.cat([f.kl_to_reference(*far), f.gradients("kl_to_reference", *far)[0]])
     expect(got.isfinite().all(), got)
+    near(f.kl_to_reference(tensor([[-3.0]]), tensor([[0.0]])), [[16.085537]])  # e^3 - 1 - 3
 
 
 # -- 6 the clipped loss -----------------------------------------------------------------------------------------------
 CLIPS = {"clip_low": 0.2, "clip_high": 0.3, "clip_dual": 3.0}
+# Three tokens with A = 1, one with A = -2, two of padding; ρ is 1.
+FOUR_TOKENS = torch.zeros(2, 3), torch.zeros(2, 3), tensor([1.0, -2.0]), tensor([[1.0, 1, 1], [1, 0, 0]])
 
 
 def one_token(f, advantage, log_ratio, **more):
@@ -228,20 +247,24 @@ def dual_clip(f):
 
 
 def padding_counts_for_nothing(f):
-    """Padding has mask 0: it belongs neither into the sum nor into the number of tokens."""
-    old, mask = torch.zeros(1, 4), tensor([[1.0, 1, 0, 0]])
-    near(f.grpo_loss(tensor([[0.1, -0.1, 5.0, -5.0]]), old, tensor([1.0]), mask, **CLIPS), -1.005004)
+    """Padding has mask 0: it belongs neither into the sum nor into the number of tokens, whatever stands there."""
+    mask = tensor([[1.0, 1, 0, 0]])
+    case = tensor([[0.1, -0.1, 1000.0, -5.0]]), torch.zeros(1, 4), tensor([1.0]), mask
+    near(f.grpo_loss(*case, **CLIPS), -1.005004)  # ρ = 1.105171 and .904837
+    # e^1000 is inf, and 0 * inf nan: `policy_ratio` is 1 at padding, with the gradient 0.
+    near(f.gradients("grpo_loss", *case, **CLIPS)[0], [[-0.552585, -0.452419, 0, 0]])
 
 
 def mean_over_all_tokens(f):
     """You averaged within each CoT first. Eq. 7 averages over all tokens: a long CoT weighs more than a short one."""
-    mask = tensor([[1.0, 1, 1], [1, 0, 0]])
-    near(f.grpo_loss(torch.zeros(2, 3), torch.zeros(2, 3), tensor([1.0, -2.0]), mask, **CLIPS), (-3 + 2) / 4)
+    near(f.grpo_loss(*FOUR_TOKENS, **CLIPS), (-3 + 2) / 4)
 
 
 def grpo_denominator(f):
-    """You averaged within the micro-batch; Eq. 7 averages over the tokens of the whole batch: `denominator`."""
+    """Where `denominator` is given, divide the sum over the tokens by it, and by nothing else: Eq. 7 averages over the
+    whole batch, not within a micro-batch."""
     near(one_token(f, -1.0, 0.0, denominator=8), 1 / 8)
+    near(f.grpo_loss(*FOUR_TOKENS, denominator=8, **CLIPS), (-3 + 2) / 8)
 
 
 def default_clips(f):

@@ -40,7 +40,7 @@ EXERCISES = (
     Exercise(2, "Bradley-Terry with ties", 5, 25, ("losses.py::btt_loss",),
              "three outcomes, whose probabilities sum to 1; stay in logs.",
              (eq.a_win_needs_a_margin, eq.a_tie_is_an_outcome, eq.probabilities_sum_to_one, eq.ties_far_apart,
-              eq.mean_over_pairs, eq.ties_denominator, eq.default_k)),
+              eq.mean_over_pairs, eq.ties_in_fp32, eq.ties_denominator, eq.default_k)),
     Exercise(3, "random CoT masking", 3, 15, ("losses.py::draw_cot_mask",),
              "how many coins, whose generator, and what does True mean?",
              (eq.one_coin_for_each_pair, eq.true_means_masked, eq.the_given_generator, eq.independent_coins)),

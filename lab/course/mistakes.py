@@ -101,7 +101,7 @@ REWRITES = {
         return total / margin.numel() if denominator is None else total / denominator
     """,
     BTT: """
-        margin, log_k = (reward_a - reward_b).float(), math.log(k)
+        margin, log_k = reward_a.float() - reward_b.float(), math.log(k)
         cost_a, cost_b = F.softplus(log_k - margin), F.softplus(log_k + margin)
         cost = cost_a + cost_b - math.log(k**2 - 1)
         cost[label == 1], cost[label == -1] = cost_a[label == 1], cost_b[label == -1]
