@@ -53,6 +53,7 @@ def accuracy_curve(labels, margins) -> tuple[np.ndarray, np.ndarray]:
     """All candidate thresholds, rising, and the accuracy with ties at each. O(n log n): one sort, one running sum.
 
     No threshold can cut inside a run of equal |margin|: the candidates are "nothing is tied" (-1) and the runs' ends.
+    Raises InputError as `checked` does.
     """
     labels, margins = checked(labels, margins)
     sizes, hits = _hits_by_ties(labels, margins)

@@ -66,7 +66,7 @@ EXERCISES = (
              ("metrics.py::_hits_by_ties", "metrics.py::accuracy_curve", "metrics.py::accuracy_with_ties"),
              "start with `_hits_by_ties`: what does calling one more pair a tie change? `right` is given.",
              (rules.untied_ties_are_wrong, rules.nothing_is_tied, rules.no_cut_inside_a_run, rules.smallest_of_equals,
-              rules.row_order_is_nothing, rules.one_sort_one_sum)),
+              rules.row_order_is_nothing, rules.what_has_no_accuracy, rules.one_sort_one_sum)),
     Exercise(9, "what a query may see: attention with a shared prefix", 12, 120,
              ("layout.py::shared_prefix_attention", "layout.py::attend_behind"),
              "one CoT a row first. `attend_behind` is its second half, and prefix_once.py calls it, too.",

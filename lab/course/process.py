@@ -120,10 +120,9 @@ class Submission:
         """The value. within: seconds after which it is too slow."""
         return self._ask({"call": name, "args": pack(args), "kwargs": pack(kwargs)}, within)
 
-    def gradients(self, name, *args, of=(0,), weights=None, **kwargs):
-        """Gradients of sum(weights * value) in the arguments `of`; None where an argument gets none."""
-        return self._ask({"call": name, "args": pack(args), "kwargs": pack(kwargs), "of": list(of),
-                          "weights": pack(weights)})
+    def gradients(self, name, *args, of=(0,), **kwargs):
+        """Gradients of the value's sum in the arguments `of`; None where an argument gets none."""
+        return self._ask({"call": name, "args": pack(args), "kwargs": pack(kwargs), "of": list(of)})
 
     def judges(self, test, implementation=None, own=None) -> bool:
         """Does the submission's test accept this implementation? It sees its values only: the calls come back here.
@@ -316,8 +315,7 @@ def serve(request: dict, functions: dict, send, lines, folder: str) -> dict:
         if of is None:
             return {"value": pack(value)}
         value = value[0] if isinstance(value, tuple) else value
-        weights = unpack(request["weights"])
-        total = (value if weights is None else value * weights).sum()
+        total = value.sum()
         if not total.requires_grad:
             raise Wrong(f"{request['call']} returns a value without a gradient: something in it is detached")
         return {"value": pack(list(torch.autograd.grad(total, [args[i] for i in of], allow_unused=True)))}

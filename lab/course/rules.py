@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from lab.course.checks import expect, near
+from lab.course.checks import Raised, expect, near, shown
 
 # -- 7 the three rules ------------------------------------------------------------------------------------------------
 TRUTH = {"subject": "2", "dynamics": "1", "camera": "N/A", "environment": "2", "style": "0"}
@@ -21,16 +21,17 @@ def written(**verdicts) -> str:
 
 
 def nothing_around_the_blocks(f):
-    """The WHOLE text must be <think> and <answer>: a text with more before or after it is not well formed."""
-    expect(f.well_formed(written()) is True, f.well_formed(written()))
-    for text in ("Sure! " + written(), written() + " Thanks.", written().replace("<think>I look.</think>", "")):
-        expect(f.well_formed(text) is False, f"True for {text[:20]!r} ... {text[-12:]!r}")
+    """The WHOLE text must be <think> and <answer>: one with more before, between or after them is not well formed."""
+    expect((got := f.well_formed(written())) is True, got)
+    for text in ("Sure! " + written(), written() + " Thanks.", written().replace("<think>I look.</think>", ""),
+                 written().replace("</think>", "</think> So I say: ")):
+        expect((got := f.well_formed(text)) is False, f"{got} for {text[:38]!r} ... {text[-12:]!r}")
 
 
 def verdicts_on_all_dimensions(f):
     """The answer needs a verdict, 0, 1, 2 or N/A, on each of the five dimensions; four are not well formed."""
-    expect(f.well_formed(written(style=None)) is False, "True with `style` left out")
-    expect(f.well_formed(written(style="7")) is False, 'True with "7" for `style`')
+    expect((got := f.well_formed(written(style=None))) is False, f"{got} with `style` left out")
+    expect((got := f.well_formed(written(style="7"))) is False, f'{got} with "7" for `style`')
 
 
 def annotated_dimensions_only(f):
@@ -67,6 +68,9 @@ def parts_in_their_places(f):
     got = f.rollout_reward(written(style="2"), 1250, TRUTH, weights=(0.5, 0.3, 0.2), length_range=(1000, 1500))
     near(got.total, 0.8)  # .4 + .3 + .1
     near(f.rollout_reward(written(), 1250, TRUTH, length_range=(1000, 2000)).length, 0.25)
+    text = "Sure! " + written(style="2")
+    got = f.rollout_reward(text, 1250, TRUTH, weights=(0.7, 0.1, 0.2), length_range=(500, 2000))
+    near([got.quality, got.format, got.length, got.total], [0.8, 0.0, 0.5, 0.66])  # only R_fmt asks for the form
 
 
 def default_rules(f):
@@ -80,10 +84,13 @@ def default_rules(f):
 
 # -- 8 accuracy with ties ---------------------------------------------------------------------------------------------
 def untied_ties_are_wrong(f):
-    """While nothing is called a tie, a pair that people call a tie is wrong, also when both scores are equal."""
-    sizes, hits = f._hits_by_ties(np.array([1, 0, -1, 0]), np.array([2.0, 0.5, -1.0, 0.0]))
-    near(sizes, [0, 0.5, 1, 2])
-    near(hits, [2, 3, 4, 3, 2])  # none tied: 1 and -1 are right; then each human tie is won, each other pair lost
+    """While nothing is called a tie, a pair that people call a tie is wrong, also when both scores are equal; and
+    equal scores are wrong where people decided."""
+    sizes, hits = f._hits_by_ties(np.array([1, 0, -1, 0, -1, 1]), np.array([2.0, 0.5, -1.0, 0.0, 0.0, 0.0]))
+    near(sizes, [0, 0, 0, 0.5, 1, 2])
+    # None tied: the pairs at 2 and -1 are right. All three at 0 tied, in whatever order: the human tie is won, the two
+    # others were wrong before. Then the human tie at .5 is won, and the pairs at -1 and 2 are lost.
+    near([*hits[:1], *hits[3:]], [2, 3, 4, 3, 2])
 
 
 def nothing_is_tied(f):
@@ -109,6 +116,16 @@ def row_order_is_nothing(f):
     labels, margins = rng.integers(-1, 2, 30), rng.integers(-4, 5, 30) / 2
     order = rng.permutation(30)
     near(f.accuracy_with_ties(labels, margins), f.accuracy_with_ties(labels[order], margins[order]))
+
+
+def what_has_no_accuracy(f):
+    """No pair at all, or a margin that is not finite, has no accuracy: `checked`, which is given, raises InputError."""
+    for pairs in (([], []), ([1, 0, -1], [float("nan"), 0.5, -1.0])):
+        try:
+            got = f.accuracy_curve(*pairs)
+        except Raised as error:
+            got = error
+        expect("InputError" in str(got), got)
 
 
 def one_sort_one_sum(f):
@@ -178,33 +195,39 @@ def heads_in_groups(f):
 
 
 def scaling_is_used(f):
-    """`scaling` multiplies the scores, where it is given, in the prefix and behind it."""
+    """`scaling` multiplies the scores, and `dropout` drops weights, where given, in the prefix and behind it."""
     q, k, v = inputs(7)
     got = attend(f, q, k, v, [(3, [(3, 2), (5, 2)])], scaling=2.0)[0]
     near(got[:5], alone(q, k, v, range(5), scale=2.0)[0])
     near(got[5:], alone(q, k, v, [0, 1, 2, 5, 6], scale=2.0)[0, 3:])
+    got = attend(f, q, k, v, [(3, [(3, 2), (5, 2)])], dropout=1.0)[0]
+    expect(not got.any(), f"with a dropout of 1, which leaves nothing: {shown(got)}")
 
 
 def gradient_reaches_the_prefix(f):
-    """Each CoT's gradient must reach the shared prefix, as those of G separate rows would. Yours stops somewhere."""
-    q, k, v = inputs(7, dtype=torch.float64)
+    """Each CoT's gradient must reach the shared prefix, and its own queries, keys and values, as those of G separate
+    rows would. Yours stops somewhere."""
+    q, k, v = case = inputs(7, dtype=torch.float64)
     spans, step = [(3, [(3, 2), (5, 2)])], 1e-4
-    behind = torch.zeros(1, 7, 1, 4, dtype=torch.float64)
-    behind[:, 5:] = 1.0  # the sum over the second CoT alone
-    case = None, q, k, v, None
-    _, slope = f.gradients("shared_prefix_attention", *case, of=(2, 3), weights=behind, spans=spans)
-    towards = torch.zeros_like(v)
-    towards[:, :, :3] = 1.0  # all values of the prefix, at once
-    up, down = (attend(f, q, k, v + sign * step * towards, spans) for sign in (1, -1))
-    near((slope * towards).sum() if slope is not None else 0.0, ((up - down) * behind).sum() / (2 * step), 1e-4)
+    slopes = f.gradients("shared_prefix_attention", None, *case, None, of=(1, 2, 3), spans=spans)  # of the sum
+    for number, (slope, towards) in enumerate(zip(slopes, (k, v, q))):
+        # A small step of all positions at once. Not all keys by the same: a softmax does not see that.
+        up, down = (attend(f, *(x + sign * step * towards * (i == number) for i, x in enumerate(case)), spans)
+                    for sign in (1, -1))
+        near((slope * towards).sum() if slope is not None else 0.0, (up - down).sum() / (2 * step), 1e-4)
 
 
 def without_spans(f):
     """Without spans (sampling, calls from elsewhere) it is ordinary causal attention over the whole row; a single query
-    is the newest token, and sees all keys."""
+    is the newest token, and sees all keys. Where a mask or a scaling is given, it counts."""
     q, k, v = inputs(5)
     near(f.shared_prefix_attention(None, q, k, v, None)[0], alone(q, k, v, range(5)))
     near(f.shared_prefix_attention(None, q[:, :, 4:], k, v, None)[0], alone(q, k, v, range(5))[:, 4:])
+    mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    mask[..., 0] = False  # key 0 is padding: who may not see it is alone with the rest
+    for first in (1, 4):  # four queries, and the newest alone
+        got = f.shared_prefix_attention(None, q[:, :, first:], k, v, mask[:, :, first:], scaling=2.0)[0]
+        near(got, alone(q, k, v, range(1, 5), scale=2.0)[:, first - 1 :])
 
 
 def behind_a_prefix(f):

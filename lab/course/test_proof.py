@@ -17,8 +17,8 @@ import pytest
 from lab.course import __main__ as course
 from lab.course import copies, mistakes
 from lab.course.exercises import EXERCISES
-from lab.course.mistakes import (ADVANTAGES, ANSWERS, ATTENTION, BEHIND, BT, BTT, GRPO, HITS, KL, LENGTH, MASK, QUALITY,
-                                 REWRITES, ROLLOUT, TIES)
+from lab.course.mistakes import (ADVANTAGES, ANSWERS, ATTENTION, BEHIND, BT, BTT, CURVE, GRPO, HITS, KL, LENGTH, MASK,
+                                 QUALITY, REWRITES, ROLLOUT, TIES)
 from lab.course.mistakes import _m  # (place, what, lesson, (right, wrong), ...)
 
 PAPER, OWN = 0, 7  # variants that are proved
@@ -102,6 +102,8 @@ MISTAKES = (
     _m(GRPO, "a ratio of its own, without bound", "padding_counts_for_nothing",
        ("policy_ratio(log_probs, old_log_probs, mask)", "(log_probs.float() - old_log_probs.float()).exp()")),
     _m(ANSWERS, "search for fullmatch", "nothing_around_the_blocks", ("LAYOUT.fullmatch(text)", "LAYOUT.search(text)")),
+    _m(ANSWERS, "the two ends alone", "nothing_around_the_blocks", ("LAYOUT.fullmatch(text) is not None",
+       "text.startswith('<think>') and '</think>' in text and text.endswith('</answer>')")),
     _m(ANSWERS, "any verdict will do", "verdicts_on_all_dimensions",
        ("len(read_verdicts(text)) == len(DIMENSIONS)", "bool(read_verdicts(text))")),
     _m(ANSWERS, "any value is a verdict", "verdicts_on_all_dimensions",
@@ -124,8 +126,17 @@ MISTAKES = (
        ("zip(weights, parts", "zip((0.7, 0.1, 0.2), parts")),
     _m(ROLLOUT, "the paper's lengths, written in", "parts_in_their_places",
        ("num_tokens, *length_range", "num_tokens, 500, 2000")),
+    _m(ROLLOUT, "each text has the right form", "parts_in_their_places", ("format_reward(text)", "1.0")),
+    _m(ROLLOUT, "an ill-formed text earns nothing", "parts_in_their_places",
+       ("sum(w * part", "well_formed(text) * sum(w * part")),
     _m(HITS, "equal scores are a tie", "untied_ties_are_wrong",
        ("right(labels, margins)[order]", "(np.sign(margins) == labels)[order]")),
+    _m(HITS, "equal scores are right for B", "untied_ties_are_wrong",
+       ("right(labels, margins)[order]", "np.where(margins > 0, labels > 0, labels < 0)[order]")),
+    _m(HITS, "equal scores are right for A", "untied_ties_are_wrong",
+       ("right(labels, margins)[order]", "np.where(margins >= 0, labels > 0, labels < 0)[order]")),
+    _m(CURVE, "nothing checked", "what_has_no_accuracy",
+       ("checked(labels, margins)", "np.array(labels), np.array(margins)")),
     _m(TIES, "the largest of equals", "smallest_of_equals",
        ("int(np.argmax(accuracies))", "len(accuracies) - 1 - int(np.argmax(accuracies[::-1]))")),
     _m(HITS, "each threshold on all pairs", "one_sort_one_sum",
@@ -142,6 +153,21 @@ MISTAKES = (
         "        return attend_once(query, key, value, attention_mask, scaling), None\n", ""),
        ("        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)",
         "        return scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2), None")),
+    _m(ATTENTION, "mask and scaling ignored without spans", "without_spans",
+       ("value, attention_mask, scaling)", "value, None, None)"),
+       ("        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)",
+        "        return scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2), None")),
+    _m(ATTENTION, "one query without its mask", "without_spans",
+       ("(query, key, value, attention_mask,", "(query, key, value, None,")),
+    _m(ATTENTION, "one query without scaling", "without_spans", ("attention_mask, scaling)", "attention_mask, None)")),
+    _m(ATTENTION, "no dropout", "scaling_is_used", ('"dropout_p": dropout', '"dropout_p": 0.0')),
+    _m(BEHIND, "no dropout behind the prefix", "scaling_is_used", ("**options)", "**options | {'dropout_p': 0.0})")),
+    _m(BEHIND, "the prefix's keys detached", "gradient_reaches_the_prefix",
+       ("for x in prefix)", "for x in (prefix[0].detach(), prefix[1]))")),
+    _m(BEHIND, "a CoT's own keys and values detached", "gradient_reaches_the_prefix",
+       ("(own_keys, own_values))", "(own_keys.detach(), own_values.detach()))")),
+    _m(BEHIND, "queries detached", "gradient_reaches_the_prefix",
+       ("scaled_dot_product_attention(q, ", "scaled_dot_product_attention(q.detach(), ")),
     _m(BEHIND, "upper left corner", "lower_right_corner",
        ("attn_mask=causal_lower_right(n, keys.shape[2])", "is_causal=True")),
     _m(ATTENTION, "in order of length", "in_the_order_of_positions",
@@ -267,7 +293,7 @@ def test_the_proof_and_that_it_finds_a_weak_lesson():
         assert test_proof.prove([dataclasses.replace(row, lessons=without)]) == 1
     """)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert "10 submissions, 0 not as they must be" in done.stdout, done.stdout
+    assert "12 submissions, 0 not as they must be" in done.stdout, done.stdout
     assert "WRONG  4 nan at G = 1: passes\n      must be: a_group_of_one" in done.stdout, done.stdout
 
 
