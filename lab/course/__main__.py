@@ -122,9 +122,13 @@ def grade_one(exercise, submitted: dict[str, bytes], base: dict[str, str], varia
                 return Result(exercise, passed, name, f"not written yet: {exercise.hint if own else error}")
             text = str(error) if isinstance(error, Raised) else f"{taught(lesson)} ({error})"
             return Result(exercise, passed, name, f"lesson {passed + 1} of {count}, {name}: {text}")
-        except Exception as error:  # a reply in right form that is no value of this kind: forged, or nonsense
-            text = f"the process sent something that is no answer ({type(error).__name__}: {str(error)[:200]})"
-            return Result(exercise, passed, lesson.__name__ if lesson else "does not run", text)
+        except Exception as error:  # a reply in right form, but no value of this kind: a forgotten return, or forged
+            what = f"({type(error).__name__}: {str(error)[:200]})"
+            if lesson is None:
+                return Result(exercise, passed, "does not run", f"the process sent something that is no answer {what}")
+            text = (f"lesson {passed + 1} of {len(exercise.lessons)}, {lesson.__name__}, could not use what the "
+                    f"function returned {what}. Does it return what its docstring says, a tensor say, on every path?")
+            return Result(exercise, passed, lesson.__name__, text)
         finally:
             if submission:
                 submission.close()

@@ -36,13 +36,17 @@ MEMORY = 2 * 2**30  # bytes that a submission may take on top of what PyTorch ho
 LONGEST = 32 * 2**20  # bytes of one answer
 NOBODY = 65534  # the user without rights, on Linux
 DTYPES = {str(d).removeprefix("torch."): d for d in
-          (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)}
+          (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
+           torch.int8, torch.uint8, torch.bool)}
 
 
 def pack(value):
     """A value -> what JSON can hold. Floats keep every bit; anything that is no value becomes its type's name."""
     if isinstance(value, torch.Tensor):
-        return {"tensor": value.detach().tolist(), "dtype": str(value.dtype).removeprefix("torch."),
+        dtype = str(value.dtype).removeprefix("torch.")
+        if dtype not in DTYPES:
+            return {"other": f"tensor of {dtype}"}
+        return {"tensor": value.detach().tolist(), "dtype": dtype,
                 "shape": list(value.shape)}  # which a list of no rows does not tell
     if isinstance(value, np.ndarray):
         return {"array": value.tolist(), "shape": list(value.shape)}
@@ -288,13 +292,13 @@ def load(place: str):
 
 def explain(error: BaseException, folder: str) -> str:
     """An exception in one line, with the line of the submission that raised it."""
-    if isinstance(error, (NotImplementedError, Wrong)):
+    if isinstance(error, (NotImplementedError, Wrong)) and str(error):
         return str(error)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(folder)]
     if isinstance(error, SyntaxError):
         return f"{os.path.basename(error.filename or '')}, line {error.lineno}: {error.msg}"
     where = f"{os.path.relpath(frames[-1].filename, folder)}, line {frames[-1].lineno}: " if frames else ""
-    return f"{where}{type(error).__name__}: {str(error)[:300]}"
+    return f"{where}{type(error).__name__}: {str(error)[:300]}".removesuffix(": ")
 
 
 def serve(request: dict, functions: dict, send, lines, folder: str) -> dict:

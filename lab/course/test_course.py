@@ -239,6 +239,32 @@ def test_a_forged_reply_costs_its_own_exercise_alone(tmp_path):
         assert forged == 0 and beside == 3 and length < 2100, found
 
 
+SLIPS = (  # the usual ones, and what the student reads
+    ("bt_loss", "loss = reward_chosen", r"lesson 1 of 7, winner_first, could not use .* a tensor say"),
+    ("bt_loss", "raise NotImplementedError", r"winner_first: losses.py, line \d+: NotImplementedError$"),
+    ("bt_loss", """
+        losses = F.softplus(reward_rejected - reward_chosen)
+        return losses.sum().item() / (denominator or losses.numel())""",
+     r"in_fp32, could not use .*'float'"),
+    ("draw_cot_mask", "return [True] * num_pairs", r"one_coin_for_each_pair, could not use .*'list'"),
+    ("draw_cot_mask", "return torch.zeros(num_pairs, dtype=torch.uint8)", r"\(num_pairs,\) bool.*torch.uint8"))
+
+
+def test_what_is_no_tensor_is_no_forgery():
+    """A forgotten return, .item(), a list, another dtype: told as what it is."""
+    texts = [with_bodies("losses.py", **{name: body}) for name, body, _ in SLIPS]
+    done = python("""
+        import json, sys
+        from lab.course import __main__ as course
+        base = course.copies.student_files(0, course.copies.RUN)
+        for name, text in zip(*map(json.loads, sys.argv[1:])):
+            exercise = next(e for e in course.EXERCISES if f"losses.py::{name}" in e.places)
+            print(json.dumps(course.grade_one(exercise, {"losses.py": text.encode()}, base).message))
+    """, json.dumps([name for name, *_ in SLIPS]), json.dumps(texts))
+    for (name, body, says), line in zip(SLIPS, done.stdout.splitlines(), strict=True):
+        assert re.search(says, json.loads(line)), (body, line)
+
+
 def test_check_in_a_copy(tmp_path):
     """A student writes one function; its check passes, the others say what they wait for."""
     copies.write(copies.student_files(7), tmp_path)
