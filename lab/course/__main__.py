@@ -21,7 +21,7 @@ import zipfile
 
 import torch
 
-from lab.course import copies
+from lab.course import copies, rules
 from lab.course.checks import Ended, Raised, Wrong
 from lab.course.exercises import EXERCISES, Exercise, constants
 from lab.course.process import Submission
@@ -111,6 +111,10 @@ def grade_one(exercise, submitted: dict[str, bytes], base: dict[str, str], varia
                 if file != place.split("::")[0]:
                     raise Ended(f"{place} comes from {file}, not from the file that was handed in")
             for lesson in exercise.lessons:
+                if lesson in rules.ON_OTHERS and not implementations:
+                    text = (f"lesson {passed} of {len(exercise.lessons)} holds, on your own functions; the others, on "
+                            "right code of ours and on mistakes, come when it is graded")
+                    return Result(exercise, passed, "not tried here", text)
                 lesson(submission)
                 passed += 1
         except Wrong as error:

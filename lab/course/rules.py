@@ -249,7 +249,7 @@ def verdicts(f) -> dict:
     """{implementation: is it accepted}, for right code, the same written otherwise, and mistakes.
 
     The order is drawn anew, three times: a test that counts its calls would have to guess it. In a student's copy,
-    which has no mistakes, only the student's own function is tried.
+    which has no mistakes, only the student's own function is tried, by the first lesson: see ON_OTHERS.
     """
     if "found" in vars(f):
         return f.found
@@ -276,12 +276,12 @@ def right_code_is_accepted(f):
 def another_way_to_write_it(f):
     """Your test fails on right code that is written otherwise: compare floats with a tolerance, test no internals."""
     for test in TESTED:
-        expect(verdicts(f).get((test, "rewritten"), True) is True, f"a failure of {test}")
+        expect(verdicts(f)[test, "rewritten"] is True, f"a failure of {test}")
 
 
 def _catches(test, mistake, what):
     def lesson(f):
-        expect(verdicts(f).get((test, mistake), False) is False, f"{test} passes")
+        expect(verdicts(f)[test, mistake] is False, f"{test} passes")
 
     lesson.__name__ = f"catches_{mistake}"
     lesson.__doc__ = f"Your test does not notice this mistake: {what}."
@@ -296,3 +296,4 @@ CATCHES = (
     _catches("test_accuracy_with_ties", "cut_inside_a_run", "a threshold cuts between pairs of equal |margin|"),
     _catches("test_accuracy_with_ties", "nothing_tied_missing", "the threshold \"nothing is tied\" is not tried"),
 )
+ON_OTHERS = (another_way_to_write_it, *CATCHES)  # lessons that need code which a student's copy does not have

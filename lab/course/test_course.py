@@ -284,6 +284,15 @@ def test_check_in_a_copy(tmp_path):
     assert "not written yet: Exercise 4 (30 min): which axis" in out["10"], out["10"]  # the tests are: they wait for it
 
 
+def test_check_10_in_a_copy_promises_nothing(tmp_path):
+    """Tests that only pass accept the student's own functions; whether they notice a mistake is seen when graded."""
+    passes = mistakes.with_bodies("my_tests.py", {f"my_tests.py::{name}": "pass" for name in TWO_TESTS})
+    copies.write(copies.student_files(0) | {"my_tests.py": passes}, tmp_path)
+    done = subprocess.run([sys.executable, "-m", "lab.course", "--check", "10"], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=100)
+    assert "1 of 10  tests that catch" in done.stdout and "lesson 1 of 8 holds" in done.stdout, done.stdout
+
+
 def test_the_autograder_zip(tmp_path):
     """Unpacked as the service does; run_autograder beside source/, submission/ and results/."""
     course.main(["--gradescope", str(tmp_path / "autograder.zip"), "--variant", "0"])
