@@ -12,7 +12,6 @@ mistake is named) is what test_proof.py shows.
 import argparse
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 import tempfile
@@ -25,7 +24,7 @@ from lab.course import copies, rules
 from lab.course.checks import Ended, Raised, Wrong
 from lab.course.exercises import EXERCISES, Exercise, constants
 from lab.course.process import Submission
-from plumbing.settings import InputError, cli
+from plumbing.settings import InputError, cli, writable, write_json
 
 try:
     from lab.course.mistakes import implementations
@@ -163,16 +162,37 @@ def chosen(number: str) -> list[Exercise]:
     return found
 
 
-def check(number: str) -> list[Result]:
-    """The exercises of this copy as they stand, prints included."""
+def own_variant() -> int:
+    """The variant of this copy. InputError: variant.txt holds no number."""
     path = ROOT / copies.VARIANT
-    variant = int(path.read_text()) if path.exists() else 0
+    text = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else "0"
+    try:
+        return int(text)
+    except ValueError as error:
+        raise InputError(f"{copies.VARIANT}: holds {text[:20]!r}; write the number of sheet.md there.") from error
+
+
+def own_text(path: pathlib.Path) -> str:
+    """A file of this copy. InputError: the first line that is not UTF-8."""
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path.name}, line {line}: is not UTF-8; save the file as UTF-8.") from error
+
+
+def check(number: str, variant: int | None = None) -> list[Result]:
+    """The exercises of this copy as they stand, prints included. InputError: another variant than the copy's."""
+    own = own_variant()
+    if variant not in (None, own):
+        raise InputError(f"--variant {variant}: this copy has variant {own}, in {copies.VARIANT}; leave the flag out.")
     exercises = chosen(number)
     load_what_is_slow(exercises)
     paths = [path for pattern in copies.RUN for path in ROOT.glob(pattern)]
-    base = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+    base = {path.relative_to(ROOT).as_posix(): own_text(path) for path in paths}
     base.setdefault("my_tests.py", copies.MY_TESTS)
-    return [grade_one(e, {}, base, variant, quiet=False) for e in exercises]
+    return [grade_one(e, {}, base, own, quiet=False) for e in exercises]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -230,11 +250,19 @@ def report(results: list[Result]) -> None:
     print(f"\n{sum(r.points for r in results):g} of {sum(r.exercise.points for r in results)} points")
 
 
+def file_to_be(flag: str, path: str | None) -> None:
+    """Makes its folder, before minutes of grading. InputError where no file can stand."""
+    if path and os.path.isdir(path):
+        raise InputError(f"{flag} {path}: is a folder; name a file in it.")
+    if path:
+        writable([os.path.dirname(path)])
+
+
 def main(argv=None) -> None:
     """Writes a copy, checks it, grades a submission, or builds the zip."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", help="write a student's copy into this new folder")
-    parser.add_argument("--variant", type=int, default=0, help="constants of this variant; 0: the paper's (default 0)")
+    parser.add_argument("--variant", type=int, help="constants of this variant; 0: the paper's (default 0)")
     parser.add_argument("--check", nargs="?", const="all", metavar="N", help="check exercise N of this copy, or all")
     parser.add_argument("--grade", metavar="SUBMISSION", help="grade a folder that was handed in")
     parser.add_argument("--json", metavar="FILE", help="with --grade: the results, as Gradescope reads them")
@@ -242,18 +270,22 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     if sum(map(bool, (args.out, args.check, args.grade, args.gradescope))) != 1:
         raise InputError("say one of OUT, --check, --grade and --gradescope; see --help.")
-    start = time.monotonic()
+    if args.json and not args.grade:
+        raise InputError("--json goes with --grade; leave it out.")
+    for flag in ("json", "gradescope"):
+        file_to_be(f"--{flag}", getattr(args, flag))
+    start, variant = time.monotonic(), args.variant or 0
     if args.out:
-        copies.make_copy(args.out, args.variant)
+        copies.make_copy(args.out, variant)
     elif args.check:
-        report(check(args.check))
+        report(check(args.check, args.variant))
     elif args.grade:
-        results = grade(args.grade, args.variant)
+        results = grade(args.grade, variant)
         report(results)
         if args.json:
-            pathlib.Path(args.json).write_text(json.dumps(as_json(results, time.monotonic() - start), indent=1))
+            write_json(args.json, as_json(results, time.monotonic() - start))
     else:
-        write_autograder(args.gradescope, args.variant)
+        write_autograder(args.gradescope, variant)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import re
 import textwrap
 
 from lab.course.exercises import EXERCISES, MY_TESTS, Exercise, constants
-from plumbing.settings import InputError
+from plumbing.settings import InputError, writable
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 COPIED = ("*.py", "plumbing/*.py", "toy/*.py", "lab/*.py", "lab/*/*.py", "tests/__init__.py", "tests/conftest.py",
@@ -132,11 +132,14 @@ def write(files: dict[str, str], folder: pathlib.Path) -> None:
 def make_copy(out: str, variant: int) -> None:
     """A student's copy in a new folder. InputError where a body would leak."""
     folder = pathlib.Path(out)
+    if folder.is_file():
+        raise InputError(f"{out} is a file; name a new folder.")
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{out} is not empty; name a new folder.")
     files = student_files(variant)
     if found := leaks(files):
         raise InputError(f"the copy would show a body: {found[0]}; add its file to LEFT_OUT in lab/course.")
+    writable([out])
     write({**files, "sheet.md": sheet(variant)}, folder)
     print(f"wrote {out}: {len(named_places())} functions to write; {out}/sheet.md tells how to begin")
 

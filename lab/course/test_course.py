@@ -319,9 +319,31 @@ def test_the_page_holds_the_mistakes_and_the_points():
         assert f"| {e.number} | {e.title} | {e.points} | {e.minutes} |" in page, e.title
 
 
-def test_bad_input(tmp_path, capsys):
+def test_bad_input(tmp_path, capsys, monkeypatch):
     refuses(capsys, course.main, says="say one of OUT")
     refuses(capsys, course.main, "--check", "11", says="exercises 1 to 10")
     refuses(capsys, course.main, "--grade", tmp_path / "nowhere", says="no such folder")
     (tmp_path / "file").write_text("x")
     refuses(capsys, course.main, tmp_path, says="is not empty")
+    refuses(capsys, course.main, tmp_path / "file", says="is a file")
+    refuses(capsys, course.main, tmp_path / "file/copy", says="cannot be written to")
+    # Before anything is graded, which takes a minute.
+    monkeypatch.setattr(course, "grade_one", None)
+    grades = "--grade", tmp_path, "--json"
+    refuses(capsys, course.main, *grades, tmp_path / "file/r.json", says="cannot be written to")
+    refuses(capsys, course.main, *grades, tmp_path, says="is a folder")
+    refuses(capsys, course.main, "--gradescope", tmp_path / "file/a.zip", says="cannot be written to")
+    refuses(capsys, course.main, "--check", "3", "--json", "r.json", says="--json goes with --grade")
+    # In a copy.
+    monkeypatch.setattr(course, "ROOT", tmp_path)
+    refuses(capsys, course.main, "--check", "3", "--variant", "5", says="variant 0, in variant.txt")
+    (tmp_path / "notes.py").write_bytes(b"# one\n# caf\xe9\n")
+    refuses(capsys, course.main, "--check", "3", says="notes.py, line 2")
+    (tmp_path / "variant.txt").write_text("seven")
+    refuses(capsys, course.main, "--check", "3", says="variant.txt: holds 'seven'")
+
+
+def test_results_go_into_a_new_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(course, "grade", lambda *args: [])
+    course.main(["--grade", str(tmp_path), "--json", str(tmp_path / "new" / "results.json")])
+    assert json.loads((tmp_path / "new" / "results.json").read_text())["tests"] == []
