@@ -223,7 +223,7 @@ def may_become_nobody(folder: str) -> bool:
 
 
 def isolate(channel, folder: str, quiet: bool) -> None:
-    """Limits, and nothing of the grader left in reach: its modules, its environment, its files that are open."""
+    """Limits, and no handle of the grader left: its modules, its variables, its open files. No wall: see the README."""
     os.setsid()
     os.chdir(folder)
     null = os.open(os.devnull, os.O_RDWR)
