@@ -11,7 +11,10 @@ NOTHING_TIED = -1.0  # a threshold below every |margin|
 
 
 def checked(labels, margins) -> tuple[np.ndarray, np.ndarray]:
-    """Both as arrays of shape (n,), n >= 1; InputError for other shapes, other labels and non-finite margins."""
+    """Both as arrays of shape (n,), n >= 1; InputError for other shapes, other labels and non-finite margins.
+
+    Margins keep nine decimals (of the largest): 3.3 - 3.0 and 1.3 - 1.0 are the same, and floats say otherwise.
+    """
     labels, margins = np.asarray(labels), np.asarray(margins, dtype=np.float64)
     if labels.ndim != 1 or labels.shape != margins.shape:
         raise InputError(f"labels {labels.shape} and margins {margins.shape} must be two lists of the same length.")
@@ -21,7 +24,8 @@ def checked(labels, margins) -> tuple[np.ndarray, np.ndarray]:
     if not good.all():
         row = int(good.argmin())
         raise InputError(f"row {row} (from 0): label {labels[row]} must be 1, -1 or 0, margin {margins[row]} finite.")
-    return labels, margins
+    size = int(np.floor(np.log10(np.abs(margins).max() or 1.0)))
+    return labels, np.round(margins, min(9 - size, 308))
 
 
 def right(labels: np.ndarray, margins: np.ndarray, threshold: float = NOTHING_TIED) -> np.ndarray:
@@ -103,14 +107,17 @@ def videoalign_compatible(labels, margins) -> float:
 
 
 def calibration(labels: np.ndarray, margins: np.ndarray, bins: int = 10) -> dict:
-    """Does A win as often as the Bradley-Terry model says? P(A wins) = 1 / (1 + exp(-margin)), human ties left out.
+    """Do videos win as often as the Bradley-Terry model says? P(A wins) = 1 / (1 + exp(-margin)), human ties left out.
 
-    Returns {said, won, pairs} of each non-empty one of `bins` equal slices of [0, 1], and the expected calibration
-    error sum_b n_b / n |mean said - share won|: 0 is perfect; rewards on too large a scale are over-confident.
+    Each pair counts from both sides, A against B and B against A: in a file that names winners first, A always wins,
+    whatever a model says. Returns {said, won, pairs} of each non-empty one of `bins` equal slices of [0, 1], and the
+    expected calibration error sum_b n_b / n |mean said - share won|: 0 is perfect; rewards on too large a scale are
+    over-confident.
     """
     decided = labels != 0
-    won = labels[decided] > 0
-    said = 1 / (1 + np.exp(-np.clip(margins[decided], -700, 700)))  # exp overflows at 710
+    both = np.append(margins[decided], -margins[decided])
+    won = np.append(labels[decided], -labels[decided]) > 0
+    said = 1 / (1 + np.exp(-np.clip(both, -700, 700)))  # exp overflows at 710
     slot = np.minimum((said * bins).astype(int), bins - 1)
     chosen = [slot == b for b in np.unique(slot)]
     rows = [{"said": float(said[c].mean()), "won": float(won[c].mean()), "pairs": int(c.sum())} for c in chosen]

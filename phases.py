@@ -11,8 +11,8 @@ collect_cots.py needs the first phase, evaluate.py both. k: CoTs per video.
 
 import dataclasses
 import hashlib
+import math
 
-import numpy as np
 import torch
 
 import data
@@ -155,11 +155,16 @@ class Workers:
                     # ONE forward for the batch: prompt, CoT and query in a row; the reward is head(h_query).
                     rows = model.score(list(prefixes.values()), [cots[item.key] for item in prefixes])
                     for item, row in zip(prefixes, rows.tolist()):
-                        phase.write(item, {"reward": float(np.mean(row)), "rewards": row})
+                        phase.write(item, {"reward": mean(row), "rewards": row})
         return phase.finish()
 
 
 def text_rewards(thoughts: dict) -> dict:
     """The rewards that the CoTs state, as `Workers.score` returns the head's. lab/study counts equal ones half."""
-    return {key: {"reward": float(np.mean([overall_score(text) for text in record["thoughts"]]))}
+    return {key: {"reward": mean([overall_score(text) for text in record["thoughts"]])}
             for key, record in thoughts.items()}
+
+
+def mean(rewards: list[float]) -> float:
+    """The same for the same rewards in any order: a sum that rounds as it goes makes equal clips unequal."""
+    return math.fsum(rewards) / len(rewards)

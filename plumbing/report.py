@@ -205,7 +205,7 @@ def draw(path: str, judged: list[Agreement], left_panel) -> None:
         rest.plot(share[best], accuracies[best], "o", color=line.get_color())
         rest.annotate(f" {accuracies[best]:.3f}", (share[best], accuracies[best]), fontsize=9, va="bottom")
     rest.axhline((judged[0].labels == 0).mean(), color="grey", linestyle="--", linewidth=1, label="share of human ties")
-    middle.set(title="Reliability (area: number of pairs)", xlabel="P(A wins), said", ylabel="share that A won")
+    middle.set(title="Reliability (area: number of pairs)", xlabel="chance of winning, said", ylabel="share won")
     rest.set(title="Accuracy with ties, by threshold", xlabel="share of pairs called a tie", ylabel="accuracy")
     for axis in (left, middle, rest):
         axis.grid(alpha=0.25), axis.spines[["top", "right"]].set_visible(False)

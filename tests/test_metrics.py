@@ -17,6 +17,7 @@ from metrics import (
     calibration,
     videoalign_compatible,
 )
+from phases import mean
 from plumbing.settings import InputError
 
 
@@ -164,13 +165,26 @@ def test_only_human_ties_have_no_accuracy_without_ties():
 
 def test_calibration_by_hand():
     # sigmoid(ln 3) = .75, twice A and twice B: said .75, won .5, off by .25. sigmoid(-ln 9) = .1, B: said .1, won 0.
-    # ECE = 4/5 * .25 + 1/5 * .1 = .22. The human tie is left out.
+    # From the other side: said .25, won .5; said .9, won 1. ECE = 8/10 * .25 + 2/10 * .1 = .22. The human tie is out.
     labels = np.array([1, 1, -1, -1, -1, 0])
     margins = np.array([math.log(3)] * 4 + [-math.log(9.0001), 7])
     done = calibration(labels, margins)
     assert done["expected_calibration_error"] == pytest.approx(0.22, abs=1e-4)
-    assert [b["pairs"] for b in done["bins"]] == [1, 4]
-    assert done["bins"][1]["said"] == pytest.approx(0.75) and done["bins"][1]["won"] == 0.5
+    assert [b["pairs"] for b in done["bins"]] == [1, 4, 4, 1]
+    assert done["bins"][2]["said"] == pytest.approx(0.75) and done["bins"][2]["won"] == 0.5
+    # A file that names the winners first holds the same pairs: A always wins there, and that is no fault of the model
+    first = calibration(labels * labels, margins * labels)
+    assert first["expected_calibration_error"] == pytest.approx(done["expected_calibration_error"])
+
+
+def test_equal_sizes_are_equal_though_floats_differ():
+    """3.3 - 3.0 and 1.3 - 1.0: no threshold may call one a tie and not the other."""
+    labels, margins = [0, 1], np.array([3.3, 1.3]) - np.array([3.0, 1.0])
+    assert margins[0] != margins[1]
+    assert accuracy_with_ties(labels, margins)[0] == 0.5
+    for scale in (1e-300, 1e-12, 1e12):
+        assert accuracy_with_ties([1, 0, -1], np.array([2, 0.5, -1]) * scale) == (1.0, pytest.approx(0.5 * scale))
+    assert len({mean(row) for row in ([3.3, 3.1, 3.2, 3.4], [3.1, 3.2, 3.3, 3.4], [3.4, 3.3, 3.2, 3.1])}) == 1
 
 
 def test_calibration_of_a_model_that_is_right_about_its_doubt():
