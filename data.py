@@ -73,16 +73,17 @@ def read_pairs(csv_path: str, dimension: str = "TA", video_root: str | None = No
     """The pairs of a CSV in file order; its format is recognised by the columns (docs/data.md). UTF-8.
 
     dimension: the label column where there are several: TA (text alignment), VQ, MQ or Overall. video_root: where
-    relative video paths start; default: the CSV's folder. Rows labelled `invalid` are left out and counted on stderr.
+    relative video paths start; default: the CSV's folder. Rows labelled `invalid`, or not at all, are left out and
+    counted on stderr.
     InputError: no such file, no known format, missing column, unknown label, empty prompt (file and line named).
     """
     root = video_root if video_root is not None else os.path.dirname(csv_path)
     records = list(read_records(csv_path, dimension, root))
     pairs = [PreferencePair(**record) for record in records if record is not None]
     if invalid := len(records) - len(pairs):
-        print(f"{csv_path}: left out {invalid} lines labelled invalid", file=sys.stderr)
+        print(f"{csv_path}: left out {invalid} lines without a label, or labelled invalid", file=sys.stderr)
     if not pairs:
-        raise InputError(f"{csv_path}: holds no usable pair, only a header or rows labelled invalid.")
+        raise InputError(f"{csv_path}: holds no usable pair, only a header or rows without a label.")
     return pairs
 
 

@@ -13,6 +13,7 @@ LABELS = {
     "b": -1, "video 2 is better": -1, "rightvote": -1, "right": -1,
     "same": 0, "tie": 0, "tievote": 0, "bothbad_vote": 0, "bothbad": 0,
     "invalid": None,  # annotators could not judge: the row is dropped. NOT "same" (docs/differences.md, row 9)
+    "": None,  # nobody judged this dimension: VideoAlign's sheets have such cells
 }
 
 
@@ -93,7 +94,7 @@ def _refuse_swallowed(where: str, row: list[str]) -> None:
 
 
 def read_records(csv_path: str, dimension: str, root: str):
-    """Yields {field of data.PreferencePair: value} for each record of a CSV of pairs, None for one labelled invalid."""
+    """Yields {field of data.PreferencePair: value} for each record of a CSV of pairs; None: it has no verdict."""
     columns, records = open_table(csv_path)
     read_row = _format_of(csv_path, columns, dimension)
     for line, row in records:
@@ -111,7 +112,7 @@ def _format_of(csv_path, columns, dimension):
 
     def reinforcement(row):
         label, more = _read_answer(row["answer"])
-        return *_two(row["videos"]), row.get("prompt") or row["problem"], label, more
+        return *_two(row["videos"]), row.get("prompt") or prompt_in(row["problem"]), label, more
 
     def in_domain(row):
         label, more = _read_answer(row["answer"])
@@ -156,6 +157,14 @@ def tidy_prompt(prompt: str) -> str:
     return re.sub(r"\r\n?", "\n", prompt).strip()
 
 
+def prompt_in(problem: str) -> str:
+    """A `problem` cell that is a prompt alone. ValueError: it is a whole instruction, as in the authors' own sheets,
+    whose reader cuts it at <video>; all of it would be told to the model as the prompt of the video."""
+    if "<video>" in problem:
+        raise ValueError("`problem` is a whole instruction; put the video's prompt alone into a column `prompt`")
+    return problem
+
+
 def _two(text):
     value = parse_literal(text)
     if not (isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, str) for v in value)):
@@ -184,7 +193,7 @@ def _read_row(csv_path, line, row, read_row, root):
     except ValueError as error:
         raise InputError(f"{where}: cannot be read ({error}).") from error
     if label.lower() not in LABELS:
-        raise InputError(f"{where}: unknown label {label[:40]!r}; known: {', '.join(LABELS)}.")
+        raise InputError(f"{where}: unknown label {label[:40]!r}; known: {', '.join(filter(None, LABELS))}.")
     if LABELS[label.lower()] is None:
         return None
     if not prompt:

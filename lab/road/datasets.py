@@ -20,7 +20,7 @@ import typing
 
 import data
 from lab.road.published import Tally, Videos, read_json, read_parquet, text_of
-from plumbing.formats import open_table
+from plumbing.formats import open_table, prompt_in
 from plumbing.settings import InputError, cli, writable, write_csv
 
 LICENCES = {  # as the cards said when they were looked at; the makers of the videos may add terms of their own
@@ -282,7 +282,10 @@ def convert(args) -> None:
     for path in args.exclude:
         # As data.read_pairs reads them: `problem` is stage 2's name for it, and in stage 1's files something else.
         column = "problem" if {"problem", "prompt"} & set(open_table(path)[0]) == {"problem"} else "prompt"
-        prompts = {plain(row[column]) for _, row in open_table(path, (column,))[1]}
+        try:
+            prompts = {plain(prompt_in(row[column])) for _, row in open_table(path, (column,))[1]}
+        except ValueError as error:
+            raise InputError(f"--exclude {path}: {error}.") from error
         if not prompts:
             raise InputError(f"--exclude {path}: holds no prompt.")
         known |= prompts

@@ -104,16 +104,18 @@ def test_prompts_of_a_benchmark_are_dropped_and_a_split_keeps_prompts_together(t
     assert "dropped 3: pairs whose prompt a file of --exclude has" in capsys.readouterr().out
     assert not kept & held and len(kept | held) == 39 and "Number 7: a dog." not in kept | held
     assert 4 <= len(held) <= 20  # 12 expected
+    again = ["join", "--data", tmp_path / "out.csv", "--out", tmp_path / "a.csv", "--val", tmp_path / "b.csv",
+             "--val-share", 0.3]
     # In stage 1's files `problem` is not the prompt: data.read_pairs does not read it either.
     (tmp_path / "cold.csv").write_text('problem,prompt\nWhich video is better?,number 8: a dog\n')
     (tmp_path / "rl.csv").write_text("problem\nnumber 9: a dog\n")
+    (tmp_path / "asked.csv").write_text("problem\nText Prompt: a dog. Video: <video>\n")  # would match no prompt
+    refuses(capsys, datasets.main, *again, "--exclude", tmp_path / "asked.csv", says="asked.csv: `problem` is a whole")
     files_ = "--exclude", tmp_path / "cold.csv", tmp_path / "rl.csv"
     left = {pair["prompt"] for pair in convert(tmp_path, "videofeedback2", *files_, "--overwrite", rows=rows)}
     assert len(left) == 38 and not left & {"Number 8: a dog.", "Number 9: a dog."}
     convert(tmp_path, "videofeedback2", *flags, "--overwrite", rows=rows)
     # Splitting the rest again: the same seed finds nothing below its share, another one does.
-    again = ["join", "--data", tmp_path / "out.csv", "--out", tmp_path / "a.csv", "--val", tmp_path / "b.csv",
-             "--val-share", 0.3]
     refuses(capsys, datasets.main, *again, says="no pair is left for")
     datasets.main([*map(str, again), "--seed", "1"])
     three = convert(tmp_path, "videofeedback2", "--per-prompt", 1, "--overwrite", rows=rows)

@@ -81,12 +81,12 @@ def read_scores(path: str, data_path: str, pairs: list, root: str) -> np.ndarray
     if not {"path", "reward"} <= set(first):
         raise InputError(f"{path}: needs the columns reward_A,reward_B or path,reward; it has {sorted(first)}.")
     for line, row in open_table(path)[1]:
-        key = os.path.normpath(os.path.join(root, row["path"].strip())), tidy_prompt(row.get("prompt", ""))
+        key = os.path.abspath(os.path.join(root, row["path"].strip())), tidy_prompt(row.get("prompt", ""))
         reward = number(path, line, row, "reward")
         if not np.isnan(reward) and found.setdefault(key, reward) != reward:
             raise InputError(f"{path}, line {line}: a second reward for {row['path']!r}.")
     for i, pair in enumerate(pairs):
-        own = [(video, pair.prompt) for video in pair.videos]  # a video under two prompts has two rewards
+        own = [(os.path.abspath(v), pair.prompt) for v in pair.videos]  # a video under two prompts has two rewards
         rewards[i] = [found.get(key, found.get((key[0], ""), float("nan"))) for key in own]
     return rewards
 
@@ -157,8 +157,13 @@ def compare_runs(runs: list[str], out: str, training: list[str] = ()) -> str:
                 f"--runs {run}: no such report; give LABEL=GLOB, e.g. 'DeScore=runs/eval/stage2/*/report.json'."
             )
         for path in paths:
+            if os.path.basename(os.path.dirname(path)) == "text" and "text" not in pattern:  # of one benchmark, OUT/*
+                raise InputError(f"--runs {run}: {path} is of the score that the CoTs state; the head's lies in the "
+                                 "folder above. For the text's name its folder: LABEL=.../text/report.json.")
             with open(path, encoding="utf-8") as file:
                 numbers = json.load(file)
+            if "models" in numbers:
+                raise InputError(f"{path}: is a report of several score files; --runs takes those of evaluate.py.")
             name = numbers["benchmark"] or os.path.basename(numbers["data"])
             name += f" ({numbers['labels']})" if numbers.get("labels") else ""  # another number, not another seed
             pairs = [numbers.get("pairs"), numbers.get("human_ties")]  # counted only: each seed's world is another

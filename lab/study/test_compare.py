@@ -1,5 +1,6 @@
 """lab/study/compare.py: several runs, or several seeds, in one table; score files in one report."""
 
+import dataclasses
 import json
 import os
 import runpy
@@ -34,6 +35,15 @@ def test_several_runs_in_one_table(tmp_path):
     assert "| genai-bench (--dimension VQ) w/o ties |" in text and "±" not in text
     with pytest.raises(InputError, match="no such report"):
         compare.main(["--runs", "x=/nowhere/*.json", "--out", str(tmp_path)])
+    # With one benchmark the head's report is in OUT, the text's in OUT/text: a pattern for several finds it alone.
+    (tmp_path / "b" / "text").mkdir()
+    (tmp_path / "b" / "text" / "report.json").write_text(json.dumps(numbers))
+    with pytest.raises(InputError, match="b/text/report.json is of the score that the CoTs state"):
+        compare.compare_runs([f"DeScore={tmp_path}/b/*/report.json"], str(tmp_path / "out"))
+    assert "| own |" in compare.compare_runs([f"own={tmp_path}/b/text/report.json"], str(tmp_path / "out"))
+    (tmp_path / "b" / "report.json").write_text(json.dumps({"models": [numbers, numbers]}))
+    with pytest.raises(InputError, match="b/report.json: is a report of several score files"):
+        compare.compare_runs([f"x={tmp_path}/b/report.json"], str(tmp_path / "out"))
 
 
 def test_several_seeds_give_mean_and_standard_deviation(tmp_path):
@@ -210,6 +220,17 @@ def test_scores_row_by_row_count_invalid_rows_too(tmp_path, pairs_csv):
     other = write_csv(tmp_path / "p.csv", ["prompt", "reward_A", "reward_B"], shuffled)
     with pytest.raises(InputError, match="another prompt"):
         rewards_of(other, pairs_csv)
+
+
+def test_absolute_and_relative_paths_are_one_video(tmp_path, pairs_csv, monkeypatch):
+    """What write_scores wrote holds relative paths, also of videos that the data names from the root."""
+    pairs, root = read_pairs(pairs_csv), os.path.dirname(pairs_csv)
+    rows = [[os.path.relpath(video, root), k] for k, pair in enumerate(pairs) for video in pair.videos]
+    scores = write_csv(tmp_path / "s.csv", ["path", "reward"], rows)
+    monkeypatch.chdir(root)
+    far = [dataclasses.replace(pair, **{name: os.path.abspath(getattr(pair, name)) for name in ("video_a", "video_b")})
+           for pair in pairs]
+    assert compare.read_scores(scores, pairs_csv, far, "").tolist() == [[k, k] for k in range(len(pairs))]
 
 
 def test_scores_by_path_are_looked_up(tmp_path, pairs_csv):
