@@ -94,10 +94,12 @@ def test_blanks_around_a_column_s_name_do_not_count(tmp_path):
 
 def test_same_is_a_tie_and_invalid_is_dropped(tmp_path, capsys):
     """docs/differences.md, row 9: `same` must not be read as `invalid`."""
-    rows = [{**FORMATS["cold start"][0], "GSB": label} for label in ("same", "invalid", "A")]
+    rows = [{**FORMATS["cold start"][0], "GSB": label} for label in ("same", "invalid", "A", " ")]
     pairs = data.read_pairs(write_rows(tmp_path / "x.csv", rows))
     assert [p.label for p in pairs] == [0, 1]
-    assert "left out 1 lines" in capsys.readouterr().err
+    assert "left out 2 lines" in capsys.readouterr().err
+    with pytest.raises(InputError, match="no usable pair"):  # a column that nobody filled
+        data.read_pairs(write_rows(tmp_path / "x.csv", rows[3:]))
 
 
 def test_bom_crlf_long_cells(tmp_path):
@@ -121,6 +123,10 @@ def test_bad_csv_names_the_place(tmp_path):
     bad_csv(tmp_path, "line 2: the prompt is empty", prompt="  ")
     bad_csv(tmp_path, "fit none of the known formats", path_B=None)
     bad_csv(tmp_path, "can be one of: TA, VQ, MQ", dimension="Overall")
+    asked = {**FORMATS["rl"][0], "problem": "You are an expert. Text Prompt: a cat. Video: <video>. Judge it."}
+    with pytest.raises(InputError, match="line 2: .*whole instruction; put the video's prompt alone"):
+        data.read_pairs(write_rows(tmp_path / "x.csv", [asked]))
+    assert data.read_pairs(write_rows(tmp_path / "x.csv", [{**asked, "prompt": "a cat"}]))[0].prompt == "a cat"
     code = {**FORMATS["rl"][0], "videos": "__import__('os').system('x')"}
     with pytest.raises(InputError, match="line 2"):
         data.read_pairs(write_rows(tmp_path / "x.csv", [code]))
