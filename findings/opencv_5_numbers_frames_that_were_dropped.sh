@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Judges of video often choose frames by number: linspace(0, CAP_PROP_FRAME_COUNT - 1, n), then CAP_PROP_POS_FRAMES. A recorder
 # that drops a frame now and then writes a valid file with gaps in its times. Of ONE such clip, 40 places at 10 a second of
-# which 5 were dropped, OpenCV says 40 frames in avi and in mkv, 35 in mp4, and reads 35 of each. So the last numbers that
-# linspace asks for give no frame; and a number means two things: reading on, frame 30 is the 30th that is there; after
-# a seek to 30 it is that in mp4, and another one, two places earlier, in avi and mkv. Neither is the one at 3.0 s. PyAV's
-# stream.frames for avi counts the dropped ones as well; decord's length does not.
-# Behaviour: each container's count, frames read, and which place frame 30 shows by reading on and by seeking.
+# which 5 were dropped, OpenCV says 40 frames in avi and in mkv, 35 in mp4, and reads 35 of each. So some of the last
+# numbers that linspace asks for give no frame; and a number means two things: reading on, frame 30 is the 30th that is
+# there; after a seek to 30 it is that in mp4, and another one, two places earlier, in avi and mkv. Neither is the one at
+# 3.0 s. PyAV's stream.frames for avi counts the dropped ones as well; decord's length does not.
+# Behaviour: each container's count, frames read, which place frame 30 shows by reading on and by seeking, and the numbers
+# below the count to which a seek gives no frame.
 set -euo pipefail
 dir=$(mktemp -d); trap 'rm -rf "$dir"' EXIT
 python3 -m venv "$dir/env"
@@ -36,13 +37,17 @@ for kind in ("avi", "mkv", "mp4"):
     reader = cv2.VideoCapture(path)
     count = int(reader.get(cv2.CAP_PROP_FRAME_COUNT))
     reader.set(cv2.CAP_PROP_POS_FRAMES, 30)
-    sought = round(reader.read()[1][32, 32, 0] / 6)
-    found[kind] = (count, len(read), read[30], sought, told, len(decord.VideoReader(path)))
+    sought, none = round(reader.read()[1][32, 32, 0] / 6), []
+    for number in range(count):
+        reader = cv2.VideoCapture(path)
+        reader.set(cv2.CAP_PROP_POS_FRAMES, number)
+        none += [] if reader.read()[0] else [number]
+    found[kind] = (count, len(read), read[30], sought, told, len(decord.VideoReader(path)), none)
     print(f"  {kind}: OpenCV counts {count}, reads {len(read)}; frame 30 shows place {read[30]} reading on, {sought} by "
-          f"seeking; PyAV's header {told}, decord {found[kind][5]}")
-assert found["avi"] == (40, 35, 35, 33, 40, 35), found
-assert found["mkv"] == (40, 35, 35, 33, 0, 35), found
-assert found["mp4"] == (35, 35, 35, 35, 35, 35), found
+          f"seeking; PyAV's header {told}, decord {found[kind][5]}; a seek gives none at {none or '-'}")
+assert found["avi"] == (40, 35, 35, 33, 40, 35, [37, 38]), found
+assert found["mkv"] == (40, 35, 35, 33, 0, 35, [37, 38]), found
+assert found["mp4"] == (35, 35, 35, 35, 35, 35, []), found
 print("as described")
 PY
 "$dir/env/bin/python" "$dir/run.py" "$dir" 2> "$dir/log" || { tail -n 8 "$dir/log"; exit 1; }

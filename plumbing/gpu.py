@@ -169,6 +169,8 @@ def load_of(settings, ranks, longest: int) -> Load:
     same |= {"gpus": ranks.world, "gradient_checkpointing": True}  # until `choose`
     if hasattr(settings, "micro_pairs"):
         return Load(**same, stage=1, video_tokens=longest - 1, cot_tokens=0)
+    sampled = 2 * settings.rollouts * settings.batch_pairs // ranks.world  # by a rank, in all
+    same["rows_per_batch"] = min(settings.rows_per_batch, max(1, sampled))
     return Load(**same, stage=2, video_tokens=longest, cot_tokens=settings.max_new_tokens, kl=settings.kl_coef > 0)
 
 
@@ -196,12 +198,12 @@ def choose(config, load: Load, card: int, wanted: bool | None = None) -> tuple[b
     def planned(load: Load) -> float:
         return max(peaks(load))
 
-    without, _ = peaks(dataclasses.replace(load, gradient_checkpointing=False))
-    recompute = without > room if wanted is None else wanted
+    off = dataclasses.replace(load, gradient_checkpointing=False)
+    recompute = peaks(off)[0] > room if wanted is None else wanted
     load = dataclasses.replace(load, gradient_checkpointing=recompute)
     text = f"GPU memory: {planned(load) / gib:.1f} GiB planned of {card / gib:.1f}, "
     text += "while sampling, " * (planned(load) > peaks(load)[0]) + "without " * (not recompute)
-    text += "gradient checkpointing" + f" ({without / gib:.1f} without)" * recompute
+    text += "gradient checkpointing" + f" ({planned(off) / gib:.1f} without)" * recompute
     if planned(load) <= room:
         return recompute, text
     smaller, flags = load, []

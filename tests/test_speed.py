@@ -7,6 +7,7 @@ import collections
 import copy
 import dataclasses
 import os
+import re
 import shutil
 import traceback
 import types
@@ -314,6 +315,9 @@ def test_what_sampling_holds_is_planned(config):
     assert not gpu.choose(config, short, 60 * GIB)[0]  # 80 GiB while sampling; an update fits without recomputing
     _, text = gpu.choose(config, dataclasses.replace(load, micro_rollouts=8), 30 * GIB)
     assert "--micro-rollouts 1, --rows-per-batch 8 would take" in text
+    many = dataclasses.replace(load, rows_per_batch=400)
+    both = re.findall(r"[0-9.]+(?= GiB planned| without)", gpu.choose(config, many, 900 * GIB, wanted=True)[1])
+    assert both[0] == both[1]  # recomputing does not lower what sampling takes
     assert "sampling" not in gpu.choose(config, dataclasses.replace(load, rows_per_batch=8), 75 * GIB)[1]
 
 
@@ -327,6 +331,8 @@ def test_the_plan_of_a_run_is_made_from_its_settings():
                            engine="transformers")
     more = gpu.load_of(grpo.Settings(cpu_offload=True, rows_per_batch=5), ranks, 500)
     assert more.cpu_offload and more.rows_per_batch == 5
+    few = gpu.load_of(grpo.Settings(rollouts=4, batch_pairs=8, mini_pairs=8), ranks, 500)
+    assert few.rows_per_batch == 16  # two pairs a rank, four CoTs for each of their videos: never more at a time
 
 
 @pytest.mark.parametrize("gpus, offload", [(1, False), (8, False), (1, True)])

@@ -207,7 +207,8 @@ def test_plan_counts_what_a_block_keeps_for_backward(text, behind):
     states = torch.randn(1, 256, 512, dtype=torch.bfloat16, requires_grad=True)
     measured = kept_bytes(block, states, spans=[(256, [])], keep=past.keep)
     if behind:
-        measured = kept_bytes(block, states, spans=[(256, [(64 * i, 64) for i in range(4)])], past=past)
+        cots = [(64 * i, 64) for i in range(4)]
+        measured = kept_bytes(block, states, spans=[(256, cots)], past=past.layers.__getitem__)
     assert gpu.block_bytes(text, 256, 64 if behind else 0) == pytest.approx(measured, rel=0.05)
 
 

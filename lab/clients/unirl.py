@@ -34,7 +34,7 @@ def fields_of(body: bytes) -> dict:
 def reply_of(answer: dict) -> dict:
     """Our answer -> UniRL's. An answer that is about the whole request stays as it is.
 
-    UniRL's form has no place for `ended`: CoTs that were cut off are a warning on the server's screen.
+    UniRL's form has no place for `ended`: the first that were cut off are a warning on the server's screen.
     """
     if "results" not in answer:
         return answer

@@ -239,6 +239,8 @@ def post_train(method: str, s: Settings, progress=True) -> None:
     if os.path.exists(path):
         kept, state = load_generator(path)
         changed = [flag_of(n) for n, v in settings.items() if n not in FREE and state["settings"].get(n) != v]
+        if "made_from" not in state and state["settings"]["reward"] != s.reward:  # a run of old kept the name alone
+            changed.append("--reward")
         if changed := changed + exchanged(state, made_from):
             raise InputError(f"{path}: was run with other {', '.join(changed)}; delete its folder or change --out.")
         policy.load_state_dict(kept.state_dict())
@@ -301,7 +303,7 @@ def require_alike(runs: dict[int, dict[str, str]], proxy: str) -> None:
         now = state["settings"] | {"updates": len(state.get("log", []))}  # those made, not those that were asked for
         now |= {"base_steps": now.pop("steps")} if arm == "base" else {}
         other, expected = first.setdefault(arm, (path, now))
-        if changed := [flag_of(name) for name in now if name not in own and now[name] != expected.get(name)]:
+        if changed := [flag_of(name) for name in now if name not in own and now[name] != expected.get(name, now[name])]:
             raise InputError(f"{path}: has other {', '.join(changed)} than {other}; let it run to its end, or move one "
                              "of the two folders away.")
 

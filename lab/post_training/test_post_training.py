@@ -272,6 +272,12 @@ def test_the_whole_script_resumes_to_the_bit(tmp_path, tiny_model_dir, capsys):
     more = ["grpo", *flags, "--updates", "2", "--prompts", "1", "--reward"]
     with pytest.raises(InputError, match="grpo-descore/state.pt: was run with other weights of the reward;"):
         post_training.main([*more, str(other)])
+    path = os.path.join(out, "seed0", "grpo-descore", "state.pt")
+    trained = pathlib.Path(path).read_bytes()
+    torch.save({name: v for name, v in torch.load(path).items() if name != "made_from"}, path)  # as it was kept of old
+    with pytest.raises(InputError, match="grpo-descore/state.pt: was run with other --reward;"):
+        post_training.main([*more, str(other)])
+    pathlib.Path(path).write_bytes(trained)
     path = os.path.join(out, "seed0", "base.pt")
     kept, of_base = pathlib.Path(path).read_bytes(), torch.load(path)
     torch.save(of_base | {"weights": {name: -value for name, value in of_base["weights"].items()}}, path)
@@ -285,6 +291,9 @@ def test_the_whole_script_resumes_to_the_bit(tmp_path, tiny_model_dir, capsys):
     path = os.path.join(out, "seed1", "base.pt")
     torch.save(of_base | {"settings": of_base["settings"] | {"steps": 9}}, path)
     with pytest.raises(InputError, match="seed1/base.pt: has other --base-steps than"):
+        post_training.main(["measure", *flags, "--reward", tiny_model_dir])
+    torch.save(of_base | {"settings": of_base["settings"] | {"newer": 1}}, path)  # and the other's file lacks it
+    with pytest.raises(InputError, match="seed1/dpo-random/state.pt: was run with other weights of the base"):
         post_training.main(["measure", *flags, "--reward", tiny_model_dir])
     pathlib.Path(path).write_bytes(kept)
     half = state(out, "grpo-random")

@@ -441,6 +441,10 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(capsys, wan_dir, tiny_model_d
     with open(moved / "descore.json", "a") as file:
         file.write("\n")
     refuses(capsys, wan.main, *train("parts", 4, reward=moved), says="other content of --reward;")
+    state = torch.load(tmp_path / "parts" / "state.pt")
+    torch.save(state | {"made_from": {"base": "the toy's"}}, tmp_path / "parts" / "state.pt")
+    refuses(capsys, wan.main, *train("parts", 4), says="other content of --data, content of --reward;")
+    torch.save(state, tmp_path / "parts" / "state.pt")
     (tmp_path / "prompts.txt").write_text("other words\n")
     refuses(capsys, wan.main, *train("parts", 4), says="other content of --data;")
     state = torch.load(tmp_path / "parts" / "state.pt")

@@ -220,7 +220,7 @@ def read_state(s: Settings, made_from: dict, ranks) -> dict | None:
     state, now = torch.load(path, map_location="cpu"), dataclasses.asdict(s)
     changed = [flag_of(name) for name in now if name not in FREE and state["settings"].get(name) != now[name]]
     kept = state.get("made_from", made_from)  # older states have none
-    changed += [f"content of {flag_of(name)}" for name, content in made_from.items() if kept[name] != content]
+    changed += [f"content of {flag_of(name)}" for name, content in made_from.items() if kept.get(name) != content]
     if changed:
         raise InputError(f"{path}: was run with other {', '.join(changed)}; give another --out.")
     return state
@@ -235,11 +235,11 @@ def main(argv=None) -> None:
     writable([s.out])
     made_from = {"data": content_of(s.data), "reward": fingerprint(s.reward) if s.method == "grpo" else None}
     state = read_state(s, made_from, ranks)  # before minutes of reading Wan
-    if s.method == "dpo":
+    if s.method == "dpo" and not (state and state["done"] >= s.updates):
         check_clips(items, s, ranks)
     pipe = open_pipeline(s.wan, dtype)
-    prompts = [item.prompt if s.method == "dpo" else item for item in items]
-    wan = Wan(pipe, prompts, s, ranks.device)
+    mine = [items[number % len(items)] for number in ranks.share(range(s.updates * s.batch))]
+    wan = Wan(pipe, [item.prompt if s.method == "dpo" else item for item in mine], s, ranks.device)
     model = DeScore.from_pretrained(s.reward, ranks.device, dtype).eval() if s.method == "grpo" else None
 
     def score(clips, prompts):

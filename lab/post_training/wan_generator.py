@@ -51,8 +51,8 @@ class Wan:
         # Not Wan's UniPC: its step looks back, so it has no log p. Nor diffusers' Euler: it shifts twice (flow.grid).
         self.times = flow.grid(s.steps, s.shift)
         with torch.no_grad():
-            # 512 places, as __call__ has (encode_prompt's own default is 226): no mask hides the padding. Kept in the
-            # host's memory: at 4 MB each, those of 20,000 prompts are 84 GB
+            # 512 places, as __call__ has (encode_prompt's own default is 226): no mask hides the padding. Those of
+            # this rank's prompts, in the host's memory: at 4 MB each, 20,000 are 84 GB
             self.embeds = {p: pipe.encode_prompt(p, None, False, max_sequence_length=512)[0].cpu()
                            for p in {*prompts, ""}}
         pipe.text_encoder = None  # 5.7 B parameters, more than four times the generator
