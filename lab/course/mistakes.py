@@ -103,8 +103,8 @@ REWRITES = {
     BTT: """
         margin, log_k = reward_a.float() - reward_b.float(), math.log(k)
         cost_a, cost_b = F.softplus(log_k - margin), F.softplus(log_k + margin)
-        cost = cost_a + cost_b - math.log(k**2 - 1)
-        cost[label == 1], cost[label == -1] = cost_a[label == 1], cost_b[label == -1]
+        cost_tie = cost_a + cost_b - math.log(k**2 - 1)
+        cost = torch.stack([cost_b, cost_tie, cost_a])[label + 1, torch.arange(len(label))]
         return cost.sum() / (len(cost) if denominator is None else denominator)
     """,
     MASK: """
@@ -145,7 +145,6 @@ REWRITES = {
         if spans is None:
             kwargs = {"scaling": scaling, "dropout": dropout, **more}
             return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-        query, key = query.to(value.dtype), key.to(value.dtype)
         groups, length = query.shape[1] // key.shape[1], query.shape[2]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         allowed = torch.zeros(len(query), 1, length, length, dtype=torch.bool)
@@ -155,7 +154,9 @@ REWRITES = {
                 allowed[b, 0, start : start + n, :prefix] = allowed[b, 0, start : start + n, start : start + n] = True
                 used[b, 0, start : start + n] = True
         mask = allowed.tril() | torch.eye(length, dtype=torch.bool)
-        out = scaled_dot_product_attention(query, key, value, mask.to(query.device), scale=scaling, dropout_p=dropout)
+        scores = query.float() @ key.float().mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        weights = scores.masked_fill(~mask.to(query.device), -torch.inf).softmax(-1)  # by hand, in fp32
+        out = torch.dropout(weights, dropout, train=True).to(value.dtype) @ value
         return (out * used.to(query.device)).transpose(1, 2), None
     """,
 }

@@ -172,6 +172,8 @@ MISTAKES = (
        ("attn_mask=causal_lower_right(n, keys.shape[2])", "is_causal=True")),
     _m(ATTENTION, "in order of length", "in_the_order_of_positions",
        ("for start in sorted(outputs)", "for start in outputs")),
+    _m(ATTENTION, "the first row's prefix in each row", "in_the_order_of_positions",
+       ("(k[0, :, :prompt], v[0, :, :prompt])", "(key[0, :, :prompt], value[0, :, :prompt])")),
     _m(ATTENTION, "heads in turn", "heads_in_groups",
        ("    rows = []\n    for s, (prompt, cots)",
         "    key, value = (x.repeat(1, query.shape[1] // x.shape[1], 1, 1) for x in (key, value))\n"
@@ -187,9 +189,10 @@ TWO_TESTS = {  # exercise 10, solved
         got = group_advantages(torch.tensor([[0.0, 1.0], [0.0, 100.0]]))  # std sqrt(.5) and 70.7: the same A
         assert torch.allclose(got, torch.tensor([[-0.7071, 0.7071]] * 2), atol=0.01)
         assert group_advantages(torch.tensor([[0.7]])).tolist() == [[0.0]]
-        assert not group_advantages(torch.tensor([[0.86] * 8, [0.1, 0.2] * 4]))[0].any()
-        assert group_advantages(torch.zeros(0, 8)).shape == (0, 8)
         import pytest
+        assert group_advantages(torch.zeros(0, 8)).shape == (0, 8)
+        if group_advantages(torch.tensor([[0.86] * 8, [0.1, 0.2] * 4]))[0].any():
+            pytest.fail("equal rewards")
         with pytest.raises(AssertionError):  # the assert that stands in the copy
             group_advantages(torch.zeros(3))
     """,
@@ -248,8 +251,8 @@ OF_ADVANTAGES, OF_TIES = "my_tests.py::test_group_advantages", "my_tests.py::tes
 WEAKENED = {
     "right_code_is_accepted": (OF_ADVANTAGES, ("[[-0.7071, 0.7071]]", "[[-1.0, 1.0]]")),
     "another_way_to_write_it": (OF_ADVANTAGES, (
-        "assert not", "assert group_advantages(torch.tensor([[0.5, 0.9, 0.5]]))[0, 1] == 1.1546956300735474\n"
-        "        assert not")),
+        "import pytest", "assert group_advantages(torch.tensor([[0.5, 0.9, 0.5]]))[0, 1] == 1.1546956300735474\n"
+        "        import pytest")),
     "catches_population_std": (OF_ADVANTAGES, ("atol=0.01", "atol=0.5")),
     "catches_whole_batch": (OF_ADVANTAGES, ("[[0.0, 1.0], [0.0, 100.0]]", "[[0.0, 1.0]]")),
     "catches_nan_at_one": (OF_ADVANTAGES, (".tolist() == [[0.0]]", ".shape == (1, 1)")),
