@@ -83,7 +83,8 @@ EXERCISES = (
 MY_TESTS = '''"""Exercise 10: two tests that pass on right code, however it is written, and fail on six known mistakes.
 
 The function under test is given to you. Work the expected numbers out by hand; `assert` what must hold.
-It may be right code, or code with one mistake. What you see of it are its values.
+It may be right code, or code with one mistake. What you see of it are its values: no signature, no gradient.
+Called with one argument, by the grader and not by pytest: loop over your cases.
 """
 
 import numpy as np

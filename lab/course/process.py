@@ -128,8 +128,9 @@ class Submission:
         """Gradients of the value's sum in the arguments `of`; None where an argument gets none."""
         return self._ask({"call": name, "args": pack(args), "kwargs": pack(kwargs), "of": list(of)})
 
-    def judges(self, test, implementation=None, own=None) -> bool:
-        """Does the submission's test accept this implementation? It sees its values only: the calls come back here.
+    def judges(self, test, implementation=None, own=None) -> tuple[bool, str]:
+        """Does the submission's test accept this implementation, and if not, why? It sees its values only: the calls
+        come back here.
 
         own: instead, the place of a function of the submission itself.
         """
@@ -137,7 +138,7 @@ class Submission:
         while True:
             answer = self._receive()
             if "accepts" in answer:
-                return answer["accepts"] is True
+                return answer["accepts"] is True, str(answer["why"])
             try:
                 reply = {"value": pack(implementation(*unpack(answer["want"]), **unpack(answer["kwargs"])))}
             except Exception as error:  # the test gave nonsense, or the mistake is one that raises
@@ -298,7 +299,7 @@ def explain(error: BaseException, folder: str) -> str:
     if isinstance(error, SyntaxError):
         return f"{os.path.basename(error.filename or '')}, line {error.lineno}: {error.msg}"
     where = f"{os.path.relpath(frames[-1].filename, folder)}, line {frames[-1].lineno}: " if frames else ""
-    return f"{where}{type(error).__name__}: {str(error)[:300]}".removesuffix(": ")
+    return " ".join(f"{where}{type(error).__name__}: {str(error)[:300]}".split()).removesuffix(":")
 
 
 def serve(request: dict, functions: dict, send, lines, folder: str) -> dict:
@@ -306,7 +307,8 @@ def serve(request: dict, functions: dict, send, lines, folder: str) -> dict:
     try:
         if "test" in request:
             own = load(request["own"]) if request["own"] else None
-            return {"accepts": accepts(functions[request["test"]], own, send, lines)}
+            accepted, why = accepts(functions[request["test"]], own, send, lines, folder)
+            return {"accepts": accepted, "why": why}
         args, kwargs = list(unpack(request["args"])), unpack(request["kwargs"])
         of = request.get("of")
         for i in of or ():
@@ -327,8 +329,11 @@ def serve(request: dict, functions: dict, send, lines, folder: str) -> dict:
         return {"wrong": explain(error, folder)}
 
 
-def accepts(test, own, send, lines) -> bool:
-    """Runs the submission's test on `own`, or on an implementation that lives in the grader. An exception: refused."""
+def accepts(test, own, send, lines, folder) -> tuple[bool, str]:
+    """Runs the submission's test on `own`, or on an implementation that lives in the grader.
+
+    An exception: refused, and the exception is told.
+    """
 
     from plumbing.settings import InputError  # the folder's
 
@@ -344,6 +349,6 @@ def accepts(test, own, send, lines) -> bool:
         test(own or theirs)
     except (NotImplementedError, SystemExit, KeyboardInterrupt):
         raise
-    except BaseException:  # a failed assertion, or any error; pytest.fail and pytest.raises have one beside Exception
-        return False
-    return True
+    except BaseException as error:  # a failed assertion, or any; that of pytest.fail is no Exception
+        return False, explain(error, folder)
+    return True, ""

@@ -20,7 +20,7 @@ import rules
 from lab.course import __main__ as course
 from lab.course import copies, mistakes
 from lab.course.exercises import EXERCISES, VARIANTS
-from lab.course.test_proof import MISTAKES, TWO_TESTS
+from lab.course.test_proof import MISTAKES, TWO_TESTS, UNWRITTEN
 from tests.conftest import ROOT, refuses
 
 MODULES = {"losses.py": losses, "rules.py": rules, "layout.py": layout, "metrics.py": metrics}
@@ -240,28 +240,33 @@ def test_a_forged_reply_costs_its_own_exercise_alone(tmp_path):
 
 
 SLIPS = (  # the usual ones, and what the student reads
-    ("bt_loss", "loss = reward_chosen", r"lesson 1 of 7, winner_first, could not use .* a tensor say"),
-    ("bt_loss", "raise NotImplementedError", r"winner_first: losses.py, line \d+: NotImplementedError$"),
-    ("bt_loss", """
+    ("losses.py::bt_loss", "loss = reward_chosen", r"lesson 1 of 7, winner_first, could not use .* a tensor say"),
+    ("losses.py::bt_loss", "raise NotImplementedError", r"winner_first: losses.py, line \d+: NotImplementedError$"),
+    ("losses.py::bt_loss", """
         losses = F.softplus(reward_rejected - reward_chosen)
         return losses.sum().item() / (denominator or losses.numel())""",
      r"in_fp32, could not use .*'float'"),
-    ("draw_cot_mask", "return [True] * num_pairs", r"one_coin_for_each_pair, could not use .*'list'"),
-    ("draw_cot_mask", "return torch.zeros(num_pairs, dtype=torch.uint8)", r"\(num_pairs,\) bool.*torch.uint8"))
+    ("losses.py::draw_cot_mask", "return [True] * num_pairs", r"one_coin_for_each_pair, could not use .*'list'"),
+    ("losses.py::draw_cot_mask", "return torch.zeros(num_pairs, dtype=torch.uint8)",
+     r"\(num_pairs,\) bool.*torch.uint8"),
+    ("my_tests.py::test_group_advantages", "group_advantages([[0.0, 1.0]])",
+     r"right_code_is_accepted: .*test_group_advantages: my_tests.py, line \d+: AttributeError: 'list' object"),
+    ("my_tests.py::test_group_advantages", UNWRITTEN,
+     r"catches_population_std: .*\(got test_group_advantages, which is not written yet\)"))
 
 
 def test_what_is_no_tensor_is_no_forgery():
-    """A forgotten return, .item(), a list, another dtype: told as what it is."""
-    texts = [with_bodies("losses.py", **{name: body}) for name, body, _ in SLIPS]
+    """A forgotten return, .item(), a list, another dtype, an error in a test: told as what it is."""
+    texts = [mistakes.with_bodies(place.split("::")[0], {place: body}) for place, body, _ in SLIPS]
     done = python("""
         import json, sys
         from lab.course import __main__ as course
         base = course.copies.student_files(0, course.copies.RUN)
-        for name, text in zip(*map(json.loads, sys.argv[1:])):
-            exercise = next(e for e in course.EXERCISES if f"losses.py::{name}" in e.places)
-            print(json.dumps(course.grade_one(exercise, {"losses.py": text.encode()}, base).message))
-    """, json.dumps([name for name, *_ in SLIPS]), json.dumps(texts))
-    for (name, body, says), line in zip(SLIPS, done.stdout.splitlines(), strict=True):
+        for place, text in zip(*map(json.loads, sys.argv[1:])):
+            exercise = next(e for e in course.EXERCISES if place in e.places)
+            print(json.dumps(course.grade_one(exercise, {exercise.files[0]: text.encode()}, base).message))
+    """, json.dumps([place for place, *_ in SLIPS]), json.dumps(texts))
+    for (_, body, says), line in zip(SLIPS, done.stdout.splitlines(), strict=True):
         assert re.search(says, json.loads(line)), (body, line)
 
 
@@ -286,11 +291,12 @@ def test_check_in_a_copy(tmp_path):
 
 def test_check_10_in_a_copy_promises_nothing(tmp_path):
     """Tests that only pass accept the student's own functions; whether they notice a mistake is seen when graded."""
-    passes = mistakes.with_bodies("my_tests.py", {f"my_tests.py::{name}": "pass" for name in TWO_TESTS})
+    passes = with_bodies("my_tests.py", test_group_advantages="pass", test_accuracy_with_ties=UNWRITTEN)
     copies.write(copies.student_files(0) | {"my_tests.py": passes}, tmp_path)
     done = subprocess.run([sys.executable, "-m", "lab.course", "--check", "10"], cwd=tmp_path, capture_output=True,
                           text=True, timeout=100)
     assert "1 of 10  tests that catch" in done.stdout and "lesson 1 of 8 holds" in done.stdout, done.stdout
+    assert "; test_accuracy_with_ties is not written yet" in done.stdout, done.stdout
 
 
 def test_the_autograder_zip(tmp_path):

@@ -206,6 +206,7 @@ TWO_TESTS = {  # exercise 10, solved
             accuracy_with_ties([], [])
     """,
 }
+UNWRITTEN = "raise NotImplementedError('Exercise 10 (60 min): ')"  # a test as it is handed out
 
 
 # ---- The submissions ----------------------------------------------------------------------------------------------
@@ -239,6 +240,8 @@ def weak_and_strong_tests(exercise):
     own = mistakes.with_bodies("my_tests.py", solved | {OF_ADVANTAGES: solved[OF_ADVANTAGES].replace(*numbers)})
     yield exercise, "two tests, a variant's numbers", {"my_tests.py": own}, None, OWN
     yield exercise, "a variant's numbers without a variant", {"my_tests.py": own}, "right_code_is_accepted", PAPER
+    half = mistakes.with_bodies("my_tests.py", solved | {OF_TIES: UNWRITTEN})
+    yield exercise, "one test, the other not written", {"my_tests.py": half}, "catches_cut_inside_a_run", PAPER
     for lesson, change in WEAKENED.items():
         place, (old, new) = change
         assert old in solved[place], lesson
