@@ -128,6 +128,7 @@ def attend_behind(prefix, cots: list[tuple[int, int]], query, key, value, option
     """Each CoT of one row (1, H, L, d) sees a prefix and itself: {start: (1, H, n, d)} for its (start, n).
 
     prefix: keys and values, each (H_kv, P, d). CoTs of the same length go in one call.
+    options: keywords of scaled_dot_product_attention: scale, dropout_p, enable_gqa.
     """
     outputs = {}
     for n in sorted({n for _, n in cots}):

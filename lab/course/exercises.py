@@ -69,7 +69,8 @@ EXERCISES = (
               rules.row_order_is_nothing, rules.what_has_no_accuracy, rules.one_sort_one_sum)),
     Exercise(9, "what a query may see: attention with a shared prefix", 12, 120,
              ("layout.py::shared_prefix_attention", "layout.py::attend_behind"),
-             "one CoT a row first. `attend_behind` is its second half, and prefix_once.py calls it, too.",
+             "one CoT a row first. `attend_behind` is its second half, and prefix_once.py calls it, too. "
+             "`module` is not needed: it is None in the lessons.",
              (rules.prefix_is_causal, rules.cots_do_not_see_each_other, rules.lower_right_corner,
               rules.in_the_order_of_positions, rules.heads_in_groups, rules.scaling_is_used,
               rules.gradient_reaches_the_prefix, rules.without_spans, rules.behind_a_prefix)),
