@@ -16,15 +16,17 @@ class Ended(Wrong):
 
 
 def near(got, expected, tolerance=1e-5):
-    """Numbers, lists or tensors that must agree. Wrong with both values otherwise."""
+    """Numbers, lists or tensors that must agree. Wrong with both values otherwise, or the shapes of large ones."""
     got, expected = plain(got), plain(expected)
+    told = f"got {shown(got)}, expected {shown(expected)}"
     try:
         a, b = (torch.tensor(x, dtype=torch.float64) for x in (got, expected))
-        same = a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=tolerance)
-    except (TypeError, ValueError, RuntimeError):
-        same = False
-    if not same:
-        raise Wrong(f"got {shown(got)}, expected {shown(expected)}")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise Wrong(told) from error
+    if a.shape != b.shape and a.ndim > 1 and b.ndim > 1:
+        told = f"got shape {tuple(a.shape)}, expected {tuple(b.shape)}"
+    if a.shape != b.shape or not torch.allclose(a, b, rtol=tolerance, atol=tolerance):
+        raise Wrong(told)
 
 
 def expect(condition, got):

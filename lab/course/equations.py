@@ -48,7 +48,7 @@ def log_sigma_in_one(f):
 
 
 def in_fp32(f):
-    """Compute in fp32, whatever comes in: in bf16 a reward of 5.4 has steps of .03."""
+    """Compute in fp32, whatever comes in, and return fp32: in bf16 a reward of 5.4 has steps of .03."""
     loss = f.bt_loss(tensor([5.4], dtype=torch.bfloat16), tensor([0.3], dtype=torch.bfloat16))
     expect(loss.dtype == torch.float32, str(loss.dtype))
     near(loss, 0.006045187)  # bf16 has 5.40625 and .30078125, but no 5.10546875: ln(1 + e^-5.10546875)
@@ -83,7 +83,10 @@ def probabilities_sum_to_one(f):
 
 
 def ties_far_apart(f):
-    """1 − P(A > B) − P(B > A) is 0 in floating point when rewards differ by 50, and its log −inf. Add logs instead."""
+    """One minus the two other probabilities is 0 in floating point when rewards differ by 50, and its log −inf. Stay in
+    logs."""
+    for a, b, label in ((50.0, 0.0, -1), (0.0, 50.0, 1)):  # -ln σ(-50 - ln 5) = ln(1 + 5 e^50) = 50 + ln 5
+        near(f.btt_loss(tensor([a]), tensor([b]), tensor([label]), k=5.0), 50 + math.log(5))
     near(f.btt_loss(tensor([50.0]), tensor([0.0]), tensor([0]), k=5.0), 50 + math.log(5) - math.log(24))
 
 
@@ -122,9 +125,9 @@ def one_coin_for_each_pair(f):
 
 
 def true_means_masked(f):
-    """p is the share of pairs that LOSE their CoT, and True means masked. You have 1 − p."""
+    """p is the share of pairs that LOSE their CoT, and True means masked."""
     share = f.draw_cot_mask(4000, 0.2, torch.Generator().manual_seed(1)).float().mean().item()
-    expect(0.16 < share < 0.24, share)
+    expect(0.16 < share < 0.24, f"{share:.3f} for a p of .2{': you have 1 − p' if 0.76 < share < 0.84 else ''}")
 
 
 def the_given_generator(f):
@@ -143,7 +146,7 @@ def independent_coins(f):
 
 # -- 4 group advantages -----------------------------------------------------------------------------------------------
 def rows_are_groups(f):
-    """Mean and std are those of a group, a row: the G CoTs of ONE video. You took them over the whole batch."""
+    """Mean and std are those of a group, a row: the G CoTs of ONE video. You took them over other rows, too."""
     one, two = (f.group_advantages(tensor([[0.0, 1.0, 2.0], [0.0, scale, 3.0]]))[0] for scale in (1.0, 90.0))
     near(one, two)
 
@@ -220,13 +223,15 @@ def one_token(f, advantage, log_ratio, **more):
 
 
 def good_tokens_become_likelier(f):
-    """Descent must raise the log-probs of a CoT with A > 0 and lower those with A < 0: the gradient is −A/tokens."""
+    """Descent must raise the log-probs of a CoT with A > 0 and lower those with A < 0: the gradient is −A/tokens. The
+    dual clip is for A < 0 only."""
     case = torch.full((2, 3), -1.0), torch.full((2, 3), -1.0), tensor([1.0, -1.0]), torch.ones(2, 3)
     near(f.gradients("grpo_loss", *case, **CLIPS)[0], [[-1 / 6] * 3, [1 / 6] * 3])
 
 
 def the_larger_loss(f):
-    """Of the two losses take the LARGER: the clip may only take a gain away, never a loss. You took the smaller."""
+    """Of the two losses take the LARGER: the clip may only take a gain away, never a loss. Did you take the smaller, or
+    swap the clips?"""
     near(one_token(f, -1.0, -1.0), 0.8)  # A = -1, ρ = .3679: max(.3679, .8)
     near(one_token(f, 1.0, -1.0), -0.367879)  # A = 1, ρ = .3679: max(-.3679, -.8)
 

@@ -21,7 +21,8 @@ def written(**verdicts) -> str:
 
 
 def nothing_around_the_blocks(f):
-    """The WHOLE text must be <think> and <answer>: one with more before, between or after them is not well formed."""
+    """The WHOLE text must be <think> and <answer>: one with more before, between or after them is not well formed.
+    Return True or False."""
     expect((got := f.well_formed(written())) is True, got)
     for text in ("Sure! " + written(), written() + " Thanks.", written().replace("<think>I look.</think>", ""),
                  written().replace("</think>", "</think> So I say: ")):
@@ -57,7 +58,8 @@ def bounded_in_length(f):
 
 
 def tokens_not_characters(f):
-    """R_len counts TOKENS, which you are given as num_tokens; a token has about four characters."""
+    """R_len counts TOKENS, which you are given as num_tokens; a token has about four characters. `length` is
+    `length_reward(num_tokens, *length_range)`, not yet weighted."""
     near(f.rollout_reward(written(), 1250, TRUTH, length_range=(500, 2000)).length, 0.5)
 
 
@@ -94,7 +96,8 @@ def untied_ties_are_wrong(f):
 
 
 def nothing_is_tied(f):
-    """"Nothing is tied" (-1) is a threshold, too: four right scores without human ties are worth 1, not 3/4."""
+    """"Nothing is tied" (-1) is a threshold, too: four right scores without human ties are worth 1, not 3/4.
+    `accuracy_with_ties` returns (accuracy, eps), in this order."""
     near(f.accuracy_with_ties([1, -1, 1, -1], [1, -2, 3, -4]), (1.0, -1.0))
     near(f.accuracy_curve([1, 0], [2, 1])[0], [-1, 1, 2])
 

@@ -12,6 +12,7 @@ import textwrap
 import zipfile
 
 import pytest
+import torch
 
 import layout
 import losses
@@ -19,6 +20,7 @@ import metrics
 import rules
 from lab.course import __main__ as course
 from lab.course import copies, mistakes
+from lab.course.checks import Wrong, near
 from lab.course.exercises import EXERCISES, VARIANTS
 from lab.course.test_proof import MISTAKES, TWO_TESTS, UNWRITTEN
 from tests.conftest import ROOT, refuses
@@ -197,7 +199,7 @@ def test_a_half_submission(graded):
     assert [graded["half"][n]["score"] for n in range(1, 11)] == [4, 5, 3, 6, 5, 1, 0, 8, 0, 0]
     assert graded["half"][6]["output"] == (
         "lesson 2 of 8, the_larger_loss: Of the two losses take the LARGER: the clip may only take a gain away, "
-        "never a loss. You took the smaller. (got 0.367879, expected 0.8)")
+        "never a loss. Did you take the smaller, or swap the clips? (got 0.367879, expected 0.8)")
     assert graded["half"][7]["output"] == "rules.py was not handed in"
 
 
@@ -268,6 +270,15 @@ def test_what_is_no_tensor_is_no_forgery():
     """, json.dumps([place for place, *_ in SLIPS]), json.dumps(texts))
     for (_, body, says), line in zip(SLIPS, done.stdout.splitlines(), strict=True):
         assert re.search(says, json.loads(line)), (body, line)
+
+
+@pytest.mark.parametrize("got, expected, says", [
+    (torch.zeros(1, 1, 6, 4), torch.ones(1, 6, 1, 4), "got shape (1, 1, 6, 4), expected (1, 6, 1, 4)"),
+    (torch.zeros(2), 1.5, "got [0, 0], expected 1.5"),
+    ([[1.0], [1.0, 2.0]], [[1.0]], "got [[1], [1, 2]], expected [[1]]")])
+def test_a_large_value_of_another_shape_is_told_by_its_shape(got, expected, says):
+    with pytest.raises(Wrong, match=f"^{re.escape(says)}$"):
+        near(got, expected)
 
 
 def test_check_in_a_copy(tmp_path):

@@ -52,6 +52,8 @@ MISTAKES = (
     _m(BTT, "k² − 1 left out", "probabilities_sum_to_one", ("math.log(k * k - 1) + ", "")),
     _m(BTT, "1 − P − P", "ties_far_apart",
        ("math.log(k * k - 1) + log_p_a + log_p_b", "torch.log(1 - log_p_a.exp() - log_p_b.exp())")),
+    _m(BTT, "B's win by 1 − P − P", "ties_far_apart", ("torch.where(label < 0, log_p_b, log_p_tie)",
+       "torch.where(label < 0, torch.log(1 - log_p_a.exp() - log_p_tie.exp()), log_p_tie)")),
     _m(BTT, "the factor of k = 5 for each k", "probabilities_sum_to_one", ("k * k - 1", "24")),
     _m(BTT, "B detached", "mean_over_pairs", ("reward_b.float()", "reward_b.detach().float()")),
     _m(BTT, "the tie detached", "mean_over_pairs",
