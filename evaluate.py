@@ -71,9 +71,10 @@ MADE_WITH = (*MADE_WITH, "think", "thoughts", "dtype")
 
 # ---- 1. All numbers of one reward model on one set of pairs --------------------------------------------------
 def measure(name: str, pairs: list[data.PreferencePair], rewards: np.ndarray) -> report.Agreement:
-    """rewards (n, 2) of A and B, finite -> every number of the report."""
+    """rewards (n, 2) of A and B, finite -> every number of the report; the paper's Table 1 has the two accuracies."""
     # BT's loss (Eq. 3) is blind to a constant added to both rewards: only the difference of a pair has a meaning.
-    labels, margins = metrics.checked([p.label for p in pairs], rewards[:, 0] - rewards[:, 1])
+    differences = rewards[:, 0] - rewards[:, 1]
+    labels, margins = metrics.checked([p.label for p in pairs], differences)
     prompts = {}  # prompt -> group; not np.unique, which would pad every prompt to the longest
     groups = np.array([prompts.setdefault(p.prompt, len(prompts)) for p in pairs])
     # The model never says "the same". A pair counts as called a tie if |margin| <= threshold, the one that does best.
@@ -83,11 +84,14 @@ def measure(name: str, pairs: list[data.PreferencePair], rewards: np.ndarray) ->
     numbers = {
         "name": name, "pairs": len(pairs), "human_ties": int((~decided).sum()), "prompts": len(prompts),
         "accuracy_without_ties": metrics.accuracy_without_ties(labels, margins) if decided.any() else None,
+        # Pairs of one prompt share videos, so they are right or wrong together: an interval draws whole prompts.
         "accuracy_without_ties_interval": metrics.bootstrap_interval(hits["without_ties"][decided], groups[decided]),
         "accuracy_with_ties": accuracy,
         "accuracy_with_ties_interval": metrics.bootstrap_interval(hits["with_ties"], groups), "threshold": threshold,
+        # With the threshold of the other half of the pairs: what new pairs would get, as published numbers are not.
         "accuracy_with_ties_cross_fitted": metrics.accuracy_with_ties_cross_fitted(labels, margins),
-        "accuracy_with_ties_videoalign_compatible": metrics.videoalign_compatible(labels, margins),
+        "accuracy_with_ties_videoalign_compatible": metrics.videoalign_compatible(labels, differences),
+        # Eq. 3 takes σ(r_A - r_B) for the chance that people choose A. Do they, as often?
         "calibration": metrics.calibration(labels, margins),
     }
     # Where the CSV names the two generators: which of their comparisons is the reward good at?

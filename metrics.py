@@ -25,7 +25,7 @@ def checked(labels, margins) -> tuple[np.ndarray, np.ndarray]:
         row = int(good.argmin())
         raise InputError(f"row {row} (from 0): label {labels[row]} must be 1, -1 or 0, margin {margins[row]} finite.")
     size = int(np.floor(np.log10(np.abs(margins).max() or 1.0)))
-    return labels, np.round(margins, min(9 - size, 308))
+    return labels, np.round(margins, min(9 - size, 308))  # 10^309 is no float
 
 
 def right(labels: np.ndarray, margins: np.ndarray, threshold: float = NOTHING_TIED) -> np.ndarray:
@@ -101,8 +101,10 @@ def videoalign_compatible(labels, margins) -> float:
 
     It differs from the definition twice: "nothing is tied" is never tried, so four right predictions without human ties
     score 3/4; and cuts fall inside runs of equal |margin| too, in file order, so the value can depend on row order.
+    margins: as they are, since that script rounds nothing.
     """
-    _, hits = _hits_by_ties(*checked(labels, margins))
+    checked(labels, margins)
+    _, hits = _hits_by_ties(np.asarray(labels), np.asarray(margins, dtype=np.float64))
     return float(hits[1:].max() / len(labels))
 
 

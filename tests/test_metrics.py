@@ -182,6 +182,7 @@ def test_equal_sizes_are_equal_though_floats_differ():
     labels, margins = [0, 1], np.array([3.3, 1.3]) - np.array([3.0, 1.0])
     assert margins[0] != margins[1]
     assert accuracy_with_ties(labels, margins)[0] == 0.5
+    assert videoalign_compatible([1, 0], margins[::-1]) == 1.0  # that script cuts between them, wherever they stand
     for scale in (1e-300, 1e-12, 1e12):
         assert accuracy_with_ties([1, 0, -1], np.array([2, 0.5, -1]) * scale) == (1.0, pytest.approx(0.5 * scale))
     assert len({mean(row) for row in ([3.3, 3.1, 3.2, 3.4], [3.1, 3.2, 3.3, 3.4], [3.4, 3.3, 3.2, 3.1])}) == 1
