@@ -334,10 +334,10 @@ def accepts(test, own, send, lines, folder) -> tuple[bool, str]:
 
     An exception: refused, and the exception is told.
     """
-
     from plumbing.settings import InputError  # the folder's
 
     def theirs(*args, **kwargs):
+        """The grader's implementation: arguments go to it over the line, its value or its exception comes back."""
         send({"want": pack(args), "kwargs": pack(kwargs)})
         reply = json.loads(next(lines))
         if "raises" in reply:

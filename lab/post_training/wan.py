@@ -238,6 +238,7 @@ def main(argv=None) -> None:
     if s.method == "dpo" and not (state and state["done"] >= s.updates):
         check_clips(items, s, ranks)
     pipe = open_pipeline(s.wan, dtype)
+    # All that this rank will come to: --batch is a multiple of the ranks, so it has the same place in each batch
     mine = [items[number % len(items)] for number in ranks.share(range(s.updates * s.batch))]
     wan = Wan(pipe, [item.prompt if s.method == "dpo" else item for item in mine], s, ranks.device)
     model = DeScore.from_pretrained(s.reward, ranks.device, dtype).eval() if s.method == "grpo" else None
